@@ -1,0 +1,26 @@
+"""Encode each prompt of a GRPO group once: the same numbers, less time.
+
+The package knows torch and transformers only; :mod:`prefix_grouper_plugins.integrations` holds what TRL and verl need.
+"""
+
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling import (
+    UnsupportedModelError,
+    check_support,
+    disable_prefix_grouper,
+    enable_prefix_grouper,
+)
+from prefix_grouper_plugins.scoring import prefix_grouped_logps
+from prefix_grouper_plugins.version import __version__
+
+__all__ = [
+    "PrefixLayout",
+    "UnsupportedModelError",
+    "__version__",
+    "check_support",
+    "disable_prefix_grouper",
+    "enable_prefix_grouper",
+    "prefix_grouped_logps",
+    "shared_prefix_attention",
+]

@@ -1,0 +1,315 @@
+"""PrefixLayout: which packed position stands for which token of which rows.
+
+A trainer holds *rows* (prompt and response, one after the other). Rows that begin alike are laid out as a forest of
+*segments* in depth-first pre-order, and every segment is forwarded once. The idea is Prefix Grouper's (arXiv
+2506.05433, section 3), carried from one prompt and its responses to prefix trees of any depth.
+
+The branch rule: a row of ``L`` tokens has ``L - 1`` *transitions* (a token and the one that follows it), and a packed
+position is one distinct transition: rows share it when they agree up to and including its second token. Seen as tokens,
+every branch repeats the last token of what it branches from and drops its own last token, so each packed position has
+exactly one next-token label::
+
+    rows     P P P P a a a          packed   P P P | P a a | P b b b          T = (P - 1) + sum(R_i)
+             P P P P b b b b                 prefix  row 0   row 1
+
+Visibility needs one integer per key: query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from torch import LongTensor, Tensor
+
+IGNORE_INDEX = -100  # the label of a position without one, as in torch.nn.functional.cross_entropy
+
+
+class _Node:
+    """A run of transitions ``[start, end)``, counted from the beginning of the row, which the rows below it share."""
+
+    __slots__ = ("children", "end", "first_row", "rows", "start")
+
+    def __init__(self, start: int, end: int, row: int) -> None:
+        self.start, self.end = start, end
+        self.first_row = row  # smallest row below: gives the tokens, and the order among siblings
+        self.rows: list[int] = []  # rows whose last transition is `end - 1`
+        self.children: list[_Node] = []
+
+    def split(self, depth: int) -> None:
+        """Cut this run at ``depth``: it keeps ``[start, depth)``, a new only child takes the rest."""
+        lower = _Node(depth, self.end, self.first_row)
+        lower.rows, lower.children = self.rows, self.children
+        self.end, self.rows, self.children = depth, [], [lower]
+
+
+class PrefixLayout:
+    """How rows with shared prefixes lie in one packed row of ``T`` tokens.
+
+    Make one with :meth:`from_groups` (lengths are known) or :meth:`from_rows` (shared prefixes are found by comparing
+    token ids). A plain class on purpose: FSDP2 copies dataclass arguments.
+
+    Attributes:
+        position_ids (`LongTensor[T]`): the position that each packed token has in its row, counted from 0.
+        subtree_end (`IntTensor[T]`): query ``q`` sees key ``k`` iff ``k <= q < subtree_end[k]``.
+        segments (`IntTensor[S, 4]`): ``start, end, parent, subtree_end`` of every segment in depth-first pre-order,
+            ``parent`` is -1 for a root. Always on the CPU: kernels plan on the host, without a device sync.
+        row_lengths (`tuple[int, ...]`): tokens of each row.
+        source_index (`LongTensor[T]`): index of each packed token in the rows laid end to end.
+        row_index (`LongTensor[sum(L_i - 1)]`): packed position of each transition of the rows laid end to end.
+    """
+
+    def __init__(self, roots: Sequence[_Node], row_lengths: Sequence[int], device: torch.device | None = None) -> None:
+        self.row_lengths = tuple(row_lengths)
+        nodes, segments = _place(roots)
+        starts, ends = segments[:, 0].astype(np.int64), segments[:, 1].astype(np.int64)
+        offsets = np.concatenate(([0], np.cumsum(self.row_lengths)))
+        depth = np.array([node.start for node in nodes], dtype=np.int64)
+        first_token = np.array([offsets[node.first_row] + node.start for node in nodes], dtype=np.int64)
+        packed = np.arange(ends[-1])
+        segment_of = np.repeat(np.arange(len(nodes)), ends - starts)
+        into = packed - starts[segment_of]
+        self.segments = torch.from_numpy(segments)
+        self.position_ids = torch.from_numpy(depth[segment_of] + into).to(device)
+        self.subtree_end = torch.from_numpy(segments[segment_of, 3]).to(device)
+        self.source_index = torch.from_numpy(first_token[segment_of] + into).to(device)
+        self.row_index = torch.from_numpy(_row_index(nodes, segments, len(self.row_lengths))).to(device)
+
+    @classmethod
+    def from_groups(
+        cls,
+        prompt_lengths: Sequence[int],
+        response_lengths: Sequence[Sequence[int]],
+        *,
+        device: torch.device | str | None = None,
+    ) -> PrefixLayout:
+        """Layout of groups whose lengths are known: ``prompt_lengths[g]`` tokens, then one response for each row.
+
+        The rows are the responses in the order given, each with its prompt in front: ``P_g + R_gi`` tokens.
+
+        Args:
+            prompt_lengths: tokens of each group's prompt, at least 1.
+            response_lengths: tokens of each response of each group, at least 1; groups may differ in size.
+            device: where the layout's tensors live (``segments`` stays on the CPU).
+
+        Raises:
+            ValueError: no group, an empty prompt, group or response, or lists of different lengths.
+        """
+        if len(prompt_lengths) != len(response_lengths):
+            raise ValueError(
+                f"prompt_lengths has {len(prompt_lengths)} entries and response_lengths has {len(response_lengths)}: "
+                "give one list of response lengths for each prompt"
+            )
+        if not prompt_lengths:
+            raise ValueError("prompt_lengths is empty: a layout needs at least one group")
+        roots: list[_Node] = []
+        row_lengths: list[int] = []
+        for group, (prompt, responses) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
+            _check_group(group, prompt, responses)
+            branches = roots
+            shared = prompt - 1 if len(responses) > 1 else 0  # a single response is one segment with its prompt
+            if shared:
+                roots.append(_Node(0, shared, len(row_lengths)))
+                branches = roots[-1].children
+            for response in responses:
+                leaf = _Node(shared, prompt - 1 + response, len(row_lengths))
+                leaf.rows.append(len(row_lengths))
+                branches.append(leaf)
+                row_lengths.append(prompt + response)
+        return cls(roots, row_lengths, None if device is None else torch.device(device))
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[Tensor],
+        keys: Sequence[Hashable] | None = None,
+        *,
+        shareable: Sequence[int] | None = None,
+    ) -> PrefixLayout:
+        """Layout of any prefix tree, found by comparing token ids: nothing that two rows have in common is run twice.
+
+        Args:
+            rows: token ids of each row, ``LongTensor[L_i]``, at least one token each, in any order.
+            keys: one hashable for each row; rows with different keys never share (other images, another adapter).
+            shareable: how many leading tokens of each row may be shared, by default all. A trainer passes the prompt
+                lengths, so that responses which happen to begin alike do not split the tree into many short levels.
+
+        Raises:
+            ValueError: no rows, an empty row, a row that is not a 1-D integer tensor, no row of two tokens or more,
+                ``keys`` or ``shareable`` of another length than ``rows``.
+        """
+        _check_rows(rows)
+        for name, values in (("keys", keys), ("shareable", shareable)):
+            if values is not None and len(values) != len(rows):
+                raise ValueError(f"{name} has {len(values)} entries for {len(rows)} rows: give one for each row")
+        tokens = [row.detach().to("cpu", torch.int64).numpy() for row in rows]
+        heads = tokens if shareable is None else [t[: max(int(n), 0)] for t, n in zip(tokens, shareable, strict=True)]
+        by_key: dict[Hashable, list[int]] = {}
+        for row, key in enumerate([None] * len(rows) if keys is None else keys):
+            by_key.setdefault(key, []).append(row)
+        lengths = [len(t) for t in tokens]
+        roots = [root for members in by_key.values() for root in _trie(members, heads, lengths)]
+        return cls(roots, lengths, rows[0].device)
+
+    @property
+    def num_tokens(self) -> int:
+        """``T``, the tokens that are forwarded."""
+        return self.position_ids.shape[0]
+
+    @property
+    def num_row_tokens(self) -> int:
+        """Tokens that an ordinary forward without padding would process."""
+        return sum(self.row_lengths)
+
+    @property
+    def rows_per_position(self) -> LongTensor:
+        """``LongTensor[T]``: how many rows share each packed position."""
+        return torch.bincount(self.row_index, minlength=self.num_tokens)  # type: ignore[return-value]
+
+    def to(self, device: torch.device | str) -> PrefixLayout:
+        """The same layout with its tensors on ``device`` (``segments`` stays on the CPU)."""
+        moved = object.__new__(PrefixLayout)
+        moved.row_lengths, moved.segments = self.row_lengths, self.segments
+        for name in ("position_ids", "subtree_end", "source_index", "row_index"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def pack(self, rows: Sequence[Tensor]) -> Tensor:
+        """Per-row values ``[L_i, ...]`` to packed ``[T, ...]``; shared positions take the first row's. Differentiable.
+
+        Raises:
+            ValueError: another number of rows, or a row of another length, than the layout was made for.
+        """
+        return torch.cat(self._checked(rows))[self.source_index]
+
+    def labels(self, rows: Sequence[Tensor]) -> LongTensor:
+        """Next token of each packed position, ``LongTensor[T]``, -100 where there is none.
+
+        By the branch rule each position of a fresh layout has a label; -100 is what padding after it would get.
+
+        Raises:
+            ValueError: another number of rows, or a row of another length, than the layout was made for.
+        """
+        return torch.cat(self._checked(rows))[self.source_index + 1]  # type: ignore[return-value]
+
+    def unpack(self, values: Tensor) -> list[Tensor]:
+        """Packed values ``[T, ...]`` to one ``[L_i - 1, ...]`` for each row; shared positions fan out. Differentiable.
+
+        Raises:
+            ValueError: ``values`` has another number of positions than the layout.
+        """
+        if values.shape[0] != self.num_tokens:
+            raise ValueError(f"values has {values.shape[0]} positions, the layout has {self.num_tokens}")
+        return list(values[self.row_index].split([length - 1 for length in self.row_lengths]))
+
+    def _checked(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        lengths = tuple(len(row) for row in rows)
+        if len(lengths) != len(self.row_lengths):
+            raise ValueError(f"got {len(lengths)} rows, the layout was made for {len(self.row_lengths)}")
+        if lengths != self.row_lengths:
+            row = next(i for i, length in enumerate(lengths) if length != self.row_lengths[i])
+            raise ValueError(f"row {row} has {lengths[row]} tokens, the layout was made for {self.row_lengths[row]}")
+        return list(rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"PrefixLayout({len(self.row_lengths)} rows of {self.num_row_tokens} tokens in {self.num_tokens} "
+            f"packed tokens and {len(self.segments)} segments)"
+        )
+
+
+def _check_group(group: int, prompt: int, responses: Sequence[int]) -> None:
+    if prompt < 1:
+        raise ValueError(f"prompt_lengths[{group}] is {prompt}: a prompt needs at least one token")
+    if not responses:
+        raise ValueError(f"response_lengths[{group}] is empty: a group needs at least one response")
+    for i, response in enumerate(responses):
+        if response < 1:
+            raise ValueError(
+                f"response_lengths[{group}][{i}] is {response}: a response needs at least one token; leave the row out"
+            )
+
+
+def _check_rows(rows: Sequence[Tensor]) -> None:
+    if not len(rows):
+        raise ValueError("rows is empty: a layout needs at least one row")
+    for i, row in enumerate(rows):
+        if row.dim() != 1 or row.is_floating_point() or row.is_complex():
+            raise ValueError(f"rows[{i}] is a {row.dtype} tensor of shape {tuple(row.shape)}: token ids [L] are needed")
+        if not len(row):
+            raise ValueError(f"rows[{i}] is empty: a row needs at least one token")
+    if max(len(row) for row in rows) < 2:
+        raise ValueError("every row has one token, which has no next token to predict: give rows of two or more")
+
+
+def _trie(members: Sequence[int], heads: Sequence[np.ndarray], lengths: Sequence[int]) -> list[_Node]:
+    """Forest of the rows ``members``, whose shareable tokens are ``heads``.
+
+    Sorted rows meet their longest common prefix in a neighbour, so the tree grows along its rightmost path alone
+    (Kasai et al. 2001, the traversal of suffix arrays by LCP values). Sorting compares raw bytes: any order serves
+    that puts equal beginnings side by side. Python loops run over rows and segments, never over tokens.
+    """
+    order = sorted(members, key=lambda row: heads[row].tobytes())
+    top = _Node(0, 0, order[0])
+    path = [top]
+    previous: int | None = None
+    for row in order:
+        shared = 0 if previous is None else max(_common_prefix(heads[previous], heads[row]) - 1, 0)
+        while len(path) > 1 and path[-1].start >= shared:
+            path.pop()
+        if path[-1].start < shared < path[-1].end:
+            path[-1].split(shared)
+        if lengths[row] - 1 > shared:
+            leaf = _Node(shared, lengths[row] - 1, row)
+            path[-1].children.append(leaf)
+            path.append(leaf)
+        path[-1].rows.append(row)
+        for node in path:
+            node.first_row = min(node.first_row, row)
+        previous = row
+    return top.children
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    first = int(differs.argmax()) if n else 0
+    return first if n and differs[first] else n
+
+
+def _place(roots: Sequence[_Node]) -> tuple[list[_Node], np.ndarray]:
+    """Nodes in depth-first pre-order, siblings by their first row, and their segments, ``int32 [S, 4]``."""
+    nodes: list[_Node] = []
+    table: list[list[int]] = []
+    stack = [(root, -1) for root in sorted(roots, key=lambda node: node.first_row, reverse=True)]
+    cursor = 0
+    while stack:
+        node, parent = stack.pop()
+        index = len(nodes)
+        nodes.append(node)
+        table.append([cursor, cursor + node.end - node.start, parent, 0])
+        cursor = table[-1][1]
+        stack += [(child, index) for child in sorted(node.children, key=lambda c: c.first_row, reverse=True)]
+    for index in range(len(table) - 1, -1, -1):  # children come after their parent: one backward pass closes subtrees
+        _, end, parent, last = table[index]
+        table[index][3] = last = max(last, end)
+        if parent >= 0:
+            table[parent][3] = max(table[parent][3], last)
+    return nodes, np.array(table, dtype=np.int32)
+
+
+def _row_index(nodes: Sequence[_Node], segments: np.ndarray, num_rows: int) -> np.ndarray:
+    """Packed position of every transition, row after row."""
+    per_row = [np.empty(0, dtype=np.int64)] * num_rows
+    path: list[tuple[int, np.ndarray]] = []  # (segment, its packed positions), from the root down
+    for index, node in enumerate(nodes):
+        start, end, parent, _ = segments[index]
+        while path and path[-1][0] != parent:
+            path.pop()
+        path.append((index, np.arange(start, end, dtype=np.int64)))
+        if node.rows:
+            positions = np.concatenate([part for _, part in path])
+            for row in node.rows:
+                per_row[row] = positions
+    return np.concatenate(per_row)

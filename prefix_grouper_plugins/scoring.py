@@ -1,0 +1,131 @@
+"""Per-token log-probabilities and entropies of completions, with every prompt forwarded once.
+
+The language-model head runs on completion positions alone and in chunks, each recomputed in the backward pass
+(``torch.utils.checkpoint``), so that no ``[tokens, vocabulary]`` tensor of the batch ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.modeling import UnsupportedModelError, is_enabled, packed_inputs
+
+CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
+
+
+def prefix_grouped_logps(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    compute_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each completion token, as a row-by-row forward gives it. A drop-in for the ordinary function.
+
+    Rows with equal prompts share them, in whatever order they come; prompts that begin alike share their beginning.
+    Positions count from each row's first real token. Differentiable, under LoRA, DDP and gradient checkpointing too.
+
+    Args:
+        model: a causal LM that has been through :func:`~prefix_grouper_plugins.enable_prefix_grouper`.
+        prompt_ids, prompt_mask: ``[B, P]``, left-padded; the mask is 1 on real tokens.
+        completion_ids, completion_mask: ``[B, C]``, right-padded.
+        temperature: what the logits are divided by.
+        compute_entropy: also return the entropy of each next-token distribution, in nats.
+
+    Returns:
+        ``logps [B, C]`` and ``entropy [B, C]`` (or None), in float32 (float64 for a float64 model), zeros where
+        ``completion_mask`` is 0.
+
+    Raises:
+        ValueError: the model has not been enabled, ``temperature`` is not positive, or the batch is not padded so.
+        UnsupportedModelError: the model scales its logits in a way that this function does not reproduce.
+    """
+    if not is_enabled(model):
+        raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: it must be positive")
+    if not completion_mask.any():
+        empty = torch.zeros(completion_ids.shape, device=completion_ids.device)
+        return empty, torch.zeros_like(empty) if compute_entropy else None
+    batch = GroupedBatch(prompt_ids, prompt_mask, completion_ids, completion_mask)
+    hidden, head = _hidden_states(model, batch)
+    targets = batch.labels[batch.positions]
+    parts = [
+        checkpoint(_score, head, states, labels, temperature, compute_entropy, use_reentrant=False)
+        for states, labels in zip(hidden[batch.positions].split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True)
+    ]
+    logps = batch.scatter(torch.cat([logp for logp, _ in parts]))
+    return logps, batch.scatter(torch.cat([entropy for _, entropy in parts])) if compute_entropy else None
+
+
+class _Head:
+    """The model's way from a hidden state to its logits, checked against the model's own logits of one position."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        config: Any = base.config.get_text_config(decoder=True)
+        self.projection = base.get_output_embeddings()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # cohere multiplies its logits by `logit_scale`, granite divides them by `logits_scaling`
+        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
+        logits = self.projection(hidden) * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def check(self, hidden: Tensor, logits: Tensor) -> None:
+        """Compare with the logits ``[N, vocabulary]`` that the model itself computed from ``hidden [N, hidden]``."""
+        with torch.no_grad():
+            own = self(hidden)
+            tolerance = 1e-2 if logits.dtype.itemsize < 4 else 1e-4
+            if not torch.allclose(own, logits.to(own.dtype), rtol=tolerance, atol=tolerance * float(own.abs().max())):
+                raise UnsupportedModelError(
+                    "the model computes its logits from the hidden states in a way that is not known here (its own "
+                    f"differ by {float((own - logits).abs().max()):.2e}): score with its own logits instead"
+                )
+
+
+def _hidden_states(model: nn.Module, batch: GroupedBatch) -> tuple[Tensor, _Head]:
+    """Packed forward: last hidden states ``[T, hidden]`` and the head that continues them.
+
+    The call goes through ``model`` itself, so that wrappers (PEFT, DDP) do their part; a hook takes the backbone's
+    output, and the logits of one single position prove that the head is understood.
+    """
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    if base.get_output_embeddings() is None or base.base_model is base:
+        raise ValueError(f"{type(base).__name__} has no language-model head: a model for causal LM is needed")
+    taken: list[Tensor] = []
+    hook = base.base_model.register_forward_hook(lambda module, args, output: taken.append(output[0]))
+    try:
+        inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+        logits = model(**inputs, logits_to_keep=batch.positions[:1]).logits
+    finally:
+        hook.remove()
+    hidden, head = taken[0][0], _Head(base)
+    head.check(hidden[batch.positions[:1]], logits[0])
+    return hidden, head
+
+
+def _score(
+    head: _Head, hidden: Tensor, labels: Tensor, temperature: float, compute_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy, ``[N]`` each, of ``labels [N]`` after ``hidden [N, hidden]``."""
+    logits = head(hidden) / temperature
+    log_z = logits.logsumexp(-1)
+    logp = logits.gather(-1, labels[:, None])[:, 0] - log_z
+    if not compute_entropy:
+        return logp, torch.zeros_like(logp)
+    return logp, log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)

@@ -1,0 +1,71 @@
+"""Wrong arguments are refused with the offending value and a remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
+from prefix_grouper_plugins.attention.plan import forest_of
+from prefix_grouper_plugins.layout import PrefixLayout
+
+LAYOUT = PrefixLayout.from_groups([6], [[3, 4]])
+T = LAYOUT.num_tokens
+
+
+def call(q: Any = (T, 4, 8), k: Any = (T, 2, 8), v: Any = (T, 2, 8), **options: Any) -> torch.Tensor:
+    tensors = (x if isinstance(x, torch.Tensor) else torch.randn(x) for x in (q, k, v))
+    return shared_prefix_attention(*tensors, LAYOUT, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": (1, T, 4, 8)}, r"query has shape \(1, 12, 4, 8\).*no batch axis"),
+        ({"q": (T + 1, 4, 8)}, r"query has 13 tokens and the layout 12.*layout.pack"),
+        ({"k": (T - 1, 2, 8)}, r"shapes do not fit.*key \(11, 2, 8\)"),
+        ({"k": (T, 2, 16)}, r"shapes do not fit.*key \(12, 2, 16\)"),
+        ({"v": (T, 4, 8)}, r"shapes do not fit.*value \(12, 4, 8\)"),
+        ({"q": (T, 3, 8)}, "3 query heads are not a multiple of 2 key heads"),
+        ({"k": torch.randn(T, 2, 8).double()}, r"key torch\.float64.*cast the three"),
+        ({"q": torch.ones(T, 4, 8).int()}, "floating-point"),
+        ({"v": torch.empty(T, 2, 8, device="meta")}, "value meta: move the three to one device"),
+        ({"sliding_window": 0}, "sliding_window=0: give a number of tokens of at least 1"),
+        ({"softcap": -1.0}, r"softcap=-1\.0: give a positive cap"),
+        ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\): one logit for each of the 4 query heads"),
+        ({"sinks": torch.zeros(4, device="meta")}, "sinks is torch.float32 on meta: move it"),
+        ({"backend": "flash"}, "backend='flash' is unknown: choose one of auto, merged_lse, blockwise, dense"),
+        ({"backend": "merged_lse", "softcap": 9.0}, r"backend='merged_lse' cannot.*softcap=9\.0.*use backend='auto'"),
+        ({"backend": "merged_lse", "sliding_window": 2}, "sliding_window=2 hides keys.*use backend='auto'"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_value_and_remedy(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**arguments)
+
+
+def test_segments_off_the_cpu_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"segments are on meta: keep layout\.segments on the CPU"):
+        forest_of(torch.empty(2, 4, dtype=torch.int32, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("cpu", torch.float64, 64), None),
+        (("cuda", torch.float32, 64), "float16 and bfloat16, not torch.float32"),
+        (("cuda", torch.bfloat16, 320), "head dim 320 is above 256"),
+        (("mps", torch.float16, 64), "not on mps"),
+    ],
+)
+def test_available_backends_tells_the_reason(arguments: tuple[Any, ...], reason: str | None) -> None:
+    available = available_backends(*arguments)
+    assert list(available) == ["merged_lse", "blockwise"] and available["blockwise"] is None
+    assert available["merged_lse"] is None if reason is None else reason in str(available["merged_lse"])
+
+
+def test_available_backends_knows_window_and_softcap() -> None:
+    assert "sliding_window=4" in str(available_backends("cpu", torch.float32, 64, sliding_window=4)["merged_lse"])
+    assert "softcap=30.0" in str(available_backends("cpu", torch.float32, 64, softcap=30.0)["merged_lse"])

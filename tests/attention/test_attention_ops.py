@@ -1,0 +1,150 @@
+"""The custom operator among compile, checkpointing, offloading, autocast and odd tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from forests import Features, assert_all_close, inputs, output_and_gradients
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention.ops import attention_op
+from prefix_grouper_plugins.layout import PrefixLayout
+
+LAYOUT = PrefixLayout.from_groups([33, 7], [[9, 14, 5], [6, 3]])
+ALL_FEATURES = Features(heads=4, kv_heads=2, head_dim=8, value_dim=6, window=11, softcap=3.0, sinks=True)
+PLAIN = Features(heads=4, kv_heads=2, sinks=True)
+both = pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES], ids=["merged_lse", "blockwise"])
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
+    torch._dynamo.reset()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: PrefixLayout, features: Features) -> Tensor:
+    return shared_prefix_attention(q, k, v, layout, sinks=sinks, **features.options())
+
+
+@both
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_once_over_many_layouts(features: Features) -> None:
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    layouts = [
+        LAYOUT,
+        PrefixLayout.from_groups([20], [[7, 8]]),
+        PrefixLayout.from_groups([41, 9, 5], [[9, 10, 11, 12], [6], [3]]),
+        PrefixLayout.from_rows([torch.arange(n) for n in (18, 25, 31)]),
+    ]
+    for layout in layouts:
+        tensors = inputs(layout, features)
+        actual = output_and_gradients(lambda *x, layout=layout: compiled(*x, layout, features), tensors)
+        expected = output_and_gradients(lambda *x, layout=layout: attend(*x, layout, features), tensors)
+        assert_all_close(actual, expected, 0.0)
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_window_that_hides_nothing_in_one_layout_does_not_recompile() -> None:
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    features = Features(window=25)
+    for layout in (PrefixLayout.from_groups([9], [[5, 4]]), PrefixLayout.from_groups([40], [[30, 21]])):
+        tensors = inputs(layout, features)
+        expected = shared_prefix_attention(*tensors, layout, sliding_window=25, backend="dense")
+        torch.testing.assert_close(compiled(*tensors, None, layout, features), expected)
+
+
+def _saving_attention(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    mine = op == torch.ops.prefix_grouper.shared_prefix_attention.default
+    return CheckpointPolicy.MUST_SAVE if mine else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@both
+@pytest.mark.parametrize("mode", ["reentrant", "non_reentrant", "selective", "save_on_cpu"])
+def test_checkpointed_gradients_are_bit_equal(features: Features, mode: str) -> None:
+    tensors = inputs(LAYOUT, features, torch.float32)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        args = (q * 1.5, k, v, sinks, LAYOUT, features)
+        if mode == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                return attend(*args)
+        contexts = {"context_fn": lambda: create_selective_checkpoint_contexts(_saving_attention)}
+        return checkpoint(attend, *args, use_reentrant=mode == "reentrant", **(contexts if mode == "selective" else {}))
+
+    expected = output_and_gradients(lambda q, *rest: attend(q * 1.5, *rest, LAYOUT, features), tensors)
+    # A reentrant checkpoint supports backward() only.
+    out = run(*tensors)
+    generator = torch.Generator().manual_seed(1)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).float())
+    assert torch.equal(out, expected[0])
+    assert all(torch.equal(x.grad, g) for x, g in zip(tensors, expected[1:], strict=True) if x.grad is not None)
+    assert all(x.grad is not None for x in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES, Features()], ids=["sinks", "all", "plain"])
+def test_operator_passes_opcheck(features: Features, dtype: torch.dtype) -> None:
+    q, k, v, *sinks = inputs(LAYOUT, features, dtype)
+    args = (q, k, v, LAYOUT.segments, sinks[0] if sinks else None, 0.3, features.window, features.softcap, "auto")
+    torch.library.opcheck(attention_op, args)
+
+
+@both
+def test_log_sum_exp_is_not_differentiable(features: Features) -> None:
+    q, k, v, sinks = inputs(LAYOUT, features)
+    out, lse = attention_op(q, k, v, LAYOUT.segments, sinks, 0.3, features.window, features.softcap, "auto")
+    assert out.requires_grad and not lse.requires_grad
+    assert lse.shape == (features.heads, LAYOUT.num_tokens)
+
+
+@both
+def test_strided_inputs_and_expanded_gradients_give_the_same(features: Features) -> None:
+    tensors = inputs(LAYOUT, features)
+    expected = torch.autograd.grad(attend(*tensors, LAYOUT, features).sum(), tensors)
+
+    def odd(x: Tensor) -> Tensor:  # head-major storage, with a stride in the last dimension
+        return torch.stack([x, x], dim=-1).transpose(0, 1).contiguous().transpose(0, 1)[..., 0]
+
+    q, k, v, sinks = tensors
+    out = attend(odd(q), odd(k), odd(v), torch.stack([sinks, sinks], -1)[:, 0], LAYOUT, features)
+    actual = torch.autograd.grad(out.sum(), tensors)
+    assert_all_close(list(actual), list(expected), 1e-12)
+
+
+@both
+def test_fused_projection_views_give_the_same(features: Features) -> None:
+    q, k, v, sinks = inputs(LAYOUT, features)
+    fused = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1)
+    parts = fused.split([x[0].numel() for x in (q, k, v)], dim=1)
+    views = [part.unflatten(1, x.shape[1:]) for part, x in zip(parts, (q, k, v), strict=True)]
+    assert torch.equal(attend(*views, sinks, LAYOUT, features), attend(q, k, v, sinks, LAYOUT, features))
+
+
+@both
+def test_autocast_does_not_narrow_what_happens_inside(features: Features) -> None:
+    tensors = inputs(LAYOUT, features, torch.float32)
+    expected = output_and_gradients(lambda *x: attend(*x, LAYOUT, features), tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = output_and_gradients(lambda *x: attend(*x, LAYOUT, features), tensors)
+    assert_all_close(actual, expected, 0.0)
+
+
+@both
+def test_inference_mode_and_frozen_inputs_work(features: Features) -> None:
+    q, k, v, sinks = inputs(LAYOUT, features)
+    expected = attend(q, k, v, sinks, LAYOUT, features)
+    with torch.inference_mode():
+        assert torch.equal(attend(q, k, v, sinks, LAYOUT, features), expected)
+    frozen = attend(q, k.detach(), v.detach(), sinks.detach(), LAYOUT, features)
+    assert torch.equal(torch.autograd.grad(frozen.sum(), q)[0], torch.autograd.grad(expected.sum(), q)[0])
+
+
+def test_second_derivatives_are_refused_loudly() -> None:
+    q, k, v = inputs(LAYOUT, Features())
+    (dq,) = torch.autograd.grad(shared_prefix_attention(q, k, v, LAYOUT).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="shared_prefix_attention_backward"):
+        dq.sum().backward()

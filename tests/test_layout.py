@@ -1,0 +1,173 @@
+"""PrefixLayout: what is shared, where it lies, and what must be refused."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefix_grouper_plugins import PrefixLayout
+
+small_rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=8).filter(
+    lambda rows: max(map(len, rows)) > 1
+)
+
+
+def distinct_transitions(rows, keys, shareable):
+    """A packed position is one distinct beginning of two tokens or more; private ones belong to their row alone."""
+    return {
+        (key, tuple(row[:n]), None if n <= shared else i)
+        for i, (row, key, shared) in enumerate(zip(rows, keys, shareable, strict=True))
+        for n in range(2, len(row) + 1)
+    }
+
+
+@given(small_rows, st.data())
+def test_every_distinct_transition_is_packed_once_and_unpacks_to_every_row(rows, data):
+    keys = data.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows)))
+    shareable = data.draw(st.lists(st.integers(0, 8), min_size=len(rows), max_size=len(rows)))
+    tensors = [torch.tensor(row) for row in rows]
+    layout = PrefixLayout.from_rows(tensors, keys, shareable=shareable)
+
+    assert layout.num_tokens == len(distinct_transitions(rows, keys, shareable))
+    assert layout.num_row_tokens == sum(map(len, rows))
+    packed, labels = layout.pack(tensors), layout.labels(tensors)
+    for row, tokens, following, positions in zip(
+        tensors, layout.unpack(packed), layout.unpack(labels), layout.unpack(layout.position_ids), strict=True
+    ):
+        assert torch.equal(tokens, row[:-1])
+        assert torch.equal(following, row[1:])
+        assert torch.equal(positions, torch.arange(len(row) - 1))
+
+
+@given(small_rows)
+def test_a_query_sees_exactly_its_own_row_up_to_itself(rows):
+    tensors = [torch.tensor(row) for row in rows]
+    layout = PrefixLayout.from_rows(tensors)
+    index = torch.arange(layout.num_tokens)
+    visible = (index[None] <= index[:, None]) & (index[:, None] < layout.subtree_end[None])
+    for positions in layout.row_index.split([len(row) - 1 for row in rows]):
+        for i, query in enumerate(positions):
+            assert visible[query].nonzero()[:, 0].tolist() == sorted(positions[: i + 1].tolist())
+
+
+@given(small_rows)
+def test_segments_tile_the_row_in_preorder(rows):
+    layout = PrefixLayout.from_rows([torch.tensor(row) for row in rows])
+    cursor = 0
+    for index, (start, end, parent, last) in enumerate(layout.segments.tolist()):
+        assert start == cursor < end <= last <= layout.num_tokens
+        assert -1 <= parent < index
+        if parent >= 0:
+            assert layout.segments[parent, 1] <= start < layout.segments[parent, 3]
+        assert (layout.subtree_end[start:end] == last).all()
+        cursor = end
+    assert cursor == layout.num_tokens
+
+
+def test_one_group_lies_as_in_the_picture():
+    layout = PrefixLayout.from_groups([4], [[3, 4, 2]])
+    assert layout.num_tokens == 3 + 3 + 4 + 2
+    assert layout.segments.tolist() == [[0, 3, -1, 12], [3, 6, 0, 6], [6, 10, 0, 10], [10, 12, 0, 12]]
+    assert layout.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 3, 4]
+    assert layout.rows_per_position.tolist() == [3, 3, 3] + [1] * 9
+
+
+def test_from_groups_equals_from_rows_with_private_responses():
+    generator = torch.Generator().manual_seed(0)
+    prompts, responses = [5, 1, 3], [[2, 4], [3, 1, 1], [6]]
+    rows = []
+    for length, own in zip(prompts, responses, strict=True):
+        prompt = torch.randint(0, 100, (length,), generator=generator)
+        rows += [torch.cat([prompt, torch.randint(0, 100, (n,), generator=generator)]) for n in own]
+    lengths = [p for p, own in zip(prompts, responses, strict=True) for _ in own]
+    by_groups = PrefixLayout.from_groups(prompts, responses)
+    by_rows = PrefixLayout.from_rows(rows, shareable=lengths)
+    for name in ("segments", "position_ids", "subtree_end", "row_index", "source_index"):
+        assert torch.equal(getattr(by_groups, name), getattr(by_rows, name)), name
+
+
+def test_a_system_prompt_and_a_fork_in_a_conversation_are_found():
+    system, one, two = [1, 2, 3, 4], [5, 6], [7]
+    rows = [system + one + [8], system + one + [9, 9], system + two + [8], [1, 2, 9]]
+    layout = PrefixLayout.from_rows([torch.tensor(row) for row in rows])
+    assert layout.num_tokens == 1 + 2 + 2 + 1 + 2 + 2 + 1  # 1 | 2 3 | 4 5 | 6 | 6 9 | 4 7 | 2, the last tokens dropped
+    levels = {-1: 0}
+    for index, (_, _, parent, _) in enumerate(layout.segments.tolist()):
+        levels[index] = levels[parent] + 1
+    assert max(levels.values()) == 4
+
+
+def test_rows_with_different_keys_share_nothing():
+    rows = [torch.tensor([1, 2, 3])] * 2
+    assert PrefixLayout.from_rows(rows, ["image a", "image b"]).num_tokens == 4
+    assert PrefixLayout.from_rows(rows, ["image a", "image a"]).num_tokens == 2
+
+
+def test_order_of_rows_does_not_matter():
+    a, b, c = torch.tensor([1, 2, 3, 4]), torch.tensor([9, 2, 3]), torch.tensor([1, 2, 3, 5])
+    assert PrefixLayout.from_rows([a, b, c]).num_tokens == PrefixLayout.from_rows([a, c, b]).num_tokens == 6
+
+
+def test_unpack_adds_the_gradients_of_all_rows_that_share_a_position():
+    layout = PrefixLayout.from_groups([3], [[1, 2, 2]])
+    values = torch.zeros(layout.num_tokens, requires_grad=True)
+    sum(row.sum() for row in layout.unpack(values)).backward()
+    assert torch.equal(values.grad, layout.rows_per_position.float())
+
+
+def test_a_million_row_tokens_take_less_than_two_seconds():
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(16):
+        prompt = torch.randint(0, 150_000, (6_000,), generator=generator)
+        rows += [torch.cat([prompt, torch.randint(0, 150_000, (2_000,), generator=generator)]) for _ in range(8)]
+    start = time.process_time()
+    layout = PrefixLayout.from_rows(rows)
+    assert layout.num_row_tokens > 1_000_000
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        ([], [], "prompt_lengths is empty"),
+        ([4], [], "prompt_lengths has 1 entries and response_lengths has 0"),
+        ([4, 0], [[1], [1]], r"prompt_lengths\[1\] is 0"),
+        ([4], [[]], r"response_lengths\[0\] is empty"),
+        ([4], [[3, 0]], r"response_lengths\[0\]\[1\] is 0"),
+    ],
+)
+def test_impossible_groups_are_named(prompts, responses, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout.from_groups(prompts, responses)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, "rows is empty"),
+        ([torch.tensor([1, 2]), torch.tensor([], dtype=torch.long)], {}, r"rows\[1\] is empty"),
+        ([torch.tensor([[1, 2]])], {}, r"rows\[0\] is a torch.int64 tensor of shape \(1, 2\)"),
+        ([torch.tensor([1.0, 2.0])], {}, r"rows\[0\] is a torch.float32 tensor"),
+        ([torch.tensor([1])], {}, "every row has one token"),
+        ([torch.tensor([1, 2])], {"keys": ["a", "b"]}, "keys has 2 entries for 1 rows"),
+        ([torch.tensor([1, 2])], {"shareable": []}, "shareable has 0 entries for 1 rows"),
+    ],
+)
+def test_impossible_rows_are_named(rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixLayout.from_rows(rows, **options)
+
+
+def test_rows_and_values_of_another_shape_are_refused():
+    layout = PrefixLayout.from_groups([3], [[2, 2]])
+    with pytest.raises(ValueError, match="got 1 rows, the layout was made for 2"):
+        layout.pack([torch.zeros(5)])
+    with pytest.raises(ValueError, match="row 1 has 4 tokens, the layout was made for 5"):
+        layout.labels([torch.zeros(5), torch.zeros(4)])
+    with pytest.raises(ValueError, match="values has 5 positions, the layout has 6"):
+        layout.unpack(torch.zeros(5))
