@@ -1,0 +1,29 @@
+"""How a transformers model is made to use a layout, and which models can."""
+
+from prefix_grouper_plugins.modeling.interface import (
+    base_implementation,
+    disable_prefix_grouper,
+    enable_prefix_grouper,
+    is_enabled,
+    packed_inputs,
+    without_prefix_grouper,
+)
+from prefix_grouper_plugins.modeling.support import (
+    SupportReport,
+    UnsupportedModelError,
+    check_support,
+    numbers_padded_columns,
+)
+
+__all__ = [
+    "SupportReport",
+    "UnsupportedModelError",
+    "base_implementation",
+    "check_support",
+    "disable_prefix_grouper",
+    "enable_prefix_grouper",
+    "is_enabled",
+    "numbers_padded_columns",
+    "packed_inputs",
+    "without_prefix_grouper",
+]

@@ -1,0 +1,210 @@
+"""Attention of a transformers model, switched to the shared-prefix core wherever a layout is present.
+
+transformers looks its attention up by the name in ``config._attn_implementation`` (``AttentionInterface``; its masks in
+``AttentionMaskInterface``). We register one name for each implementation that a user may have chosen, say
+``prefix_grouper:auto:sdpa``: with a layout it runs the shared-prefix core, without one it calls exactly what ``sdpa``
+would have called, so that generation, evaluation and reward models do not notice. The name is the only state.
+
+The layout travels as a model keyword and, for the few families that drop keywords on the way to the layer (stablelm,
+nemotron), also as a tag on the 4-D placeholder mask. Not through a context variable: gradient checkpointing recomputes
+outside of any context that was open in the forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.support import UnsupportedModelError, attention_configs, check_support
+
+LAYOUT_KWARG = "prefix_layout"
+_TAG = "_prefix_layout"
+_NAME = "prefix_grouper"
+
+
+def enable_prefix_grouper(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+    """Let ``model`` (a transformers causal LM, bare or wrapped by PEFT) take packed rows. In place and idempotent.
+
+    Nothing changes for ordinary calls. Packed calls are made with :func:`packed_inputs`.
+
+    Args:
+        model: the model.
+        backend: attention backend of every layer, see :func:`~prefix_grouper_plugins.shared_prefix_attention`.
+
+    Returns:
+        the same model.
+
+    Raises:
+        UnsupportedModelError: the packed result could differ from the ordinary one; the message says why.
+    """
+    report = check_support(model)
+    if not report.supported:
+        raise UnsupportedModelError("; ".join(report.reasons))
+    for config in attention_configs(model):
+        config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
+    return model
+
+
+def disable_prefix_grouper(model: nn.Module) -> nn.Module:
+    """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
+    for config in attention_configs(model):
+        config._attn_implementation = base_implementation(config._attn_implementation)
+    return model
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether :func:`enable_prefix_grouper` is in force on ``model``."""
+    return any(c._attn_implementation.startswith(f"{_NAME}:") for c in attention_configs(model))
+
+
+@contextmanager
+def without_prefix_grouper(model: nn.Module) -> Iterator[None]:
+    """Restore the model's own implementation names for a while, for code that reads them (paged generation does).
+
+    Never open this around a forward whose backward comes later: checkpointed layers look the name up again.
+    """
+    configs = attention_configs(model)
+    names = [config._attn_implementation for config in configs]
+    try:
+        disable_prefix_grouper(model)
+        yield
+    finally:
+        for config, name in zip(configs, names, strict=True):
+            config._attn_implementation = name
+
+
+def base_implementation(name: str) -> str:
+    """The user's own implementation behind a registered name: ``prefix_grouper:auto:sdpa`` -> ``sdpa``."""
+    return name.split(":", 2)[2] if name.startswith(f"{_NAME}:") else name
+
+
+def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
+    """Keyword arguments of a packed forward: ``model(**packed_inputs(layout, layout.pack(rows)))``.
+
+    Args:
+        layout: the layout, on the model's device.
+        input_ids: ``LongTensor[T]``, packed token ids.
+        position_ids: ``LongTensor[T]``, by default the positions in the rows, counted from 0.
+
+    Raises:
+        ValueError: ``input_ids`` or ``position_ids`` is not of shape ``[T]``.
+    """
+    positions = layout.position_ids if position_ids is None else position_ids
+    for name, value in (("input_ids", input_ids), ("position_ids", positions)):
+        if value.shape != (layout.num_tokens,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout needs ({layout.num_tokens},)")
+    # transformers hands a 4-D mask through unchanged. Without one it would read the positions as packed sequences and
+    # cut the responses off from their prefix.
+    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    setattr(placeholder, _TAG, layout)
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": positions[None],
+        "attention_mask": placeholder,
+        "use_cache": False,
+        LAYOUT_KWARG: layout,
+    }
+
+
+def _register(base: str, backend: str) -> str:
+    """Make the name known to both interfaces of transformers, and return it."""
+    name = f"{_NAME}:{backend}:{base}"
+    AttentionInterface.register(name, functools.partial(_attention, base=base, backend=backend))
+    masks = AttentionMaskInterface()
+    # A name that the mask registry does not know gets no mask at all, which would break left-padded generation. Bases
+    # without a mask function of their own (kernels from the hub) keep none.
+    if base in masks:
+        AttentionMaskInterface.register(name, masks[base])
+    return name
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    base: str,
+    backend: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function: ``query [1, H, T, D]``, ``key``/``value [1, H_kv, T, D]`` -> ``[1, T, H, D]``."""
+    layout = kwargs.pop(LAYOUT_KWARG, None)
+    if layout is None:
+        layout = getattr(attention_mask, _TAG, None)
+    if layout is None:
+        return _own_attention(module, base)(module, query, key, value, attention_mask, *args, **kwargs)
+    _check_packed_call(module, query, layout, base, args, kwargs)
+    output = shared_prefix_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        layout,
+        scale=kwargs.get("scaling"),
+        sliding_window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        backend=backend,
+    )
+    return output.unsqueeze(0), None
+
+
+def _check_packed_call(
+    module: nn.Module, query: Tensor, layout: PrefixLayout, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse whatever the core would not reproduce."""
+    where = type(module).__name__
+    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:
+        raise ValueError(
+            f"{where} got queries for {query.shape[0]} row(s) of {query.shape[2]} tokens with a layout of "
+            f"{layout.num_tokens} tokens: a packed batch is one row, and nothing may be cached, padded or cut on the way"
+        )
+    if args:
+        raise UnsupportedModelError(f"{where} passes {len(args)} unnamed argument(s) to its attention function")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise UnsupportedModelError(f"{where} is not causal, so a prefix would depend on what follows it")
+    if kwargs.get("dropout"):
+        raise UnsupportedModelError(
+            f"{where} applies attention dropout ({kwargs['dropout']}), which the shared-prefix core does not: "
+            "set `attention_dropout` to 0 in the model's config"
+        )
+    for name in ("position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"{where} passes `{name}`, which the shared-prefix core does not apply")
+    if kwargs.get("output_attentions"):
+        raise ValueError("attention weights are not available in a packed forward: set `output_attentions=False`")
+    if base == "sdpa" and (kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None):
+        raise UnsupportedModelError(
+            f"{where} has a softcap or attention sinks, which transformers' sdpa ignores: load the model with "
+            '`attn_implementation="eager"`, so that packed and ordinary forwards compute the same'
+        )
+
+
+def _own_attention(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What the model's own code would have looked up for ``base``."""
+    namespace = _namespace(type(module))  # type: ignore[arg-type]
+    eager = namespace.get("eager_attention_forward")
+    if base == "eager":
+        if eager is None:
+            raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function to go back to")
+        return eager
+    # A modeling file may override single functions in an instance of its own.
+    return namespace.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[base]
+
+
+@functools.lru_cache(maxsize=256)
+def _namespace(cls: type[nn.Module]) -> dict[str, Any]:
+    """Globals of the file in which the attention class ``cls`` has its forward."""
+    return inspect.unwrap(cls.forward).__globals__

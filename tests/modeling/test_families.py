@@ -1,0 +1,65 @@
+"""Every model type that is called verified: packed logits and gradients are those of single rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefix_grouper_plugins import PrefixLayout, check_support, disable_prefix_grouper, enable_prefix_grouper
+from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
+from tests import tiny
+from tests.modeling import families
+
+ROWS = tiny.rows({9: [4, 7, 1], 3: [6, 2]})
+
+
+def log_likelihood(logits: list[torch.Tensor]) -> torch.Tensor:
+    """Sum over all rows; ``logits`` holds ``[L_i - 1, vocabulary]`` for each."""
+    return sum(x.log_softmax(-1).gather(-1, row[1:, None]).sum() for x, row in zip(logits, ROWS, strict=True))  # type: ignore[return-value]
+
+
+def single_rows(model):
+    return [model(input_ids=row[None], use_cache=False).logits[0, :-1] for row in ROWS]
+
+
+def packed(model):
+    layout = PrefixLayout.from_rows(ROWS)
+    return layout.unpack(model(**packed_inputs(layout, layout.pack(ROWS))).logits[0])
+
+
+def gradients(model, logits):
+    model.zero_grad()
+    log_likelihood(logits).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES))
+def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
+    model = families.build(model_type)
+    assert check_support(model).supported
+    expected = single_rows(model)
+    expected_gradients = gradients(model, expected)
+
+    enable_prefix_grouper(model)
+    for before, after in zip(expected, single_rows(model), strict=True):
+        assert torch.equal(before, after), "an ordinary forward changed"
+    for checkpointing in (False, True):
+        if checkpointing:
+            if not model.supports_gradient_checkpointing:
+                continue
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        logits = packed(model)
+        for row, wanted in zip(logits, expected, strict=True):
+            # Rotary angles, norms and routers of transformers compute in float32, whatever the model's dtype.
+            torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+        got = gradients(model, logits)
+        assert got.keys() == expected_gradients.keys()
+        for name, wanted in expected_gradients.items():
+            scale = wanted.abs().max().clamp(min=1e-6)
+            assert (got[name] - wanted).abs().max() <= 1e-3 * scale, name
+
+    model.eval()
+    disable_prefix_grouper(model)
+    assert all(":" not in str(config._attn_implementation) for config in [model.config])
