@@ -66,8 +66,13 @@ def print_model(name: str, trust_remote_code: bool) -> None:
     from prefix_grouper_plugins.modeling import check_support
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        report = check_support(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # an encoder-decoder or multimodal model
+        print(f"\n{name} ({config.model_type}): refused\n  {str(error).splitlines()[0]}")
+        return
+    report = check_support(model)
     print(f"\n{name} ({config.model_type}): {'supported' if report.supported else 'refused'}")
     for line in (*report.reasons, *report.notes):
         print(f"  {line}")

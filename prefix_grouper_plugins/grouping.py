@@ -40,8 +40,8 @@ class GroupedBatch:
         num_row_tokens (`int`): real tokens of the whole batch, which an ordinary, unpadded forward would process.
 
     Raises:
-        ValueError: masks of other shapes than the ids, an empty prompt, padding on the wrong side or in the middle,
-            or (without ``forward_last``) only empty completions.
+        ValueError: masks of other shapes than the ids, another number of prompts than completions, an empty prompt,
+            padding on the wrong side or in the middle, or (without ``forward_last``) only empty completions.
     """
 
     def __init__(
@@ -60,6 +60,9 @@ class GroupedBatch:
         completions, completion_mask = completion_ids.cpu(), completion_mask.cpu() != 0
         _check_block("prompt", prompts, prompt_mask, padded_left=True)
         _check_block("completion", completions, completion_mask, padded_left=False)
+        for name, count in (("completion_ids", len(completions)), ("keys", len(prompts) if keys is None else len(keys))):
+            if count != len(prompts):
+                raise ValueError(f"{name} has {count} rows and prompt_ids {len(prompts)}: give one for each prompt")
         self.shape = completions.shape
         prompt_lengths, lengths = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
         if 0 in prompt_lengths:

@@ -108,12 +108,15 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch) -> tuple[Tensor, _Head
     if base.get_output_embeddings() is None or base.base_model is base:
         raise ValueError(f"{type(base).__name__} has no language-model head: a model for causal LM is needed")
     taken: list[Tensor] = []
-    hook = base.base_model.register_forward_hook(lambda module, args, output: taken.append(output[0]))
+    # Not `base_model`: opt calls the decoder inside of it directly.
+    hook = base.get_decoder().register_forward_hook(lambda module, args, output: taken.append(output[0]))
     try:
         inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
         logits = model(**inputs, logits_to_keep=batch.positions[:1]).logits
     finally:
         hook.remove()
+    if not taken:
+        raise UnsupportedModelError(f"{type(base).__name__} does not run what `get_decoder()` returns: no hidden states")
     hidden, head = taken[0][0], _Head(base)
     head.check(hidden[batch.positions[:1]], logits[0])
     return hidden, head

@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention.registry import BACKEND_NAMES
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.support import UnsupportedModelError, attention_configs, check_support
 
@@ -47,7 +48,10 @@ def enable_prefix_grouper(model: nn.Module, *, backend: str = "auto") -> nn.Modu
 
     Raises:
         UnsupportedModelError: the packed result could differ from the ordinary one; the message says why.
+        ValueError: there is no such backend.
     """
+    if backend not in BACKEND_NAMES:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKEND_NAMES)}")
     report = check_support(model)
     if not report.supported:
         raise UnsupportedModelError("; ".join(report.reasons))

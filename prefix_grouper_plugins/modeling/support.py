@@ -174,6 +174,13 @@ def _adapter_reasons(model: nn.Module) -> list[str]:
 
 def _notes(model: nn.Module) -> list[str]:
     rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    # opt, biogpt, seed_oss and starcoder2 keep plain numbers and call the function
+    rates |= {
+        rate
+        for module in model.modules()
+        for name, rate in vars(module).items()
+        if "dropout" in name and isinstance(rate, float) and rate > 0
+    }
     if not rates:
         return []
     return [
@@ -193,8 +200,9 @@ def _describe(name: str, module: nn.Module) -> LayerSupport:
 
 
 def _attention_dropout(module: nn.Module) -> float:
-    rate = getattr(module, "attention_dropout", None) or getattr(module, "attn_dropout", None) or 0.0
-    return float(rate.p if isinstance(rate, nn.Dropout) else rate)
+    names = ("attention_dropout", "attn_dropout", "dropout")  # the last one in opt and biogpt
+    rates = (getattr(module, name, None) or 0.0 for name in names)
+    return max(float(rate.p if isinstance(rate, nn.Dropout) else rate) for rate in rates)
 
 
 def _sliding_window(module: nn.Module) -> int | None:

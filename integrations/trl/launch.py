@@ -1,0 +1,145 @@
+"""Run an unmodified TRL script with prefix grouping.
+
+    prefix-grouper trl my_script.py ... --use_prefix_grouper
+    prefix-grouper trl grpo ... --use_prefix_grouper                 (TRL's own script; rloo likewise)
+    accelerate launch -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
+    torchrun --nproc_per_node 2 -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
+
+The flag and its companions may stand before or after the script, or in the YAML file of TRL's --config. They are:
+
+    --use_prefix_grouper [true|false]           share the prompts of a group
+    --prefix_grouper_backend BACKEND            attention backend: auto (default), merged_lse, blockwise
+    --prefix_grouper_regroup MODE               exact (default), group or none
+    --prefix_grouper_rebatch [true|false]       larger micro-batches, fewer accumulation steps, until a group fits
+    --prefix_grouper_on_unsupported ACTION      error (default) or fallback
+
+Without any of them the script runs as if it had been started by python itself. With them, `trl.GRPOTrainer` and
+`trl.GRPOConfig` (and RLOO's) are the prefix-grouping subclasses before the script imports them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import yaml
+from transformers.hf_argparser import string_to_bool
+
+logger = logging.getLogger("prefix_grouper_plugins")
+
+_SWITCHES = {"use_prefix_grouper", "prefix_grouper_rebatch"}
+_VALUES = {"prefix_grouper_backend", "prefix_grouper_regroup", "prefix_grouper_on_unsupported"}
+_TRL_SCRIPTS = {"grpo": "trl.scripts.grpo", "rloo": "trl.scripts.rloo"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script named in ``argv`` (by default the command line), with or without prefix grouping."""
+    options, rest = split_arguments(sys.argv[1:] if argv is None else argv)
+    if not rest or rest[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0 if rest else "prefix-grouper trl: name the script to run, or grpo or rloo for TRL's own")
+    target, arguments = _target(rest)
+    wanted = string_to_bool(options.get("use_prefix_grouper", "true")) and (options or _asked_in_yaml(arguments))
+    if wanted:
+        # The script's own parser never sees our options; its config reads them from the environment, where they win
+        # over YAML as a command line should.
+        os.environ.update({name.upper(): value for name, value in options.items()})
+        patch_trl()
+    _run(target, arguments)
+    if wanted:
+        _warn_if_unused()
+
+
+def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Our own options by name, and everything else in its order.
+
+    Raises:
+        SystemExit: an option of ours is unknown or lacks its value.
+    """
+    options: dict[str, str] = {}
+    rest: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        token = waiting.pop(0)
+        name, has_value, value = token.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not token.startswith("--") or not name.startswith(("use_prefix_grouper", "prefix_grouper_")):
+            rest.append(token)
+        elif name not in _SWITCHES | _VALUES:
+            raise SystemExit(f"--{name} is unknown: the options are --{', --'.join(sorted(_SWITCHES | _VALUES))}")
+        elif has_value:
+            options[name] = value
+        elif name in _SWITCHES:
+            options[name] = waiting.pop(0) if waiting and _is_bool(waiting[0]) else "true"
+        elif waiting:
+            options[name] = waiting.pop(0)
+        else:
+            raise SystemExit(f"--{name} needs a value")
+    return options, rest
+
+
+def patch_trl() -> None:
+    """Put the prefix-grouping classes in the place of TRL's, wherever a script may import them from."""
+    ours = importlib.import_module("prefix_grouper_plugins.integrations.trl")
+    for algorithm in ("grpo", "rloo"):
+        for kind in ("trainer", "config"):
+            name = f"{algorithm.upper()}{kind.capitalize()}"
+            homes = ("trl", "trl.trainer", f"trl.trainer.{algorithm}_trainer", f"trl.trainer.{algorithm}_config")
+            for home in map(importlib.import_module, homes):
+                if hasattr(home, name):
+                    setattr(home, name, getattr(ours, f"PrefixGrouper{name}"))
+
+
+def _is_bool(text: str) -> bool:
+    return text.lower() in ("true", "false", "yes", "no", "1", "0", "t", "f", "y", "n")
+
+
+def _target(rest: list[str]) -> tuple[str, list[str]]:
+    """What to run (a path, or a module's name) and its arguments."""
+    target, *arguments = rest
+    if target == "-m":
+        if not arguments:
+            raise SystemExit("-m needs the name of a module")
+        return arguments[0], arguments[1:]
+    if target in _TRL_SCRIPTS:
+        return _TRL_SCRIPTS[target], arguments
+    if not Path(target).is_file():
+        raise SystemExit(f"there is no script {target!r}; TRL's own scripts are: {', '.join(_TRL_SCRIPTS)}")
+    return target, arguments
+
+
+def _asked_in_yaml(arguments: list[str]) -> bool:
+    """Whether the file given to TRL's ``--config`` turns the sharing on."""
+    for i, token in enumerate(arguments):
+        name, has_value, value = token.partition("=")
+        path = Path(value if has_value else arguments[i + 1] if i + 1 < len(arguments) else "")
+        if name == "--config" and path.is_file():
+            settings = yaml.safe_load(path.read_text())
+            return isinstance(settings, dict) and bool(settings.get("use_prefix_grouper"))
+    return False
+
+
+def _run(target: str, arguments: list[str]) -> None:
+    sys.argv = [target, *arguments]
+    if Path(target).is_file():
+        sys.path.insert(0, str(Path(target).resolve().parent))
+        runpy.run_path(target, run_name="__main__")
+    else:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+def _warn_if_unused() -> None:
+    trainer = importlib.import_module("prefix_grouper_plugins.integrations.trl.trainer")
+    if not trainer.PrefixGrouperMixin.built:
+        logger.warning(
+            "prefix grouper: the script built no GRPOTrainer or RLOOTrainer of TRL, so nothing was shared. Scripts that "
+            "bring a trainer of their own can put PrefixGrouperMixin in front of its base class"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Bringing the rows of a prompt together again, without changing the optimization.
+
+TRL samples the completions of a prompt side by side, then shuffles the rows of a generation batch and cuts it into
+micro-batches (``shuffle_sequence_dict`` and ``split_tensor_dict`` in ``trl.trainer.utils``), so that groups lie
+scattered. Rows may move among micro-batches that accumulate into one optimizer step: its gradient is a sum over rows,
+for every loss whose normaliser does not depend on which rows share a micro-batch. Aligned windows of
+``gcd(gradient_accumulation_steps, steps_per_generation)`` micro-batches always lie in one optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+# Losses that are a mean over rows, or a sum with a normaliser that is the same for the whole generation batch.
+_ROW_SUM_LOSSES = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
+
+MicroBatch = dict[str, Any]
+
+
+def rows_mix_freely(args: Any) -> bool:
+    """Whether the gradient of an optimizer step does not depend on how its rows are cut into micro-batches.
+
+    False for bnpo (normalised by the tokens of the micro-batch), for quantiles and means of the entropy over the
+    micro-batch, and for losses that are not known here. Router losses are judged by the trainer, which has the model.
+    """
+    bonus = getattr(args, "entropy_coef", 0.0) != 0.0 or getattr(args, "use_adaptive_entropy", False)
+    quantile = getattr(args, "top_entropy_quantile", 1.0) < 1.0
+    return getattr(args, "loss_type", "grpo") in _ROW_SUM_LOSSES and not bonus and not quantile
+
+
+def window_size(args: Any, mode: str, mix_freely: bool) -> int:
+    """How many consecutive micro-batches of a generation batch may exchange rows; 1 means none.
+
+    Args:
+        args: the trainer's arguments.
+        mode: ``prefix_grouper_regroup``.
+        mix_freely: whether the loss allows rows to change their micro-batch within an optimizer step.
+    """
+    if mode == "group":
+        return args.steps_per_generation
+    if mode == "none" or not mix_freely:
+        return 1
+    return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
+
+
+def regroup(micro_batches: list[MicroBatch], window: int) -> list[MicroBatch]:
+    """Exchange rows within each window of micro-batches so that rows with equal prompts stand side by side.
+
+    Args:
+        micro_batches: what TRL buffered: dicts of tensors ``[rows, ...]``, lists of ``rows`` entries, 0-d tensors that
+            belong to the whole generation batch, and None.
+        window: micro-batches in a window, from :func:`window_size`.
+
+    Returns:
+        as many micro-batches of as many rows.
+    """
+    if window == 1:
+        return micro_batches
+    return [
+        batch
+        for start in range(0, len(micro_batches), window)
+        for batch in _regroup_window(micro_batches[start : start + window])
+    ]
+
+
+def _regroup_window(window: list[MicroBatch]) -> list[MicroBatch]:
+    window = [split_pixel_values_by_grid(batch) for batch in window]  # one entry for each row, images included
+    merged = {key: _join([batch[key] for batch in window]) for key in window[0]}
+    order = _group_order(merged["prompt_ids"], merged["prompt_mask"])
+    chunks = torch.tensor(order, device=merged["prompt_ids"].device).split(len(window[0]["prompt_ids"]))
+    return [unsplit_pixel_values_by_grid({key: _take(value, rows) for key, value in merged.items()}) for rows in chunks]
+
+
+def _group_order(prompt_ids: Tensor, prompt_mask: Tensor) -> list[int]:
+    """Rows, those with equal prompts side by side, groups in the order of their first row."""
+    groups: dict[bytes, list[int]] = {}
+    for row, ids in enumerate(prompt_ids.masked_fill(prompt_mask == 0, -1).cpu()):
+        groups.setdefault(ids.numpy().tobytes(), []).append(row)
+    return [row for rows in groups.values() for row in rows]
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether ``value`` belongs to the generation batch rather than to its rows."""
+    return value is None or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _join(values: list[Any]) -> Any:
+    if _is_whole(values[0]):
+        return values[0]
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    return [entry for value in values for entry in value]
+
+
+def _take(value: Any, rows: Tensor) -> Any:
+    if _is_whole(value):
+        return value
+    if isinstance(value, Tensor):
+        return value[rows]
+    return [value[row] for row in rows.tolist()]

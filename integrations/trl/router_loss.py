@@ -1,0 +1,63 @@
+"""The load-balancing loss of a mixture of experts, over packed tokens, equal to the one over rows.
+
+The loss (Switch Transformer, arXiv 2101.03961, eq. 4-6) is made of means over tokens. A packed token stands for as many
+row tokens as rows share it, so it weighs that much; transformers' function takes such weights as its attention mask.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+RouterLogits = list[tuple[Tensor, ...]]
+
+
+@contextmanager
+def capture_router_logits(model: Any, *, enabled: bool) -> Iterator[RouterLogits]:
+    """Have the backbone return its router logits to the list that is yielded, and to nobody else.
+
+    The causal LM around it must not see them: it would compute the loss with every packed token weighing the same.
+    """
+    captured: RouterLogits = []
+    if not enabled:
+        yield captured
+        return
+    backbone = _causal_lm(model).base_model
+
+    def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "output_router_logits": True}
+
+    handles = [
+        backbone.register_forward_pre_hook(ask, with_kwargs=True),
+        backbone.register_forward_hook(lambda module, args, output: captured.append(output.router_logits)),
+    ]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_balancing_loss(model: Any, captured: RouterLogits, weights: Tensor) -> Tensor:
+    """The loss of one packed forward, as the model's own code computes it over rows.
+
+    Args:
+        model: the model that ran.
+        captured: what :func:`capture_router_logits` yielded.
+        weights: ``[T]``, how many rows share each packed token.
+    """
+    causal_lm = _causal_lm(model)
+    config = causal_lm.config.get_text_config()
+    own = sys.modules[type(causal_lm).__module__]
+    experts = getattr(causal_lm, "num_experts", None) or config.num_experts
+    chosen = getattr(causal_lm, "num_experts_per_tok", None) or config.num_experts_per_tok
+    return own.load_balancing_loss_func(captured[0], experts, chosen, weights[None])
+
+
+def _causal_lm(model: Any) -> PreTrainedModel:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -1,0 +1,206 @@
+"""The launcher: unmodified scripts, TRL's own script, the flag anywhere, YAML, and two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from prefix_grouper_plugins.integrations.trl import launch
+from tests import tiny
+
+SCRIPT = """
+import json, sys
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from tests import tiny
+
+def reward(completion_ids, **kwargs):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+class OwnTrainer(GRPOTrainer):
+    pass
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig))
+    script, training, model = parser.parse_args_and_config()
+    trainer = OwnTrainer(model=model.model_name_or_path, reward_funcs=reward, args=training,
+                         train_dataset=tiny.prompts(16), processing_class=tiny.tokenizer())
+    trainer.train()
+    last = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    if trainer.accelerator.is_main_process:
+        names = [c.__name__ for c in type(trainer).__mro__]
+        json.dump({"mro": names, "argv": sys.argv, "log": last, "regroup": getattr(training, "prefix_grouper_regroup", None)},
+                  open("result.json", "w"))
+"""
+ROOT = Path(__file__).parents[3]
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 4,
+    "max_steps": 1,
+    "output_dir": "out",
+    "report_to": "none",
+    "use_cpu": "true",
+    "bf16": "false",
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
+ARGUMENTS = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
+LAUNCH = ["-m", "prefix_grouper_plugins.integrations.trl.launch"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.saved_model(tmp_path / "model", "llama")
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    return tmp_path
+
+
+def run(folder: Path, *command: str) -> dict:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text()) | {"stderr": done.stderr}
+
+
+def script_arguments(*more: str) -> list[str]:
+    return ["script.py", "--model_name_or_path", "model", *ARGUMENTS, *more]
+
+
+@pytest.mark.slow
+def test_an_unmodified_script_shares_with_the_flag_behind_it(folder):
+    result = run(folder, *LAUNCH, *script_arguments("--use_prefix_grouper", "--prefix_grouper_regroup", "group"))
+    assert result["log"]["prefix_grouper/rows_per_group"] == 4
+    assert "PrefixGrouperMixin" in result["mro"]  # behind the script's own subclass
+    assert result["regroup"] == "group"
+    assert not [text for text in result["argv"] if "prefix_grouper" in text]
+
+
+@pytest.mark.slow
+def test_the_command_takes_the_flag_in_front_of_the_script(folder):
+    cli = ["-m", "prefix_grouper_plugins.cli", "trl", "--use_prefix_grouper"]
+    assert run(folder, *cli, *script_arguments())["log"]["prefix_grouper/rows_per_group"] == 4
+
+
+@pytest.mark.slow
+def test_without_the_flag_the_script_runs_as_always(folder):
+    result = run(folder, *LAUNCH, *script_arguments())
+    assert "PrefixGrouperMixin" not in result["mro"]
+    plain = run(folder, *script_arguments())
+    assert result["log"]["reward"] == plain["log"]["reward"]
+    assert result["argv"] == plain["argv"]
+
+
+@pytest.mark.slow
+def test_yaml_turns_it_on_and_the_command_line_wins_over_yaml(folder):
+    (folder / "run.yaml").write_text("use_prefix_grouper: true\nprefix_grouper_regroup: group\n")
+    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml"))
+    assert result["log"]["prefix_grouper/rows_per_group"] == 4
+    assert result["regroup"] == "group"
+    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml", "--prefix_grouper_regroup", "none"))
+    assert result["regroup"] == "none"
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_share(folder):
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    result = run(folder, *torchrun, *LAUNCH, *script_arguments("--use_prefix_grouper"))
+    assert result["log"]["prefix_grouper/rows_per_group"] == 4
+
+
+@pytest.mark.slow
+def test_accelerate_launch_shares(folder):
+    accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    result = run(folder, *accelerate, *LAUNCH, *script_arguments("--use_prefix_grouper"))
+    assert result["log"]["prefix_grouper/rows_per_group"] == 4
+
+
+@pytest.mark.slow
+def test_trls_own_script_shares(folder):
+    (folder / "rewards.py").write_text(
+        "def reward(completion_ids, **kwargs):\n    return [float(len(i)) for i in completion_ids]\n"
+    )
+    (folder / "data").mkdir()
+    prompts = [{"prompt": text} for text in tiny.prompts(8)["prompt"]]
+    (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (folder / "check.py").write_text(
+        textwrap.dedent(
+            """
+            import json, runpy, sys
+            from trl import GRPOTrainer
+            logs = []
+            original = GRPOTrainer.log
+            GRPOTrainer.log = lambda self, entry, *a: (logs.append(dict(entry)), original(self, entry, *a))[1]
+            from prefix_grouper_plugins import cli
+            cli.main(["trl", "grpo", *sys.argv[1:]])
+            """
+        )
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    arguments = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "rewards.reward"]
+    done = subprocess.run(
+        [sys.executable, "check.py", *arguments, *ARGUMENTS, "--use_prefix_grouper"],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "prefix_grouper/rows_per_group" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_script_without_a_grpo_trainer_is_told_that_nothing_was_shared(tmp_path):
+    (tmp_path / "script.py").write_text("print('no trainer here')")
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "script.py", "--use_prefix_grouper"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "no trainer here" in done.stdout
+    assert "nothing was shared" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "options", "rest"),
+    [
+        (["s.py", "--use_prefix_grouper"], {"use_prefix_grouper": "true"}, ["s.py"]),
+        (["--use-prefix-grouper", "s.py", "--x", "1"], {"use_prefix_grouper": "true"}, ["s.py", "--x", "1"]),
+        (["s.py", "--use_prefix_grouper", "false", "y"], {"use_prefix_grouper": "false"}, ["s.py", "y"]),
+        (["s.py", "--prefix_grouper_backend=blockwise"], {"prefix_grouper_backend": "blockwise"}, ["s.py"]),
+        (["s.py", "--prefix_grouper_regroup", "none"], {"prefix_grouper_regroup": "none"}, ["s.py"]),
+        (["s.py", "--use_peft"], {}, ["s.py", "--use_peft"]),
+    ],
+)
+def test_our_options_are_taken_out_of_the_command_line(argv, options, rest):
+    assert launch.split_arguments(argv) == (options, rest)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name the script to run"),
+        (["missing.py"], "there is no script 'missing.py'"),
+        (["s.py", "--prefix_grouper_regruop", "group"], "--prefix_grouper_regruop is unknown: the options are"),
+        (["s.py", "--prefix_grouper_backend"], "--prefix_grouper_backend needs a value"),
+        (["-m"], "-m needs the name of a module"),
+    ],
+)
+def test_mistakes_get_plain_errors(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        launch.main(argv)
+
+
+def test_help_tells_all_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in launch._SWITCHES | launch._VALUES:
+        assert f"--{name}" in text

@@ -1,0 +1,167 @@
+"""Never silently wrong, never silently off: what is logged, what is warned of, what is refused."""
+
+from __future__ import annotations
+
+import tempfile
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from prefix_grouper_plugins import UnsupportedModelError
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
+from prefix_grouper_plugins.modeling import is_enabled
+from tests import tiny
+from tests.integrations.trl.training import largest_difference, logged, make_trainer, reward, train, use_float64_head
+
+GROUPED = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.saved_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def unsupported(tmp_path_factory):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    return tiny.saved_model(tmp_path_factory.mktemp("dynamic"), "llama", rope_parameters=rope)
+
+
+def warnings(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "prefix_grouper_plugins"]
+
+
+def test_sharing_stands_in_the_trainers_own_logs(llama):
+    _, trainer = train(llama, shared=True, **GROUPED)
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [8, 8]
+    assert logged(trainer, "prefix_grouper/fallbacks") == [0, 0]
+    ratios = logged(trainer, "prefix_grouper/token_ratio")
+    assert all(0.1 < ratio < 0.9 for ratio in ratios)
+
+
+def test_the_token_ratio_is_tokens_forwarded_over_tokens_of_the_rows(llama):
+    trainer = make_trainer(llama, shared=True, **GROUPED)
+    prompt, completion = torch.full((8, 5), 7), torch.randint(3, 20, (8, 3))
+    ids = torch.cat([prompt, completion], dim=1)
+    with torch.no_grad():
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
+    assert trainer.sharing.token_ratio == (5 - 1 + 8 * 3) / (8 * (5 + 3))
+    assert trainer.sharing.rows_per_group == 8
+
+
+def test_nothing_changes_when_the_flag_is_off(monkeypatch, llama):
+    use_float64_head(monkeypatch)
+    stock, _ = train(llama, shared=False, **GROUPED)
+    off, trainer = train(llama, shared=True, use_prefix_grouper=False, **GROUPED)
+    assert largest_difference(stock, off) == 0
+    assert not is_enabled(trainer.model)
+    assert not logged(trainer, "prefix_grouper/token_ratio")
+    assert not trainer.sharing.fallbacks
+
+
+def test_a_stock_config_shares_with_default_settings(llama):
+    _, trainer = train(llama, shared=True, config_class=GRPOConfig, **GROUPED)
+    assert trainer.sharing.rows_per_group == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, "nothing is shared in the update"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, "only 4 of 8 rows share a prompt"),
+        ({"loss_type": "bnpo"}, "prefix_grouper_regroup='group' moves them all the same"),
+        ({"prefix_grouper_regroup": "none"}, "stay scattered over the 2 micro-batches"),
+    ],
+)
+def test_one_line_says_what_keeps_rows_from_sharing_and_what_to_do(caplog, llama, settings, message):
+    make_trainer(llama, shared=True, **{**GROUPED, **settings})
+    assert len(warnings(caplog)) == 1
+    assert message in warnings(caplog)[0]
+
+
+def test_nothing_is_warned_of_when_all_is_well(caplog, llama):
+    train(llama, shared=True, **GROUPED)
+    assert warnings(caplog) == []
+
+
+def test_lora_dropout_is_told_once(caplog, llama):
+    trainer = PrefixGrouperGRPOTrainer(
+        model=llama,
+        reward_funcs=reward,
+        args=PrefixGrouperGRPOConfig(output_dir=tempfile.gettempdir(), use_cpu=True, bf16=False, report_to=[]),
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(lora_dropout=0.05),
+    )
+    assert is_enabled(trainer.model)
+    assert [line for line in warnings(caplog) if "share one dropout mask" in line and "lora_dropout" in line]
+
+
+def test_an_unsupported_model_is_an_error_that_names_reason_and_remedy(unsupported):
+    with pytest.raises(UnsupportedModelError, match=r"rope_type 'dynamic' .* prefix_grouper_on_unsupported='fallback'"):
+        make_trainer(unsupported, shared=True, **GROUPED)
+
+
+def test_an_unsupported_model_can_fall_back_and_is_counted_with_its_reason(caplog, monkeypatch, unsupported):
+    use_float64_head(monkeypatch)
+    stock, _ = train(unsupported, shared=False, **GROUPED)
+    fallen, trainer = train(unsupported, shared=True, prefix_grouper_on_unsupported="fallback", **GROUPED)
+    assert largest_difference(stock, fallen) == 0
+    assert logged(trainer, "prefix_grouper/fallbacks") == [1, 1]
+    assert len(warnings(caplog)) == 1
+    assert "runs without sharing: rope_type 'dynamic'" in warnings(caplog)[0]
+
+
+def test_prompt_learning_adapters_are_refused(llama):
+    with pytest.raises(UnsupportedModelError, match="learns a prompt"):
+        PrefixGrouperGRPOTrainer(
+            model=llama,
+            reward_funcs=reward,
+            args=PrefixGrouperGRPOConfig(output_dir=tempfile.gettempdir(), use_cpu=True, bf16=False, report_to=[]),
+            train_dataset=tiny.prompts(),
+            processing_class=tiny.tokenizer(),
+            peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        )
+
+
+def test_multimodal_rows_fall_back_to_the_stock_method(monkeypatch, llama):
+    trainer = make_trainer(llama, shared=True, **GROUPED)
+    calls = []
+    monkeypatch.setattr(
+        GRPOTrainer, "_get_per_token_logps_and_entropies", lambda self, *args, **kwargs: calls.append(kwargs)
+    )
+    ids = torch.full((8, 6), 7)
+    trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.ones_like(ids), 3, pixel_values=torch.zeros(8, 3)
+    )
+    assert "pixel_values" in calls[0]
+    assert trainer.sharing.fallbacks == {"`pixel_values` belongs to multimodal rows, which are not packed yet": 1}
+
+
+def test_a_micro_batch_without_completions_is_left_to_the_stock_method(llama):
+    trainer = make_trainer(llama, shared=True, **GROUPED)
+    ids = torch.full((4, 6), 7)
+    mask = torch.ones_like(ids)
+    mask[:2, 3:] = 0
+    logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 3, batch_size=2)[0]
+    assert logps.shape == (4, 3)
+    assert logps.requires_grad
+    assert (logps[2:] != 0).all()
+    assert list(trainer.sharing.fallbacks) == ["every completion of a micro-batch is masked"]
+
+
+def test_generation_sees_the_models_own_attention(monkeypatch, llama):
+    trainer = make_trainer(llama, shared=True, **GROUPED)
+    seen = []
+    generate = type(trainer.model).generate
+
+    def spy(self, *args, **kwargs):
+        seen.append(self.config._attn_implementation)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(trainer.model), "generate", spy)
+    trainer.train()
+    assert set(seen) == {"sdpa"}
+    assert is_enabled(trainer.model)
