@@ -60,7 +60,10 @@ class GroupedBatch:
         completions, completion_mask = completion_ids.cpu(), completion_mask.cpu() != 0
         _check_block("prompt", prompts, prompt_mask, padded_left=True)
         _check_block("completion", completions, completion_mask, padded_left=False)
-        for name, count in (("completion_ids", len(completions)), ("keys", len(prompts) if keys is None else len(keys))):
+        for name, count in (
+            ("completion_ids", len(completions)),
+            ("keys", len(prompts) if keys is None else len(keys)),
+        ):
             if count != len(prompts):
                 raise ValueError(f"{name} has {count} rows and prompt_ids {len(prompts)}: give one for each prompt")
         self.shape = completions.shape

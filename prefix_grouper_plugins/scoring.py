@@ -54,8 +54,7 @@ def prefix_grouped_logps(
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
     if not completion_mask.any():
-        empty = torch.zeros(completion_ids.shape, device=completion_ids.device)
-        return empty, torch.zeros_like(empty) if compute_entropy else None
+        return _nothing_to_score(model, completion_ids.shape, compute_entropy)
     batch = GroupedBatch(prompt_ids, prompt_mask, completion_ids, completion_mask)
     hidden, head = _hidden_states(model, batch)
     targets = batch.labels[batch.positions]
@@ -65,6 +64,14 @@ def prefix_grouped_logps(
     ]
     logps = batch.scatter(torch.cat([logp for logp, _ in parts]))
     return logps, batch.scatter(torch.cat([entropy for _, entropy in parts])) if compute_entropy else None
+
+
+def _nothing_to_score(model: nn.Module, shape: torch.Size, compute_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Zeros that are still connected to the model, so that a loss made of them has a (zero) gradient."""
+    weight = next((p for p in model.parameters() if p.requires_grad), next(model.parameters()))
+    zero = (weight.flatten()[:1] * 0).to(torch.promote_types(weight.dtype, torch.float32))
+    zeros = zero.expand(shape.numel()).view(shape)
+    return zeros, zeros.detach() if compute_entropy else None
 
 
 class _Head:
@@ -116,7 +123,9 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch) -> tuple[Tensor, _Head
     finally:
         hook.remove()
     if not taken:
-        raise UnsupportedModelError(f"{type(base).__name__} does not run what `get_decoder()` returns: no hidden states")
+        raise UnsupportedModelError(
+            f"{type(base).__name__} does not run what `get_decoder()` returns: no hidden states"
+        )
     hidden, head = taken[0][0], _Head(base)
     head.check(hidden[batch.positions[:1]], logits[0])
     return hidden, head

@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__)
         raise SystemExit(0 if rest else "prefix-grouper trl: name the script to run, or grpo or rloo for TRL's own")
     target, arguments = _target(rest)
-    wanted = string_to_bool(options.get("use_prefix_grouper", "true")) and (options or _asked_in_yaml(arguments))
-    if wanted:
+    in_yaml = _options_in_yaml(arguments)
+    wanted = bool(options or in_yaml) and string_to_bool(str({**in_yaml, **options}.get("use_prefix_grouper", "true")))
+    if wanted or in_yaml:  # TRL's parser would not know our keys in the YAML file, even where they say "off"
         # The script's own parser never sees our options; its config reads them from the environment, where they win
         # over YAML as a command line should.
         os.environ.update({name.upper(): value for name, value in options.items()})
@@ -112,15 +113,15 @@ def _target(rest: list[str]) -> tuple[str, list[str]]:
     return target, arguments
 
 
-def _asked_in_yaml(arguments: list[str]) -> bool:
-    """Whether the file given to TRL's ``--config`` turns the sharing on."""
+def _options_in_yaml(arguments: list[str]) -> dict[str, object]:
+    """Our own options in the file given to TRL's ``--config``."""
     for i, token in enumerate(arguments):
         name, has_value, value = token.partition("=")
         path = Path(value if has_value else arguments[i + 1] if i + 1 < len(arguments) else "")
         if name == "--config" and path.is_file():
             settings = yaml.safe_load(path.read_text())
-            return isinstance(settings, dict) and bool(settings.get("use_prefix_grouper"))
-    return False
+            return {k: v for k, v in (settings or {}).items() if k in _SWITCHES | _VALUES}
+    return {}
 
 
 def _run(target: str, arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.dense import dense_attention
@@ -46,11 +47,13 @@ def shared_prefix_attention(
             See `available_backends`.
 
     Returns:
-        `Tensor[T, H, D_v]` in the dtype of ``query``.
+        `Tensor[T, H, D_v]` in the dtype of ``query``, or in autocast's where that is on: like torch's own attention,
+        this one then runs in the lower precision.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit, or the backend asked for by name cannot run them.
     """
+    query, key, value = (_autocast(x) for x in (query, key, value))
     _check_tensors(query, key, value, layout)
     _check_options(query, sliding_window, softcap, sinks, backend)
     if scale is None:
@@ -62,6 +65,19 @@ def shared_prefix_attention(
     segments = layout.segments
     out, _ = attention_op(query, key, value, segments, sinks, float(scale), sliding_window, softcap, backend)
     return out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype where autocast is on; as everywhere in torch, float64 is left alone.
+
+    Rotary embeddings and norms may leave query and key in float32 beside a value in bfloat16.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    if not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout) -> None:

@@ -58,7 +58,9 @@ def build(model_type: str) -> PreTrainedModel:
         settings["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
     config = AutoConfig.for_model(model_type, **(settings | CHANGES.get(model_type, {})))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).double()
+    # transformers before 5.11 takes sdpa for such models by default, which ignores the cap.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped matrix product takes no float64
     with torch.no_grad():

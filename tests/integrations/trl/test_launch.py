@@ -107,6 +107,14 @@ def test_yaml_turns_it_on_and_the_command_line_wins_over_yaml(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("in_yaml", "more"), [("false", []), ("true", ["--use_prefix_grouper", "false"])])
+def test_yaml_and_command_line_can_turn_it_off(folder, in_yaml, more):
+    (folder / "run.yaml").write_text(f"use_prefix_grouper: {in_yaml}\n")
+    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml", *more))
+    assert "prefix_grouper/token_ratio" not in result["log"]
+
+
+@pytest.mark.slow
 def test_two_processes_under_torchrun_share(folder):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     result = run(folder, *torchrun, *LAUNCH, *script_arguments("--use_prefix_grouper"))

@@ -1,0 +1,88 @@
+"""The command `prefix-grouper`, from its help to its plain errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import T5Config
+
+from prefix_grouper_plugins import __version__, cli
+from tests import tiny
+
+
+def test_the_installed_command_shows_its_subcommands():
+    command = Path(sys.executable).with_name("prefix-grouper")
+    if not command.exists():
+        pytest.skip("the package is on the path but not installed")
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
+    assert result.returncode == 0, result.stderr
+    assert "--use_prefix_grouper" in result.stdout and "doctor" in result.stdout
+
+
+def test_without_a_subcommand_it_says_which_there_are(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2
+    assert "{trl,doctor}" in capsys.readouterr().err
+
+
+def test_doctor_tells_versions_and_backends(capsys):
+    cli.main(["doctor"])
+    output = capsys.readouterr().out
+    versions = dict(line.split() for line in output.split("\n\n")[0].splitlines() if "not installed" not in line)
+    assert versions["prefix-grouper-plugins"] == __version__
+    assert {"torch", "transformers"} <= versions.keys()
+    assert "attention on cpu" in output
+    for backend in ("merged_lse", "blockwise"):
+        assert any(line.split()[:2] == [backend, "yes"] for line in output.splitlines()), backend
+
+
+def test_doctor_says_how_each_layer_of_a_model_would_be_run(tmp_path, capsys):
+    path = tiny.saved_model(
+        tmp_path, "gpt_oss", sliding_window=5, num_local_experts=4, layer_types=["full_attention"] + ["sliding_attention"] * 2
+    )  # fmt: skip
+    cli.main(["doctor", "--model", path])
+    lines = capsys.readouterr().out.split("(gpt_oss): ")[1].splitlines()
+    assert lines[0] == "supported"
+    assert [" ".join(line.split()) for line in lines[1:]] == [
+        "model.layers.0.self_attn causal, sinks merged_lse",
+        "model.layers.1.self_attn sliding window of 5, sinks blockwise",
+        "model.layers.2.self_attn sliding window of 5, sinks blockwise",
+    ]
+
+
+def test_doctor_says_why_a_model_is_refused(tmp_path, capsys):
+    tiny.model("qwen3", attention_dropout=0.1).config.save_pretrained(tmp_path)
+    cli.main(["doctor", "--model", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "(qwen3): refused" in output
+    assert "attention dropout is 0.1" in output
+
+
+def test_doctor_refuses_an_encoder_decoder_without_a_traceback(tmp_path, capsys):
+    T5Config(num_layers=1).save_pretrained(tmp_path)
+    cli.main(["doctor", "--model", str(tmp_path)])
+    assert "(t5): refused\n  Unrecognized configuration class" in capsys.readouterr().out
+
+
+def test_trl_without_a_script_says_what_is_missing(capsys):
+    with pytest.raises(SystemExit, match="prefix-grouper trl: name the script to run, or grpo or rloo"):
+        cli.main(["trl"])
+    assert "--use_prefix_grouper" in capsys.readouterr().out
+
+
+def test_trl_with_a_script_that_is_not_there_names_it():
+    with pytest.raises(SystemExit, match=r"there is no script 'my_script\.py'"):
+        cli.main(["trl", "my_script.py", "--use_prefix_grouper"])
+
+
+def test_trl_without_trl_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("prefix_grouper_plugins.integrations")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match=r"pip install 'prefix-grouper-plugins\[trl\]'"):
+        cli.main(["trl", "--help"])

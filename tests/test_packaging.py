@@ -1,0 +1,177 @@
+"""The wheel holds what it should, the core stands on torch and transformers alone, and imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "prefix_grouper_plugins"
+# Where the folders of the checkout are installed.
+FOLDERS = {ROOT / PACKAGE: PACKAGE, ROOT / "integrations": f"{PACKAGE}.integrations"}
+# From the ground up; a floor may use the floors below it and itself, not its neighbours.
+FLOORS: list[set[str]] = [
+    {"layout", "metrics", "version"},
+    {"attention", "grouping", "cost"},
+    {"modeling"},
+    {"scoring"},
+    {"verify"},
+    {"integrations"},
+    {"cli"},
+]
+
+
+def run(code: str, cwd: Path, *arguments: str) -> str:
+    """Standard output of ``code`` in an interpreter of its own."""
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# --- the wheel -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that the checkout gets neither build/ nor egg-info."""
+    pytest.importorskip("build")
+    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in (PACKAGE, "integrations"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_package_of_the_checkout(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, installed in FOLDERS.items():
+        for path in folder.rglob("__init__.py"):
+            for module in path.parent.glob("*.py"):
+                where = f"{installed.replace('.', '/')}/{module.relative_to(folder).as_posix()}"
+                assert where in names, f"setup.cfg leaves out {where}"
+    assert f"{PACKAGE}/integrations/trl/trainer.py" in names
+    assert f"{PACKAGE}/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/", "integrations/"))]
+
+
+IMPORT_FROM_TARGET = """
+import pathlib, sys
+target = pathlib.Path(sys.argv[1])
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+sys.path.insert(0, str(target))
+import prefix_grouper_plugins
+import prefix_grouper_plugins.integrations.trl
+for name in ("prefix_grouper_plugins", "prefix_grouper_plugins.integrations", "prefix_grouper_plugins.integrations.trl"):
+    assert target in pathlib.Path(sys.modules[name].__file__).parents, sys.modules[name].__file__
+print("imported from the target")
+"""
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_imports_without_the_checkout(wheel, tmp_path):
+    pytest.importorskip("trl")
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    result = subprocess.run([*command, str(wheel)], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "imported from the target" in run(IMPORT_FROM_TARGET, tmp_path, str(target))
+
+
+# --- the core alone --------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_core_imports_no_trainer(tmp_path):
+    code = (
+        f"import {PACKAGE}, {PACKAGE}.cli, {PACKAGE}.metrics, sys\n"
+        "print([name for name in ('trl', 'peft', 'verl', 'ray') if name in sys.modules])"
+    )
+    assert run(code, tmp_path).strip() == "[]"
+
+
+def test_the_core_imports_where_trl_and_peft_are_not_installed(tmp_path):
+    code = f"import sys\nsys.modules.update(trl=None, peft=None, verl=None, ray=None)\nimport {PACKAGE}"
+    run(code, tmp_path)
+
+
+# --- which way imports point -----------------------------------------------------------------------------------------
+
+
+def sources() -> dict[str, Path]:
+    """Module name -> file."""
+    found = {}
+    for folder, installed in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = [installed, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+SOURCES = sources()
+
+
+def imports(module: str) -> Iterator[str]:
+    """Full names that ``module`` imports anywhere in its file, `importlib.import_module("...")` included."""
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module} imports relatively"
+            # `from package import x` may name a module, or something that the package has in its __init__
+            names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            yield from {full if full in SOURCES else node.module for full in names.values()}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            target = node.args[0]
+            if isinstance(target, ast.Constant) and isinstance(target.value, str):
+                yield target.value
+
+
+def floor(module: str) -> tuple[int, str]:
+    """Its floor's number and its part of the house; the public names stand below the integrations that use them."""
+    if module == PACKAGE:
+        return 4, PACKAGE
+    part = module.split(".")[1]
+    (number,) = [i for i, parts in enumerate(FLOORS) if part in parts] or pytest.fail(f"{module} stands on no floor")
+    return number, part
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_point_down(module):
+    for target in imports(module):
+        top = target.split(".")[0]
+        assert top not in ("tests", "benchmarks"), f"{module} imports {target}"
+        if not module.startswith(f"{PACKAGE}.integrations"):
+            assert top not in ("trl", "peft", "verl", "ray"), f"{module} imports {target}"
+        if top != PACKAGE:
+            continue
+        (own, part), (below, other) = floor(module), floor(target)
+        assert below < own or other == part, f"{module} imports {target}, which does not stand below it"
+
+
+def test_no_integration_imports_another_and_only_the_cli_names_one():
+    for module in SOURCES:
+        for target in imports(module):
+            if not target.startswith(f"{PACKAGE}.integrations."):
+                continue
+            named = target.split(".")[2]
+            assert module == f"{PACKAGE}.cli" or module.split(".")[1:3] == ["integrations", named], (module, target)
+
+
+def test_no_import_runs_in_a_circle():
+    graph = {module: {t for t in imports(module) if t in SOURCES and t != module} for module in SOURCES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))

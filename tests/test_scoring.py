@@ -1,0 +1,498 @@
+"""prefix_grouped_logps: the log-probabilities, entropies and gradients of forwards row by row, without their cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AutoModel
+
+from prefix_grouper_plugins import (
+    PrefixLayout,
+    UnsupportedModelError,
+    enable_prefix_grouper,
+    prefix_grouped_logps,
+    scoring,
+    shared_prefix_attention,
+)
+from prefix_grouper_plugins.grouping import GroupedBatch
+from tests import tiny
+from tests.modeling import families
+
+TOLERANCE = 1e-8
+
+
+class ComputeInFloat64(TorchFunctionMode):
+    """transformers casts norms, routers, softmax and rotary angles to float32; leave float64 models in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func is torch.Tensor.to:
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def batch_of(rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
+    """``(prompt, completion)`` of each row to the two padded blocks and their masks."""
+    width, length = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
+    prompts, completions = torch.zeros(len(rows), width), torch.zeros(len(rows), length)
+    prompt_mask, completion_mask = torch.zeros_like(prompts), torch.zeros_like(completions)
+    for i, (p, c) in enumerate(rows):
+        prompts[i, width - len(p) :], prompt_mask[i, width - len(p) :] = torch.tensor(p), 1
+        completions[i, : len(c)], completion_mask[i, : len(c)] = torch.tensor(c), 1
+    return tuple(x.long() for x in (prompts, prompt_mask, completions, completion_mask))
+
+
+def groups(sizes: dict[int, list[int]], seed: int = 0, vocabulary: int = tiny.SIZES["vocab_size"]):
+    """``{prompt length: [completion lengths]}`` to shuffled rows of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n):
+        return torch.randint(3, vocabulary, (n,), generator=generator).tolist()
+
+    rows = [(prompt, tokens(n)) for length, ns in sizes.items() for prompt in [tokens(length)] for n in ns]
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator)]
+
+
+# Unequal prompts, unequal completions, an empty one, and a prompt without siblings.
+ROWS = groups({9: [4, 7, 1, 0], 3: [6, 2], 5: [3], 1: [2, 2]})
+BATCH = batch_of(ROWS)
+
+
+def row_by_row(model, batch, temperature: float = 1.0):
+    """The reference: one forward for each row, without padding. A padded one would be wrong for learned positions."""
+    prompt_ids, prompt_mask, completion_ids, completion_mask = batch
+    blank = torch.zeros(completion_ids.shape, dtype=torch.float64)
+    logps, entropies = [], []
+    for i, row in enumerate(blank):
+        prompt, completion = prompt_ids[i, prompt_mask[i] == 1], completion_ids[i, completion_mask[i] == 1]
+        if not len(completion):
+            logps.append(row), entropies.append(row)
+            continue
+        ids = torch.cat([prompt, completion])[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
+        distribution = logits.log_softmax(-1)
+        rest = (0, len(row) - len(completion))
+        logps.append(nn.functional.pad(distribution.gather(-1, completion[:, None])[:, 0], rest))
+        entropies.append(nn.functional.pad(-(distribution.exp() * distribution).sum(-1), rest))
+    return torch.stack(logps), torch.stack(entropies)
+
+
+def values_and_gradients(model, function, batch):
+    """``function(model, batch)`` and the gradients of one scalar that weights every value differently."""
+    model.zero_grad()
+    values = [value for value in function(model, batch) if value is not None]
+    generator = torch.Generator().manual_seed(1)
+    sum((v * torch.randn(v.shape, generator=generator, dtype=torch.float64)).sum() for v in values).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [value.detach() for value in values], gradients
+
+
+def grouped(model, batch):
+    return prefix_grouped_logps(model, *batch, compute_entropy=True)
+
+
+def assert_close(got, expected, tolerance: float = TOLERANCE) -> None:
+    assert len(got[0]) == len(expected[0])
+    for name, value, wanted in zip(("logps", "entropy"), got[0], expected[0], strict=False):  # entropy or none
+        error = float((value - wanted).abs().max() / wanted.abs().max())
+        assert error <= tolerance, f"{name} is off by {error:.1e} of the largest"
+    assert got[1].keys() == expected[1].keys()
+    # Some gradients are zero but for rounding (the bias of a key projection), hence the floor.
+    floor = 1e-6 * max(float(gradient.abs().max()) for gradient in expected[1].values())
+    for name, wanted in expected[1].items():
+        error = float((got[1][name] - wanted).abs().max()) / max(float(wanted.abs().max()), floor)
+        assert error <= tolerance, f"the gradient of {name} is off by {error:.1e} of its largest entry"
+
+
+def assert_equals_row_by_row(model, batch=BATCH, temperature: float = 1.0):
+    with ComputeInFloat64():
+        expected = values_and_gradients(model, lambda m, b: row_by_row(m, b, temperature), batch)
+        enable_prefix_grouper(model)
+        got = values_and_gradients(
+            model, lambda m, b: prefix_grouped_logps(m, *b, temperature=temperature, compute_entropy=True), batch
+        )
+    assert_close(got, expected)
+    return got
+
+
+# --- equal to forwards row by row ------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_what_it_should_be():
+    """The batch has what these tests are about, and its prompts share although its rows are shuffled."""
+    lengths = BATCH[3].sum(1)
+    assert 0 in lengths and 1 in lengths and len(set(lengths.tolist())) > 4
+    assert [p for p, _ in ROWS] != sorted([p for p, _ in ROWS], key=len)
+    batch = GroupedBatch(*BATCH)
+    assert batch.num_groups == 4
+    assert batch.layout.num_tokens == (8 + 12) + (2 + 8) + (4 + 3) + (0 + 4)
+
+
+CHANGES: dict[str, Any] = {
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "qwen3": {"tie_word_embeddings": True},
+}
+FAMILIES = "qwen3 llama gemma2 cohere granite gpt2 opt gpt_oss stablelm nanochat mixtral olmo3"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES.split())
+def test_logps_entropies_and_gradients_equal_those_of_single_rows(model_type):
+    model = families.build(model_type)
+    for name, value in CHANGES.get(model_type, {}).items():
+        assert hasattr(model.config, name), name
+        setattr(model.config, name, value)
+        if hasattr(model, name):  # cohere and others read it once
+            setattr(model, name, value)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert_equals_row_by_row(model)
+
+
+def test_tied_embeddings_get_the_gradient_of_both_their_uses():
+    model = tiny.model("qwen3", tie_word_embeddings=True).double()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    _, gradients = assert_equals_row_by_row(model)
+    assert "model.embed_tokens.weight" in gradients and "lm_head.weight" not in gradients
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["q_proj", "lm_head"]], ids=str)
+def test_lora_gradients_equal_those_of_single_rows(targets):
+    torch.manual_seed(0)
+    model = get_peft_model(families.build("llama"), LoraConfig(target_modules=targets, task_type="CAUSAL_LM", r=4))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, 0, 0.3)
+    _, gradients = assert_equals_row_by_row(model.double().eval())
+    assert gradients and all("lora_" in name for name in gradients)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_temperature_divides_the_logits_after_the_final_softcap(temperature):
+    model = families.build("gemma2")
+    model.config.final_logit_softcapping = 3.0
+    assert_equals_row_by_row(model, temperature=temperature)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    model = enable_prefix_grouper(families.build("qwen3")).train()
+    expected = values_and_gradients(model, grouped, BATCH)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_close(values_and_gradients(model, grouped, BATCH), expected, 1e-12)
+
+
+def test_rows_that_sampled_the_same_completion_each_count():
+    rows = [([3, 4, 5], [6, 7, 8])] * 3 + [([3, 4, 5], [6, 7, 9])]
+    assert_equals_row_by_row(families.build("llama"), batch_of(rows))
+
+
+def test_the_order_of_rows_does_not_matter():
+    model = enable_prefix_grouper(families.build("llama"))
+    logps, _ = grouped(model, BATCH)
+    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(3))
+    shuffled, _ = grouped(model, tuple(x[order] for x in BATCH))
+    # float32 norms of the model: other sums round otherwise
+    torch.testing.assert_close(shuffled, logps[order], rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_with_a_common_system_prompt_share_it(monkeypatch):
+    system, one, two = list(range(3, 15)), [15, 16], [17, 18, 19]
+    rows = [(system + one, [5, 6]), (system + two, [7]), (system + one, [8, 9, 5]), (system + two, [6, 6])]
+    expected_tokens = (12 - 1) + (2 + 2 + 3) + (3 + 1 + 2)
+    batches = []
+
+    class Watched(GroupedBatch):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            batches.append(self)
+
+    monkeypatch.setattr(scoring, "GroupedBatch", Watched)
+    model = families.build("qwen3")
+    assert_equals_row_by_row(model, batch_of(rows))
+    (batch,) = batches
+    assert batch.layout.num_tokens == expected_tokens
+    assert batch.num_groups == 2
+
+    forwarded = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: forwarded.append(args[0]))
+    grouped(model, batch_of(rows))
+    hook.remove()
+    assert [ids.numel() for ids in forwarded] == [expected_tokens], "the model ran on other tokens, or twice"
+
+
+# --- the shape of the result -----------------------------------------------------------------------------------------
+
+
+def test_what_is_masked_is_zero_and_the_shape_is_that_of_the_completions():
+    model = enable_prefix_grouper(tiny.model())
+    logps, entropy = grouped(model, BATCH)
+    assert logps.shape == entropy.shape == BATCH[2].shape
+    assert logps.dtype == entropy.dtype == torch.float32
+    for values in (logps, entropy):
+        assert (values[BATCH[3] == 0] == 0).all()
+        assert (values[BATCH[3] == 1] != 0).all()
+    assert (logps <= 0).all() and (entropy >= 0).all()
+
+
+def test_entropy_is_computed_only_when_asked_for():
+    model = enable_prefix_grouper(tiny.model())
+    logps, entropy = prefix_grouped_logps(model, *BATCH)
+    assert entropy is None
+    assert torch.equal(logps, grouped(model, BATCH)[0])
+
+
+def test_a_batch_without_any_completion_gives_zeros():
+    model = enable_prefix_grouper(tiny.model())
+    empty = (*BATCH[:3], torch.zeros_like(BATCH[3]))
+    logps, entropy = grouped(model, empty)
+    assert logps.shape == entropy.shape == BATCH[2].shape
+    assert not logps.any() and not entropy.any()
+    assert prefix_grouped_logps(model, *empty)[1] is None
+    logps.sum().backward()  # a rank whose rows are all empty still takes part in the backward pass
+
+
+def test_a_bfloat16_model_is_scored_in_float32():
+    model = enable_prefix_grouper(tiny.model().bfloat16())
+    logps, entropy = grouped(model, BATCH)
+    assert logps.dtype == entropy.dtype == torch.float32
+    reference, _ = row_by_row(tiny.model(), BATCH)
+    # Errors of bfloat16 itself, far below what a wrong context costs.
+    assert (logps - reference).abs().mean() < 0.05
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_the_size_of_chunks_does_not_change_the_result(monkeypatch, chunk):
+    with ComputeInFloat64():
+        model = enable_prefix_grouper(families.build("qwen3"))
+        expected = values_and_gradients(model, grouped, BATCH)
+        monkeypatch.setattr(scoring, "CHUNK_SIZE", chunk)
+        assert_close(values_and_gradients(model, grouped, BATCH), expected, 1e-12)
+
+
+class LogitsWatch(TorchDispatchMode):
+    """Keeps the largest number of vocabulary rows that any operation gave out, in forward and backward."""
+
+    def __init__(self, vocabulary: int, hidden: int) -> None:
+        super().__init__()
+        self.vocabulary, self.weight_shape, self.most = vocabulary, (hidden, vocabulary), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            # the head's transposed weight, and its gradient, are not logits
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.vocabulary,) and x.shape != self.weight_shape:
+                self.most = max(self.most, x.numel() // self.vocabulary)
+        return out
+
+
+def test_logits_of_the_whole_batch_never_exist(monkeypatch):
+    chunk, vocabulary = 4, 97
+    monkeypatch.setattr(scoring, "CHUNK_SIZE", chunk)
+    model = enable_prefix_grouper(tiny.model("qwen3", vocab_size=vocabulary))
+    batch = batch_of(groups({9: [4, 7, 1], 3: [6, 2], 5: [20]}, vocabulary=vocabulary))
+    with LogitsWatch(vocabulary, model.config.hidden_size) as watch:
+        logps, entropy = grouped(model, batch)
+        (logps.sum() + entropy.sum()).backward()
+    assert watch.most == chunk, f"{watch.most} rows of logits existed at once, of {int(batch[3].sum())} tokens"
+
+    with LogitsWatch(vocabulary, model.config.hidden_size) as watch:  # the watch can see them
+        row_by_row(model, batch)
+    assert watch.most == 5 + 20
+
+
+# --- equal to the published package ----------------------------------------------------------------------------------
+
+
+def dense_causal(module, query, key, value, mask, scaling=None, **_: Any):
+    """Attention for the published package: ``[b, H, T_q, D]`` and keys whose last ``T_q`` are the queries' own.
+
+    ``mask [b, T_kv]`` is 1 on real keys. Padded queries may see nothing, and see everything instead of giving NaN.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    behind = torch.arange(keys)[None] <= torch.arange(queries)[:, None] + keys - queries
+    visible = behind[None] & mask[:, None].bool()
+    visible |= ~visible.any(-1, keepdim=True)
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, visible[:, None], scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def test_attention_and_its_gradients_equal_the_published_package():
+    published = pytest.importorskip("prefix_grouper")
+    sizes = [[5, 3, 1, 4], [2, 2, 6]]  # prompt, then its responses
+    heads = {"query": 4, "key": 2, "value": 2}
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(tokens, count):
+        return torch.randn(tokens, count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    # One leaf for each prompt and each response, so that both sides give gradients of the same things.
+    leaves = {name: [[leaf(n, count) for n in group] for group in sizes] for name, count in heads.items()}
+    rows = {name: [torch.cat([g[0], r]) for g in groups_ for r in g[1:]] for name, groups_ in leaves.items()}
+    weights = [torch.randn(len(row) - 1, 4, 8, generator=generator, dtype=torch.float64) for row in rows["query"]]
+
+    def gradients(outputs):
+        flat = [x for groups_ in leaves.values() for group in groups_ for x in group]
+        value = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
+        return torch.autograd.grad(value, flat)
+
+    layout = PrefixLayout.from_groups([g[0] for g in sizes], [g[1:] for g in sizes])
+    ours = layout.unpack(shared_prefix_attention(*(layout.pack(rows[name]) for name in heads), layout))
+
+    grouper = published.PrefixGrouper(sizes)
+    padded = {
+        name: nn.utils.rnn.pad_sequence([torch.cat(group) for group in groups_], batch_first=True).transpose(1, 2)
+        for name, groups_ in leaves.items()
+    }
+    out = grouper.forward(lambda q, k, v, mask: dense_causal(None, q, k, v, mask)[0], *padded.values())
+    parts = [out[i, : sum(group)].split(group) for i, group in enumerate(sizes)]
+    theirs = [torch.cat([group[0], response])[:-1] for group in parts for response in group[1:]]
+
+    for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda text, row=row: f"row {row}: {text}")
+    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """The published package's hook for transformers, with an attention function that runs anywhere."""
+    package = pytest.importorskip("prefix_grouper")
+    from prefix_grouper.utils.register_transformers import register_attention
+
+    for name in ("prefix_grouper_attention", "dense_causal"):  # forgotten again after the test
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, dense_causal)
+    register_attention()
+    return package.PrefixGrouper
+
+
+def by_published_package(grouper_class, model, rows, sizes):
+    """Log-probabilities as its README computes them; ``rows`` lie group by group."""
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    prompt_ids, prompt_mask, completion_ids, completion_mask = batch_of(rows)
+    prompt_ids, prompt_mask = prompt_ids[first], prompt_mask[first]
+    grouper = grouper_class.from_ungrouped_masks(prompt_mask, completion_mask, sizes, padding_mode="right")
+    input_ids = grouper.concat_input(prompt_ids, prompt_mask, completion_ids, completion_mask)
+    position_ids = torch.zeros_like(input_ids)
+    for i, info in enumerate(grouper.group_info):
+        spans = [torch.arange(info.prefix_len)] + [torch.arange(n) + info.prefix_len for n in info.suffix_lens]
+        position_ids[i, : info.total_len] = torch.cat(spans)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=grouper.padding_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        prefix_grouper=grouper,
+        prefix_grouper_attn_func="dense_causal",
+    ).logits
+    _, _, suffix, mask = grouper.split_output(logits, include_prefix_last=1)
+    distribution = suffix[:, :-1].log_softmax(-1)
+    return distribution.gather(-1, completion_ids[..., None])[..., 0] * mask[:, 1:]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_whole_model_and_its_gradients_equal_the_published_package(published, model_type):
+    sizes = [3, 2]
+    rows = sorted(groups({9: [4, 7, 1], 3: [6, 2]}), key=lambda row: -len(row[0]))
+    model = tiny.model(model_type).double()
+    own = model.config._attn_implementation
+    with ComputeInFloat64():
+        model.config._attn_implementation = "prefix_grouper_attention"
+        theirs = values_and_gradients(model, lambda m, _: [by_published_package(published, m, rows, sizes)], None)
+        model.config._attn_implementation = own
+        enable_prefix_grouper(model)
+        ours = values_and_gradients(model, lambda m, b: prefix_grouped_logps(m, *b), batch_of(rows))
+    assert_close(ours, theirs)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_enabled_is_refused():
+    with pytest.raises(ValueError, match=r"call enable_prefix_grouper\(model\) first"):
+        prefix_grouped_logps(tiny.model(), *BATCH)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"temperature is {temperature}: it must be positive"):
+        prefix_grouped_logps(enable_prefix_grouper(tiny.model()), *BATCH, temperature=temperature)
+
+
+def test_a_model_without_a_head_is_refused():
+    model = enable_prefix_grouper(AutoModel.from_config(tiny.model().config))
+    with pytest.raises(ValueError, match="Qwen3Model has no language-model head"):
+        prefix_grouped_logps(model, *BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("final_logit_softcapping", 0.5), ("logit_scale", 0.5), ("logits_scaling", 8.0)]
+)
+def test_a_head_that_is_not_understood_is_refused(name, value):
+    """A config names something that the model does not do, or does otherwise."""
+    model = enable_prefix_grouper(tiny.model())
+    setattr(model.config, name, value)
+    with pytest.raises(UnsupportedModelError, match="computes its logits from the hidden states in a way that is not"):
+        prefix_grouped_logps(model, *BATCH)
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
+    model = enable_prefix_grouper(tiny.model())
+    own = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        output = own(self, *args, **kwargs)
+        output.logits = output.logits * 1.01
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(UnsupportedModelError, match=r"its own differ by \d"):
+        prefix_grouped_logps(model, *BATCH)
+
+
+def test_a_batch_padded_on_the_wrong_side_is_refused():
+    prompt_ids, prompt_mask, completion_ids, completion_mask = BATCH
+    with pytest.raises(ValueError, match=r"prompt_mask of row .* has padding other than on the left"):
+        prefix_grouped_logps(
+            enable_prefix_grouper(tiny.model()), prompt_ids, prompt_mask.flip(1), completion_ids, completion_mask
+        )
+
+
+# --- faults that these tests must be able to see ---------------------------------------------------------------------
+
+
+def test_a_first_response_token_that_is_lost_or_doubled_would_be_seen(monkeypatch):
+    """The branch point is where others lost a loss term; its gradient weighs far more than the tolerance."""
+    with ComputeInFloat64():
+        model = enable_prefix_grouper(families.build("llama"))
+        expected = values_and_gradients(model, grouped, BATCH)
+
+        def lost(m, batch):
+            logps, entropy = grouped(m, batch)
+            keep = torch.ones_like(logps)
+            keep[:, 0] = 0
+            return logps * keep, entropy
+
+        wrong = values_and_gradients(model, lost, BATCH)
+    with pytest.raises(AssertionError, match="logps is off"):
+        assert_close(wrong, expected)
+    with pytest.raises(AssertionError, match="the gradient of"):
+        assert_close((expected[0], wrong[1]), expected)
