@@ -53,6 +53,16 @@ def _setting_reasons(args: Any) -> list[str]:
     return reasons
 
 
+def _overridden(cls: type) -> list[str]:
+    """Whether a subclass has a scoring method of its own, past which nothing is shared."""
+    owner = next(base for base in cls.__mro__ if "_get_per_token_logps_and_entropies" in vars(base))
+    if owner is PrefixGrouperMixin:
+        return []
+    return [
+        f"{owner.__name__} overrides _get_per_token_logps_and_entropies, so only what it hands on to super() is shared"
+    ]
+
+
 class PrefixGrouperMixin:
     """Put before :class:`trl.GRPOTrainer`, :class:`trl.RLOOTrainer` or a subclass of theirs.
 
@@ -96,7 +106,7 @@ class PrefixGrouperMixin:
             return
         for model in models:
             enable_prefix_grouper(model, backend=self._option("prefix_grouper_backend"))
-        remarks = [*check_support(self.model).notes, *self._outlook()]
+        remarks = [*check_support(self.model).notes, *self._outlook(), *_overridden(type(self))]
         if remarks and self._is_main:
             logger.warning("prefix grouper: %s", "; ".join(remarks))
 

@@ -81,6 +81,15 @@ def test_one_line_says_what_keeps_rows_from_sharing_and_what_to_do(caplog, llama
     assert message in warnings(caplog)[0]
 
 
+def test_a_subclass_that_scores_by_itself_is_told_that_nothing_is_shared(caplog, llama):
+    class Own(PrefixGrouperGRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            return GRPOTrainer._get_per_token_logps_and_entropies(self, *args, **kwargs)
+
+    make_trainer(llama, shared=True, trainer_class=Own, **GROUPED)
+    assert "Own overrides _get_per_token_logps_and_entropies" in warnings(caplog)[0]
+
+
 def test_nothing_is_warned_of_when_all_is_well(caplog, llama):
     train(llama, shared=True, **GROUPED)
     assert warnings(caplog) == []
