@@ -87,6 +87,18 @@ MORE_SETTINGS = {
     "without a reference model": {"beta": 0.0},
     "two iterations per batch": {"num_iterations": 2},
     "old log-probs": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "a generation batch of one step and a half": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "steps_per_generation": 6,
+        "num_generations": 8,
+    },
+    "an epoch that ends amid accumulation": {
+        "gradient_accumulation_steps": 3,
+        "steps_per_generation": 2,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+    },
     "top entropy quantile": {"top_entropy_quantile": 0.5},
     "sequence-level ratios": {"importance_sampling_level": "sequence"},
     "two-sided clipping": {"delta": 1.1, "num_iterations": 2},
