@@ -1,0 +1,49 @@
+"""The demo runs end to end, and the script that it runs is an ordinary TRL script."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "trl"
+
+
+@pytest.mark.slow
+def test_the_quick_demo_shares_prompts_and_ends_with_the_stock_weights(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "demo.py"), "--quick", "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines() if "  " in line}
+    assert float(lines["Logged: rows_per_group"][-1]) == 8
+    assert float(lines["Logged: token_ratio"][-1]) < 0.5
+    assert float(lines["Logged: fallbacks"][-1]) == 0
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    with (tmp_path / "demo.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert len(steps) == 4
+    assert all(float(step["shared_tokens"]) < 0.5 * float(step["stock_tokens"]) for step in steps)
+    assert [step["shared_reward"] for step in steps] == [step["stock_reward"] for step in steps]
+
+
+def test_the_script_of_the_demo_knows_nothing_of_sharing():
+    assert "prefix" not in (EXAMPLES / "grpo_passages.py").read_text().lower()
+
+
+def test_the_text_of_the_demo_stands_beside_its_licence():
+    assert len((EXAMPLES / "data" / "python_reference.txt").read_text()) > 100_000
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE" in (EXAMPLES / "data" / "LICENSE-PSF.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["demo.py", "make_tiny_model.py", "grpo_passages.py"])
+def test_help_suffices(name):
+    done = subprocess.run([sys.executable, str(EXAMPLES / name), "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "usage" in done.stdout
