@@ -317,6 +317,8 @@ def main() -> None:
     write_csv(args.output / "demo.csv", runs)
     draw(args.output / "demo.png", runs["shared"], runs["stock"])
     print(f"\nPicture: {args.output / 'demo.png'}   figures of every update: {args.output / 'demo.csv'}")
+    if args.steps < LEAST_STEPS:
+        print(f"With fewer than {LEAST_STEPS} steps the reward is not judged.")
     found = problems(runs, difference)
     if found:
         raise SystemExit("".join(f"\nNot as it should be: {problem}" for problem in found))
