@@ -70,14 +70,14 @@ class Run:
 def parse_arguments() -> argparse.Namespace:
     """The command line, with the folders filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 32)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for the model, the logs and the results (default: demo)")
     parser.add_argument(
         "--quick", action="store_true", help="short prompts, 4 steps, to see that it works: half a minute"
     )
     args = parser.parse_args()
-    args.steps = args.steps or (4 if args.quick else 32)
+    args.steps = args.steps or (4 if args.quick else 24)
     args.output = args.output or Path("demo/quick" if args.quick else "demo")
     args.model = args.output / ("model-quick" if args.quick else "model")
     return args
