@@ -5,7 +5,7 @@ Both runs use the same unmodified TRL script, seed and data: LoRA, prompts of ab
     prefix-grouper trl examples/trl/grpo_passages.py ... --use_prefix_grouper
     python examples/trl/grpo_passages.py ...
 
-It takes about four minutes on two CPU cores and needs no download. The table is printed; demo.png, demo.csv and the
+It takes three to five minutes on two CPU cores and needs no download. The table is printed; demo.png, demo.csv and the
 logs of both runs are in the output folder. The exit code tells whether all went as it should: the reward rose, prompts
 were shared, and both runs ended with the same weights.
 """
