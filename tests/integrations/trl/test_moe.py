@@ -50,6 +50,20 @@ def test_router_loss_and_weights_equal_the_stock_ones(monkeypatch, tmp_path, mod
     assert bool(logged(trainer, "aux_loss")) == (HAS_ROUTER_LOSS and coefficient > 0)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_router_loss_survives_gradient_checkpointing(monkeypatch, tmp_path, reentrant):
+    path = tiny.saved_model(tmp_path, "mixtral", **MOE["mixtral"])
+    use_float64_head(monkeypatch)
+    checkpointing = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+    stock, _ = train(path, shared=False, **settings("mixtral", 0.5), **checkpointing)
+    shared, trainer = train(path, shared=True, **settings("mixtral", 0.5), **checkpointing)
+    assert trainer.sharing.rows_per_group > 1.5
+    assert largest_difference(stock, shared) <= 1e-6
+
+
 @pytest.mark.skipif(not HAS_ROUTER_LOSS, reason="this TRL has no router loss in GRPO")
 @pytest.mark.parametrize(("coefficient", "window"), [(0.5, 1), (0.0, 2)])
 def test_rows_stay_in_their_micro_batch_when_the_router_loss_is_on(tmp_path, coefficient, window):
