@@ -80,6 +80,7 @@ def check_support(model: nn.Module) -> SupportReport:
     layers = attention_layers(model)
     reasons = [
         *_type_reasons(config, layers),
+        *_code_reasons(bases[0], layers),
         *_position_reasons(config),
         *_attention_reasons(layers),
         *_adapter_reasons(model),
@@ -129,6 +130,18 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
         return [f"{kind} has layers of type {', '.join(others)}, which mix tokens in a way that is not supported yet"]
     if kind not in VERIFIED_MODEL_TYPES:
         return [f"model type {kind!r} has not been verified: no test has compared its packed forward with single rows"]
+    return []
+
+
+def _code_reasons(base: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> list[str]:
+    """A verified type may still be run by other code than the one that was verified."""
+    if not type(base).__module__.startswith("transformers."):
+        return [
+            f"{type(base).__name__} is code from outside of transformers, which no test has compared with single rows"
+        ]
+    expected = getattr(base.config, "num_hidden_layers", 0)
+    if layers and len(layers) < expected:
+        return [f"only {len(layers)} of {expected} layers use transformers' attention interface"]
     return []
 
 

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     DynamicCache,
+    LlamaForCausalLM,
 )
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -413,6 +414,26 @@ def test_an_unknown_model_type_is_refused(monkeypatch):
     monkeypatch.setattr(type(model.config), "model_type", "qwen99")
     with pytest.raises(UnsupportedModelError, match="model type 'qwen99' has not been verified"):
         enable_prefix_grouper(model)
+
+
+def test_code_from_outside_of_transformers_is_refused_under_whatever_type():
+    class OwnLlama(LlamaForCausalLM):
+        pass
+
+    own = OwnLlama(tiny.model("llama").config)
+    assert check_support(own).reasons == (
+        "OwnLlama is code from outside of transformers, which no test has compared with single rows",
+    )
+
+
+def test_a_layer_whose_attention_was_replaced_is_refused():
+    class Patched(nn.Module):
+        def forward(self, *args, **kwargs):
+            raise AssertionError
+
+    model = tiny.model("llama")
+    model.model.layers[1].self_attn = Patched()
+    assert check_support(model).reasons == ("only 2 of 3 layers use transformers' attention interface",)
 
 
 def test_what_is_no_transformers_model_is_refused():
