@@ -9,7 +9,6 @@ Python version has a slightly different text.
 
 import re
 from pathlib import Path
-
 from pydoc_data import topics
 
 HERE = Path(__file__).parent

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 
 import pytest
+import trl
 from transformers import HfArgumentParser
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperRLOOConfig
 from tests import tiny
 from tests.integrations.trl.training import largest_difference, train, use_float64_head
+
+
+@pytest.mark.skipif("EXPECTED_TRL" not in os.environ, reason="make test-matrix says which TRL it means")
+def test_the_release_under_test_is_the_one_that_was_asked_for():
+    assert trl.__version__ == os.environ["EXPECTED_TRL"]
 
 
 def config(**settings):
