@@ -116,7 +116,7 @@ def test_yaml_and_command_line_can_turn_it_off(folder, in_yaml, more):
 
 @pytest.mark.slow
 def test_two_processes_under_torchrun_share(folder):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run(folder, *torchrun, *LAUNCH, *script_arguments("--use_prefix_grouper"))
     assert result["log"]["prefix_grouper/rows_per_group"] == 4
 
