@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from prefix_grouper_plugins.layout import IGNORE_INDEX, PrefixLayout
 
@@ -58,57 +58,56 @@ class GroupedBatch:
         device = prompt_ids.device
         prompts, prompt_mask = prompt_ids.cpu(), prompt_mask.cpu() != 0
         completions, completion_mask = completion_ids.cpu(), completion_mask.cpu() != 0
-        _check_block("prompt", prompts, prompt_mask, padded_left=True)
-        _check_block("completion", completions, completion_mask, padded_left=False)
-        for name, count in (
-            ("completion_ids", len(completions)),
-            ("keys", len(prompts) if keys is None else len(keys)),
-        ):
-            if count != len(prompts):
-                raise ValueError(f"{name} has {count} rows and prompt_ids {len(prompts)}: give one for each prompt")
-        self.shape = completions.shape
+        _check_batch(prompts, prompt_mask, completions, completion_mask, keys)
         prompt_lengths, lengths = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
-        if 0 in prompt_lengths:
-            raise ValueError(f"the prompt of row {prompt_lengths.index(0)} is empty: it needs at least one token")
         kept = [i for i, length in enumerate(lengths) if length or forward_last]
         if not kept:
             raise ValueError("every completion is empty: there is nothing to score")
+        self.shape = completions.shape
         self.num_row_tokens = sum(prompt_lengths) + sum(lengths)
 
         width = prompts.shape[1]
+        own_prompts = [prompts[i, width - prompt_lengths[i] :] for i in kept]
         tail = torch.zeros(int(forward_last), dtype=torch.long)  # stands behind the last token, and is not forwarded
         tokens = [
-            torch.cat([prompts[i, width - prompt_lengths[i] :], completions[i, : lengths[i]], tail]) for i in kept
+            torch.cat([own, completions[i, : lengths[i]], tail]) for i, own in zip(kept, own_prompts, strict=True)
         ]
-        pads = [width - prompt_lengths[i] if padded_positions else 0 for i in kept]
-        own_keys = [None] * len(kept) if keys is None else [keys[i] for i in kept]
-        groups = [
-            (key, prompts[i, width - prompt_lengths[i] :].numpy().tobytes())
-            for i, key in zip(kept, own_keys, strict=True)
-        ]
-        self.num_rows, self.num_groups = len(kept), len(set(groups))
+        pads = [width - len(own) if padded_positions else 0 for own in own_prompts]
+        own_keys = [None if keys is None else keys[i] for i in kept]
+        groups = {(key, own.numpy().tobytes()) for key, own in zip(own_keys, own_prompts, strict=True)}
+        self.num_rows, self.num_groups = len(kept), len(groups)
         layout = PrefixLayout.from_rows(
-            tokens, list(zip(own_keys, pads, strict=True)), shareable=[prompt_lengths[i] for i in kept]
+            tokens, list(zip(own_keys, pads, strict=True)), shareable=[len(own) for own in own_prompts]
         )
         columns = [torch.arange(pad, pad + len(row)) for pad, row in zip(pads, tokens, strict=True)]
-        position_ids = layout.pack(columns)
-        starts = torch.tensor([0] + [len(row) - 1 for row in tokens]).cumsum(0)
-        entries = [(r, starts[r] + prompt_lengths[i] - 1, i, lengths[i]) for r, i in enumerate(kept)]
-        index = torch.cat([torch.arange(length) + start for _, start, _, length in entries])
-        positions = layout.row_index[index]
-        rows = torch.repeat_interleave(torch.tensor(kept), torch.tensor([lengths[i] for i in kept]))
-        cols = torch.cat([torch.arange(length) for _, _, _, length in entries])
+        # The last prompt token predicts the first completion token, and so on, row by row as in the completion block.
+        paths = zip(layout.unpack(torch.arange(layout.num_tokens)), own_prompts, kept, strict=True)
+        positions = torch.cat([path[len(own) - 1 :][: lengths[i]] for path, own, i in paths])
+        scored = completion_mask.nonzero(as_tuple=True)
         labels = torch.full((layout.num_tokens,), IGNORE_INDEX)
-        labels[positions] = completions[rows, cols]
+        labels[positions] = completions[scored]
 
         self.layout = layout.to(device)
-        self.input_ids: LongTensor = layout.pack(tokens).to(device)  # type: ignore[assignment]
-        self.position_ids, self.labels = position_ids.to(device), labels.to(device)
-        self.positions, self.rows, self.columns = positions.to(device), rows.to(device), cols.to(device)
+        self.input_ids, self.position_ids = layout.pack(tokens).to(device), layout.pack(columns).to(device)
+        self.labels, self.positions = labels.to(device), positions.to(device)
+        self.rows, self.columns = (index.to(device) for index in scored)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the completion tokens ``[N]`` to ``[B, C]``, zero where there is no token. Differentiable."""
         return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
+
+
+def _check_batch(
+    prompts: Tensor, prompt_mask: Tensor, completions: Tensor, completion_mask: Tensor, keys: Sequence[Hashable] | None
+) -> None:
+    _check_block("prompt", prompts, prompt_mask, padded_left=True)
+    _check_block("completion", completions, completion_mask, padded_left=False)
+    for name, given in (("completion_ids", completions), ("keys", prompts if keys is None else keys)):
+        if len(given) != len(prompts):
+            raise ValueError(f"{name} has {len(given)} rows and prompt_ids {len(prompts)}: give one for each prompt")
+    empty = (~prompt_mask.any(1)).nonzero()
+    if len(empty):
+        raise ValueError(f"the prompt of row {int(empty[0])} is empty: it needs at least one token")
 
 
 def _check_block(name: str, ids: Tensor, mask: Tensor, *, padded_left: bool) -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from prefix_grouper_plugins.grouping import GroupedBatch
-from prefix_grouper_plugins.modeling import UnsupportedModelError, is_enabled, packed_inputs
+from prefix_grouper_plugins.modeling import UnsupportedModelError, is_enabled, packed_inputs, transformers_model
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 
@@ -111,7 +111,7 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch) -> tuple[Tensor, _Head
     The call goes through ``model`` itself, so that wrappers (PEFT, DDP) do their part; a hook takes the backbone's
     output, and the logits of one single position prove that the head is understood.
     """
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base = transformers_model(model)
     if base.get_output_embeddings() is None or base.base_model is base:
         raise ValueError(f"{type(base).__name__} has no language-model head: a model for causal LM is needed")
     taken: list[Tensor] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -13,8 +12,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from prefix_grouper_plugins.attention.registry import BACKENDS
 from prefix_grouper_plugins.integrations.trl.regroup import rows_mix_freely
-
-logger = logging.getLogger("prefix_grouper_plugins")
+from prefix_grouper_plugins.metrics import logger
 
 REGROUP = ("exact", "group", "none")
 ON_UNSUPPORTED = ("error", "fallback")
@@ -72,8 +70,7 @@ class PrefixGrouperArguments:
     def __post_init__(self) -> None:
         for option in fields(PrefixGrouperArguments):
             if (text := os.environ.get(option.name.upper())) is not None:
-                is_bool = option.name in ("use_prefix_grouper", "prefix_grouper_rebatch")
-                setattr(self, option.name, string_to_bool(text) if is_bool else text)
+                setattr(self, option.name, string_to_bool(text) if option.name in SWITCHES else text)
             choices = option.metadata.get("choices")
             if choices and getattr(self, option.name) not in choices:
                 raise ValueError(f"{option.name} is {getattr(self, option.name)!r}: choose one of {', '.join(choices)}")
@@ -82,6 +79,10 @@ class PrefixGrouperArguments:
         if self.use_prefix_grouper and self.prefix_grouper_rebatch:
             _rebatch(self)
         super().__post_init__()  # type: ignore[misc]
+
+
+OPTIONS = {option.name for option in fields(PrefixGrouperArguments)}
+SWITCHES = {option.name for option in fields(PrefixGrouperArguments) if str(option.type).startswith("bool")}
 
 
 def _rebatch(args: Any) -> None:

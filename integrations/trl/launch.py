@@ -20,7 +20,6 @@ Without any of them the script runs as if it had been started by python itself. 
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import runpy
 import sys
@@ -29,10 +28,10 @@ from pathlib import Path
 import yaml
 from transformers.hf_argparser import string_to_bool
 
-logger = logging.getLogger("prefix_grouper_plugins")
+import prefix_grouper_plugins.integrations.trl as ours
+from prefix_grouper_plugins.integrations.trl.config import OPTIONS, SWITCHES
+from prefix_grouper_plugins.metrics import logger
 
-_SWITCHES = {"use_prefix_grouper", "prefix_grouper_rebatch"}
-_VALUES = {"prefix_grouper_backend", "prefix_grouper_regroup", "prefix_grouper_on_unsupported"}
 _TRL_SCRIPTS = {"grpo": "trl.scripts.grpo", "rloo": "trl.scripts.rloo"}
 
 
@@ -70,11 +69,11 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         name = name.replace("-", "_")
         if not token.startswith("--") or not name.startswith(("use_prefix_grouper", "prefix_grouper_")):
             rest.append(token)
-        elif name not in _SWITCHES | _VALUES:
-            raise SystemExit(f"--{name} is unknown: the options are --{', --'.join(sorted(_SWITCHES | _VALUES))}")
+        elif name not in OPTIONS:
+            raise SystemExit(f"--{name} is unknown: the options are --{', --'.join(sorted(OPTIONS))}")
         elif has_value:
             options[name] = value
-        elif name in _SWITCHES:
+        elif name in SWITCHES:
             options[name] = waiting.pop(0) if waiting and _is_bool(waiting[0]) else "true"
         elif waiting:
             options[name] = waiting.pop(0)
@@ -85,7 +84,6 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def patch_trl() -> None:
     """Put the prefix-grouping classes in the place of TRL's, wherever a script may import them from."""
-    ours = importlib.import_module("prefix_grouper_plugins.integrations.trl")
     for algorithm in ("grpo", "rloo"):
         for kind in ("trainer", "config"):
             name = f"{algorithm.upper()}{kind.capitalize()}"
@@ -120,7 +118,7 @@ def _options_in_yaml(arguments: list[str]) -> dict[str, object]:
         path = Path(value if has_value else arguments[i + 1] if i + 1 < len(arguments) else "")
         if name == "--config" and path.is_file():
             settings = yaml.safe_load(path.read_text())
-            return {k: v for k, v in (settings or {}).items() if k in _SWITCHES | _VALUES}
+            return {k: v for k, v in (settings or {}).items() if k in OPTIONS}
     return {}
 
 
@@ -134,8 +132,7 @@ def _run(target: str, arguments: list[str]) -> None:
 
 
 def _warn_if_unused() -> None:
-    trainer = importlib.import_module("prefix_grouper_plugins.integrations.trl.trainer")
-    if not trainer.PrefixGrouperMixin.built:
+    if not ours.PrefixGrouperMixin.built:
         logger.warning(
             "prefix grouper: the script built no GRPOTrainer or RLOOTrainer of TRL, so nothing was shared. Scripts that "
             "bring a trainer of their own can put PrefixGrouperMixin in front of its base class"

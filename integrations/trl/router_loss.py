@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+
+from prefix_grouper_plugins.modeling import transformers_model
 
 RouterLogits = list[tuple[Tensor, ...]]
 
@@ -27,7 +28,7 @@ def capture_router_logits(model: Any, *, enabled: bool) -> Iterator[RouterLogits
     if not enabled:
         yield captured
         return
-    backbone = _causal_lm(model).base_model
+    backbone = transformers_model(model).base_model
 
     def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "output_router_logits": True}
@@ -51,13 +52,9 @@ def load_balancing_loss(model: Any, captured: RouterLogits, weights: Tensor) -> 
         captured: what :func:`capture_router_logits` yielded.
         weights: ``[T]``, how many rows share each packed token.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = transformers_model(model)
     config = causal_lm.config.get_text_config()
     own = sys.modules[type(causal_lm).__module__]
     experts = getattr(causal_lm, "num_experts", None) or config.num_experts
     chosen = getattr(causal_lm, "num_experts_per_tok", None) or config.num_experts_per_tok
     return own.load_balancing_loss_func(captured[0], experts, chosen, weights[None])
-
-
-def _causal_lm(model: Any) -> PreTrainedModel:
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -94,7 +94,8 @@ class PrefixGrouperMixin:
 
     def _enable_models(self) -> None:
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
-        reasons = list(dict.fromkeys(reason for model in models for reason in check_support(model).reasons))
+        reports = [check_support(model) for model in models]
+        reasons = list(dict.fromkeys(reason for report in reports for reason in report.reasons))
         reasons += _setting_reasons(self.args)
         if reasons and self._option("prefix_grouper_on_unsupported") == "error":
             raise UnsupportedModelError(
@@ -106,7 +107,7 @@ class PrefixGrouperMixin:
             return
         for model in models:
             enable_prefix_grouper(model, backend=self._option("prefix_grouper_backend"))
-        remarks = [*check_support(self.model).notes, *self._outlook(), *_overridden(type(self))]
+        remarks = [*reports[0].notes, *self._outlook(), *_overridden(type(self))]
         if remarks and self._is_main:
             logger.warning("prefix grouper: %s", "; ".join(remarks))
 

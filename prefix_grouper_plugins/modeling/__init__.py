@@ -13,6 +13,7 @@ from prefix_grouper_plugins.modeling.support import (
     UnsupportedModelError,
     check_support,
     numbers_padded_columns,
+    transformers_model,
 )
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "is_enabled",
     "numbers_padded_columns",
     "packed_inputs",
+    "transformers_model",
     "without_prefix_grouper",
 ]

@@ -73,19 +73,24 @@ def check_support(model: nn.Module) -> SupportReport:
     Returns:
         the report; ``report.supported`` is true iff ``report.reasons`` is empty.
     """
-    bases = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not bases:
+    base = transformers_model(model)
+    if base is None:
         return SupportReport((f"{type(model).__name__} contains no transformers model",))
-    config = bases[0].config
+    config = base.config
     layers = attention_layers(model)
     reasons = [
         *_type_reasons(config, layers),
-        *_code_reasons(bases[0], layers),
+        *_code_reasons(base, layers),
         *_position_reasons(config),
         *_attention_reasons(layers),
         *_adapter_reasons(model),
     ]
     return SupportReport(tuple(reasons), tuple(_notes(model)), tuple(_describe(name, m) for name, m in layers))
+
+
+def transformers_model(model: nn.Module) -> Any:
+    """The transformers model inside of ``model`` and its wrappers (PEFT, DDP, FSDP); None where there is none."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def attention_configs(model: nn.Module) -> list[Any]:
@@ -113,8 +118,7 @@ def numbers_padded_columns(model: nn.Module) -> bool:
 
     Models with rotary positions give the same result either way; for learned positions it matters.
     """
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return base.config.model_type not in _POSITIONS_SKIP_PADDING
+    return transformers_model(model).config.model_type not in _POSITIONS_SKIP_PADDING
 
 
 def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]:

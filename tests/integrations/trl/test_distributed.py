@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests import tiny
-
-ROOT = Path(__file__).parents[3]
+from tests.integrations.trl.training import run_python
 
 
 @pytest.mark.slow
@@ -19,14 +13,6 @@ ROOT = Path(__file__).parents[3]
 def test_two_processes_learn_the_stock_weights(tmp_path, mode):
     path = tiny.saved_model(tmp_path / "model", "qwen3")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *command, "-m", "tests.integrations.trl.distributed_training", path, mode],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(tmp_path, *command, "-m", "tests.integrations.trl.distributed_training", path, mode)
     assert "rank 0 equal" in done.stdout
     assert "rank 1 equal" in done.stdout

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from prefix_grouper_plugins.integrations.trl import launch
+from prefix_grouper_plugins.integrations.trl.config import OPTIONS
 from tests import tiny
+from tests.integrations.trl.training import run_python
 
 SCRIPT = """
 import json, sys
@@ -37,7 +36,6 @@ if __name__ == "__main__":
         json.dump({"mro": names, "argv": sys.argv, "log": last, "regroup": getattr(training, "prefix_grouper_regroup", None)},
                   open("result.json", "w"))
 """
-ROOT = Path(__file__).parents[3]
 SETTINGS = {
     "per_device_train_batch_size": 4,
     "num_generations": 4,
@@ -62,9 +60,7 @@ def folder(tmp_path):
 
 
 def run(folder: Path, *command: str) -> dict:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(folder, *command)
     return json.loads((folder / "result.json").read_text()) | {"stderr": done.stderr}
 
 
@@ -137,40 +133,17 @@ def test_trls_own_script_shares(folder):
     (folder / "data").mkdir()
     prompts = [{"prompt": text} for text in tiny.prompts(8)["prompt"]]
     (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-    (folder / "check.py").write_text(
-        textwrap.dedent(
-            """
-            import json, runpy, sys
-            from trl import GRPOTrainer
-            logs = []
-            original = GRPOTrainer.log
-            GRPOTrainer.log = lambda self, entry, *a: (logs.append(dict(entry)), original(self, entry, *a))[1]
-            from prefix_grouper_plugins import cli
-            cli.main(["trl", "grpo", *sys.argv[1:]])
-            """
-        )
+    own = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "rewards.reward"]
+    done = run_python(
+        folder, "-m", "prefix_grouper_plugins.cli", "trl", "grpo", *own, *ARGUMENTS, "--use_prefix_grouper"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    arguments = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "rewards.reward"]
-    done = subprocess.run(
-        [sys.executable, "check.py", *arguments, *ARGUMENTS, "--use_prefix_grouper"],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
     assert "prefix_grouper/rows_per_group" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_script_without_a_grpo_trainer_is_told_that_nothing_was_shared(tmp_path):
     (tmp_path / "script.py").write_text("print('no trainer here')")
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, "script.py", "--use_prefix_grouper"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0
+    done = run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper")
     assert "no trainer here" in done.stdout
     assert "nothing was shared" in done.stderr
 
@@ -210,5 +183,5 @@ def test_help_tells_all_options(capsys):
         launch.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in launch._SWITCHES | launch._VALUES:
+    for name in OPTIONS:
         assert f"--{name}" in text

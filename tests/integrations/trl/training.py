@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,21 @@ def train(path: str, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
     torch.manual_seed(5)
     trainer.train()
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}, trainer
+
+
+def run_python(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python *command`` in ``folder`` with the checkout on its path; its errors are shown if it fails."""
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
