@@ -58,7 +58,10 @@ class PrefixLayout:
         row_lengths (`tuple[int, ...]`): tokens of each row.
         source_index (`LongTensor[T]`): index of each packed token in the rows laid end to end.
         row_index (`LongTensor[sum(L_i - 1)]`): packed position of each transition of the rows laid end to end.
+        num_padding (`int`): tokens at the end that belong to no row, see :meth:`pad_to`.
     """
+
+    num_padding: int = 0
 
     def __init__(self, roots: Sequence[_Node], row_lengths: Sequence[int], device: torch.device | None = None) -> None:
         self.row_lengths = tuple(row_lengths)
@@ -170,10 +173,33 @@ class PrefixLayout:
     def to(self, device: torch.device | str) -> PrefixLayout:
         """The same layout with its tensors on ``device`` (``segments`` stays on the CPU)."""
         moved = object.__new__(PrefixLayout)
-        moved.row_lengths, moved.segments = self.row_lengths, self.segments
+        moved.row_lengths, moved.segments, moved.num_padding = self.row_lengths, self.segments, self.num_padding
         for name in ("position_ids", "subtree_end", "source_index", "row_index"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
+
+    def pad_to(self, num_tokens: int) -> PrefixLayout:
+        """The same rows, and padding behind them so that ``T`` is ``num_tokens``: for fixed shapes and equal pieces.
+
+        Padding is a segment that belongs to no row: no token of a row sees it, its positions count from 0, its label
+        is -100, :meth:`pack` fills it with the first token, and :meth:`unpack` leaves it out.
+
+        Raises:
+            ValueError: ``num_tokens`` is smaller than ``T``.
+        """
+        added = num_tokens - self.num_tokens
+        if added < 0:
+            raise ValueError(f"num_tokens={num_tokens} is smaller than the {self.num_tokens} tokens of the layout")
+        if not added:
+            return self
+        padded = self.to(self.position_ids.device)
+        start, positions = self.num_tokens, self.position_ids
+        padded.num_padding = self.num_padding + added
+        padded.segments = torch.cat([self.segments, self.segments.new_tensor([[start, num_tokens, -1, num_tokens]])])
+        padded.position_ids = torch.cat([positions, torch.arange(added, device=positions.device)])
+        padded.subtree_end = torch.cat([self.subtree_end, self.subtree_end.new_full((added,), num_tokens)])
+        padded.source_index = torch.cat([self.source_index, self.source_index.new_zeros(added)])
+        return padded
 
     def pack(self, rows: Sequence[Tensor]) -> Tensor:
         """Per-row values ``[L_i, ...]`` to packed ``[T, ...]``; shared positions take the first row's. Differentiable.
@@ -186,12 +212,14 @@ class PrefixLayout:
     def labels(self, rows: Sequence[Tensor]) -> LongTensor:
         """Next token of each packed position, ``LongTensor[T]``, -100 where there is none.
 
-        By the branch rule each position of a fresh layout has a label; -100 is what padding after it would get.
+        By the branch rule each position has a label, except for padding (:meth:`pad_to`).
 
         Raises:
             ValueError: another number of rows, or a row of another length, than the layout was made for.
         """
-        return torch.cat(self._checked(rows))[self.source_index + 1]  # type: ignore[return-value]
+        real = self.num_tokens - self.num_padding
+        labels = torch.cat(self._checked(rows))[self.source_index[:real] + 1]
+        return torch.cat([labels, labels.new_full((self.num_padding,), IGNORE_INDEX)])  # type: ignore[return-value]
 
     def unpack(self, values: Tensor) -> list[Tensor]:
         """Packed values ``[T, ...]`` to one ``[L_i - 1, ...]`` for each row; shared positions fan out. Differentiable.

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_grouper_plugins import PrefixLayout
+from prefix_grouper_plugins import PrefixLayout, shared_prefix_attention
 
 small_rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=8).filter(
     lambda rows: max(map(len, rows)) > 1
@@ -171,3 +171,100 @@ def test_rows_and_values_of_another_shape_are_refused():
         layout.labels([torch.zeros(5), torch.zeros(4)])
     with pytest.raises(ValueError, match="values has 5 positions, the layout has 6"):
         layout.unpack(torch.zeros(5))
+
+
+# --- padding ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)  # the first backward of a process starts threads
+@given(small_rows, st.integers(0, 5))
+def test_padding_lies_behind_the_rows_and_belongs_to_none(rows, added):
+    tensors = [torch.tensor(row) for row in rows]
+    layout = PrefixLayout.from_rows(tensors)
+    real = layout.num_tokens
+    padded = layout.pad_to(real + added)
+    assert padded.num_tokens == real + added and padded.num_padding == added
+    assert padded.num_row_tokens == layout.num_row_tokens
+
+    assert padded.pack(tensors).tolist() == layout.pack(tensors).tolist() + [rows[0][0]] * added
+    assert padded.labels(tensors).tolist() == layout.labels(tensors).tolist() + [-100] * added
+    assert padded.position_ids.tolist() == layout.position_ids.tolist() + list(range(added))
+    assert padded.subtree_end.tolist() == layout.subtree_end.tolist() + [real + added] * added
+    assert padded.rows_per_position.tolist() == layout.rows_per_position.tolist() + [0] * added
+    values = torch.arange(padded.num_tokens, dtype=torch.float64, requires_grad=True)
+    for row, expected in zip(padded.unpack(values), layout.unpack(values[:real]), strict=True):
+        assert torch.equal(row, expected)
+    torch.cat(padded.unpack(values)).sum().backward()
+    assert torch.equal(values.grad, padded.rows_per_position.double())
+
+
+FOREST = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7, 7], [1, 2, 3, 8, 8], [9, 9, 9]]
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("dense", {}),
+        ("dense", {"sliding_window": 3, "softcap": 2.0}),
+        ("blockwise", {}),
+        ("blockwise", {"sliding_window": 3, "softcap": 2.0}),
+        ("merged_lse", {}),
+    ],
+)
+@pytest.mark.parametrize("added", [1, 20])
+def test_padding_is_seen_by_no_row_and_no_gradient_crosses(backend, options, added):
+    layout = PrefixLayout.from_rows([torch.tensor(row) for row in FOREST])
+    real = layout.num_tokens
+    padded = layout.pad_to(real + added)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(padded.num_tokens, heads, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    weight = torch.randn(real, 4, 8, generator=generator, dtype=torch.float64)
+
+    out = shared_prefix_attention(*tensors, padded, backend=backend, **options)
+    alone = [x[:real].detach().requires_grad_() for x in tensors]
+    expected = shared_prefix_attention(*alone, layout, backend="dense", **options)
+    torch.testing.assert_close(out[:real], expected, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(expected, alone, weight)
+    for grad, own in zip(torch.autograd.grad(out[:real], tensors, weight, retain_graph=True), wanted, strict=True):
+        torch.testing.assert_close(grad[:real], own, rtol=1e-12, atol=1e-12)
+        assert not grad[real:].any(), "a row has learned from padding"
+    for grad in torch.autograd.grad(out[real:].sum(), tensors):
+        assert not grad[:real].any(), "padding has seen a row"
+
+
+def test_a_layout_can_be_padded_twice_and_to_its_own_length():
+    tensors = [torch.tensor(row) for row in FOREST]
+    layout = PrefixLayout.from_rows(tensors)
+    assert layout.pad_to(layout.num_tokens) is layout
+    twice = layout.pad_to(layout.num_tokens + 2).pad_to(layout.num_tokens + 5)
+    once = layout.pad_to(layout.num_tokens + 5)
+    assert twice.num_padding == once.num_padding == 5
+    assert twice.num_tokens == once.num_tokens == layout.num_tokens + 5
+    assert torch.equal(twice.labels(tensors), once.labels(tensors))
+    values = torch.arange(twice.num_tokens)
+    assert all(map(torch.equal, twice.unpack(values), once.unpack(values)))
+    starts, ends, parents, subtree_ends = twice.segments[-2:].T.tolist()
+    assert (starts, ends) == ([layout.num_tokens, layout.num_tokens + 2], [layout.num_tokens + 2, twice.num_tokens])
+    assert parents == [-1, -1] and subtree_ends == ends
+    assert layout.num_padding == 0 and len(layout.segments) == len(twice.segments) - 2, "the first layout was changed"
+
+
+def test_a_padded_layout_keeps_its_padding_on_another_device():
+    padded = PrefixLayout.from_groups([4], [[3, 2]]).pad_to(12)
+    moved = padded.to("meta")
+    assert moved.num_padding == padded.num_padding == 4
+    assert moved.segments.device.type == "cpu" and torch.equal(moved.segments, padded.segments)
+    for name in ("position_ids", "subtree_end", "source_index", "row_index"):
+        assert getattr(moved, name).device.type == "meta", name
+        assert getattr(moved, name).shape == getattr(padded, name).shape, name
+    rows = [torch.arange(7), torch.arange(6)]
+    assert padded.to("cpu").labels(rows).tolist() == padded.labels(rows).tolist()
+
+
+def test_padding_to_less_than_there_is_is_refused():
+    layout = PrefixLayout.from_groups([4], [[3, 2]])
+    with pytest.raises(ValueError, match="num_tokens=7 is smaller than the 8 tokens of the layout"):
+        layout.pad_to(7)

@@ -5,9 +5,11 @@ from prefix_grouper_plugins.modeling.interface import (
     disable_prefix_grouper,
     enable_prefix_grouper,
     is_enabled,
+    layout_inputs,
     packed_inputs,
     without_prefix_grouper,
 )
+from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.modeling.support import (
     SupportReport,
     UnsupportedModelError,
@@ -17,6 +19,7 @@ from prefix_grouper_plugins.modeling.support import (
 )
 
 __all__ = [
+    "ShardedLayout",
     "SupportReport",
     "UnsupportedModelError",
     "base_implementation",
@@ -24,6 +27,7 @@ __all__ = [
     "disable_prefix_grouper",
     "enable_prefix_grouper",
     "is_enabled",
+    "layout_inputs",
     "numbers_padded_columns",
     "packed_inputs",
     "transformers_model",

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import BACKEND_NAMES
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
 from prefix_grouper_plugins.modeling.support import UnsupportedModelError, attention_configs, check_support
 
 LAYOUT_KWARG = "prefix_layout"
@@ -108,17 +109,26 @@ def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor 
     for name, value in (("input_ids", input_ids), ("position_ids", positions)):
         if value.shape != (layout.num_tokens,):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout needs ({layout.num_tokens},)")
-    # transformers hands a 4-D mask through unchanged. Without one it would read the positions as packed sequences and
-    # cut the responses off from their prefix.
-    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    setattr(placeholder, _TAG, layout)
     return {
         "input_ids": input_ids[None],
         "position_ids": positions[None],
-        "attention_mask": placeholder,
         "use_cache": False,
-        LAYOUT_KWARG: layout,
+        **layout_inputs(layout, input_ids.device),
     }
+
+
+def layout_inputs(layout: PrefixLayout | ShardedLayout, device: torch.device) -> dict[str, Any]:
+    """The part of :func:`packed_inputs` that carries the layout, for callers who lay out the token ids themselves.
+
+    Args:
+        layout: the layout of the packed row, or of the piece of it that this process forwards.
+        device: the model's device.
+    """
+    # transformers hands a 4-D mask through unchanged. Without one it would read the positions as packed sequences and
+    # cut the responses off from their prefix.
+    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    setattr(placeholder, _TAG, layout)
+    return {"attention_mask": placeholder, LAYOUT_KWARG: layout}
 
 
 def _register(base: str, backend: str) -> str:
@@ -151,7 +161,8 @@ def _attention(
     if layout is None:
         return _own_attention(module, base)(module, query, key, value, attention_mask, *args, **kwargs)
     _check_packed_call(module, query, layout, base, args, kwargs)
-    output = shared_prefix_attention(
+    attention = sequence_parallel_attention if isinstance(layout, ShardedLayout) else shared_prefix_attention
+    output = attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -166,7 +177,12 @@ def _attention(
 
 
 def _check_packed_call(
-    module: nn.Module, query: Tensor, layout: PrefixLayout, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    layout: PrefixLayout | ShardedLayout,
+    base: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Refuse whatever the core would not reproduce."""
     where = type(module).__name__
