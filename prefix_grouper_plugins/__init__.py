@@ -3,16 +3,21 @@
 The package knows torch and transformers only; :mod:`prefix_grouper_plugins.integrations` holds what TRL and verl need.
 """
 
-from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling import (
-    UnsupportedModelError,
-    check_support,
-    disable_prefix_grouper,
-    enable_prefix_grouper,
-)
-from prefix_grouper_plugins.scoring import prefix_grouped_logps
+from typing import TYPE_CHECKING
+
+from prefix_grouper_plugins.lazy import lazy_names
 from prefix_grouper_plugins.version import __version__
+
+if TYPE_CHECKING:
+    from prefix_grouper_plugins.attention import shared_prefix_attention
+    from prefix_grouper_plugins.layout import PrefixLayout
+    from prefix_grouper_plugins.modeling import (
+        UnsupportedModelError,
+        check_support,
+        disable_prefix_grouper,
+        enable_prefix_grouper,
+    )
+    from prefix_grouper_plugins.scoring import prefix_grouped_logps
 
 __all__ = [
     "PrefixLayout",
@@ -24,3 +29,11 @@ __all__ = [
     "prefix_grouped_logps",
     "shared_prefix_attention",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    attention=["shared_prefix_attention"],
+    layout=["PrefixLayout"],
+    modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper", "enable_prefix_grouper"],
+    scoring=["prefix_grouped_logps"],
+)

@@ -1,9 +1,12 @@
-"""The wheel holds what it should, the core stands on torch and transformers alone, and imports point one way."""
+"""The wheel holds what it should, the core stands on torch and transformers alone and loads them late, and imports point
+one way."""
 
 from __future__ import annotations
 
 import ast
+import configparser
 import graphlib
+import importlib
 import shutil
 import subprocess
 import sys
@@ -19,7 +22,7 @@ PACKAGE = "prefix_grouper_plugins"
 FOLDERS = {ROOT / PACKAGE: PACKAGE, ROOT / "integrations": f"{PACKAGE}.integrations"}
 # From the ground up; a floor may use the floors below it and itself, not its neighbours.
 FLOORS: list[set[str]] = [
-    {"layout", "metrics", "version"},
+    {"layout", "lazy", "metrics", "version"},
     {"attention", "grouping", "cost"},
     {"modeling"},
     {"scoring"},
@@ -67,6 +70,25 @@ def test_the_wheel_holds_every_package_of_the_checkout(wheel):
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/", "integrations/"))]
 
 
+def test_the_wheel_holds_what_hydra_reads(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("integrations/verl/hydra/*/*.yaml")]
+    assert "integrations/verl/hydra/actor/prefix_grouper_actor.yaml" in files
+    for file in files:
+        assert f"{PACKAGE}/{file}" in names, f"setup.cfg leaves out {file}"
+    assert len([name for name in names if name.endswith(".yaml")]) == len(files)
+
+
+def test_the_wheel_tells_verl_and_the_shell_where_to_enter(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        groups = configparser.ConfigParser()
+        groups.read_string(archive.read(name).decode())
+    assert dict(groups["verl.plugins"]) == {"prefix_grouper": f"{PACKAGE}.integrations.verl.plugin"}
+    assert dict(groups["console_scripts"]) == {"prefix-grouper": f"{PACKAGE}.cli:main"}
+    assert f"{PACKAGE}.integrations.verl.plugin" in SOURCES
+
+
 IMPORT_FROM_TARGET = """
 import pathlib, sys
 target = pathlib.Path(sys.argv[1])
@@ -74,7 +96,10 @@ sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in get
 sys.path.insert(0, str(target))
 import prefix_grouper_plugins
 import prefix_grouper_plugins.integrations.trl
-for name in ("prefix_grouper_plugins", "prefix_grouper_plugins.integrations", "prefix_grouper_plugins.integrations.trl"):
+import prefix_grouper_plugins.integrations.verl
+names = [name for name in sys.modules if name.split(".")[0] == "prefix_grouper_plugins"]
+assert len(names) > 4
+for name in names:
     assert target in pathlib.Path(sys.modules[name].__file__).parents, sys.modules[name].__file__
 print("imported from the target")
 """
@@ -104,6 +129,62 @@ def test_importing_the_core_imports_no_trainer(tmp_path):
 def test_the_core_imports_where_trl_and_peft_are_not_installed(tmp_path):
     code = f"import sys\nsys.modules.update(trl=None, peft=None, verl=None, ray=None)\nimport {PACKAGE}"
     run(code, tmp_path)
+
+
+# --- names that are imported when they are asked for -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.integrations.verl", f"{PACKAGE}.integrations.verl.plugin"])
+def test_importing_a_package_that_every_process_imports_is_cheap(tmp_path, module):
+    code = f"import {module}, sys\nprint([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    assert run(code, tmp_path).strip() == "[]"
+
+
+def test_every_public_name_is_there_and_comes_from_its_own_module():
+    package = importlib.import_module(PACKAGE)
+    for name in package.__all__:
+        value = getattr(package, name)
+        assert vars(package)[name] is value, f"{name} is looked up again each time"
+        if name != "__version__":
+            assert value.__name__ == name
+            assert value.__module__.startswith(f"{PACKAGE}.")
+    everything: dict[str, object] = {}
+    exec(f"from {PACKAGE} import *", everything)
+    assert set(package.__all__) <= everything.keys()
+
+
+def test_a_name_that_is_not_there_is_missed_in_the_usual_words(tmp_path):
+    package = importlib.import_module(PACKAGE)
+    with pytest.raises(AttributeError, match=f"^module '{PACKAGE}' has no attribute 'prefix_layout'$"):
+        package.prefix_layout  # noqa: B018
+    assert not hasattr(package, "torch")
+    with pytest.raises(ImportError, match="cannot import name 'prefix_layout'"):
+        exec(f"from {PACKAGE} import prefix_layout")
+
+
+def lazily_named(module: str) -> dict[str, str]:
+    """Name -> module, from the arguments of ``lazy_names(...)`` in the file of ``module``."""
+    calls = [node for node in ast.walk(ast.parse(SOURCES[module].read_text())) if isinstance(node, ast.Call)]
+    (call,) = [call for call in calls if ast.unparse(call.func) == "lazy_names"]
+    return {name: f"{module}.{keyword.arg}" for keyword in call.keywords for name in ast.literal_eval(keyword.value)}
+
+
+def named_for_type_checkers(module: str) -> dict[str, str]:
+    """Name -> module, from the imports under ``if TYPE_CHECKING:``."""
+    blocks = [node for node in ast.parse(SOURCES[module].read_text()).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.integrations.verl"])
+def test_type_checkers_see_the_names_that_are_imported_late(module):
+    assert lazily_named(module) == named_for_type_checkers(module)
+    (names,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(SOURCES[module].read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    assert set(names) - {"__version__"} == lazily_named(module).keys()
 
 
 # --- which way imports point -----------------------------------------------------------------------------------------
