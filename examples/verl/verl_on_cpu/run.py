@@ -1,0 +1,255 @@
+"""Run one verl training on a CPU, from start to end, and give back what verl logged.
+
+    from verl_on_cpu.run import run_training
+
+    steps = run_training(Path("out/stock"), ["actor_rollout_ref.actor.strategy=fsdp2"], steps=2)
+    print([step["critic/rewards/mean"] for step in steps])
+
+The training is `python -m verl.trainer.main_ppo` in a process of its own, with a Ray cluster of its own that is gone
+when the function returns. In the folder remain `log.txt`, `metrics.jsonl` and `checkpoints/`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+from torch import Tensor
+
+from verl_on_cpu.tiny import make_inputs
+
+PACKAGE = Path(__file__).parent
+MARK = "VERL_ON_CPU_RUN"  # environment variable by which the processes of a run are known
+ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
+PRECISION = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
+
+Step = dict[str, float]
+
+
+class TrainingError(RuntimeError):
+    """A training that failed or took too long, with the end of its log."""
+
+
+def run_training(
+    folder: Path,
+    overrides: Iterable[str] = (),
+    environment: Mapping[str, str] | None = None,
+    *,
+    inputs: Path | None = None,
+    workers: int = 2,
+    steps: int = 2,
+    timeout: float = 300,
+    on_step: Callable[[Step], None] | None = None,
+) -> list[Step]:
+    """Train by GRPO and return verl's metrics of each step; `step["step"]` is its number, from 1.
+
+    `inputs` is a folder that `make_inputs` has filled; without it a default one is made in `folder`. `overrides` are
+    options of verl, `key=value`, that come after ours below, and `environment` is set in all processes.
+    The training takes at most `timeout` seconds. `on_step` is called as soon as a step is logged.
+
+    Raises `TrainingError` if the training fails or runs out of time.
+    """
+    folder = folder.resolve()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if inputs is None:
+        inputs = folder / "inputs"
+        make_inputs(inputs)
+    log, metrics = folder / "log.txt", folder / "metrics.jsonl"
+    metrics.write_bytes(b"")
+    reader = MetricsReader(metrics, on_step)
+    mark = uuid.uuid4().hex
+    # Not the usual folder for temporary files: the paths of Ray's sockets may have no more than 107 characters.
+    ray_folder = tempfile.mkdtemp(prefix="verl-", dir="/tmp")
+    ours = [*cpu_options(ray_folder, workers), *training_options(inputs.resolve(), steps)]
+    ours += folder_options(folder, steps)
+    try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "verl.trainer.main_ppo", *ours, *overrides],
+                cwd=folder,
+                env=make_environment(mark, metrics, environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        wait_for(process, reader, timeout, log)
+    finally:
+        end_all(mark)
+        shutil.rmtree(ray_folder, ignore_errors=True)
+    if len(reader.steps) != steps:
+        raise failure(f"The training logged {len(reader.steps)} of {steps} steps", log)
+    return reader.steps
+
+
+def final_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights that a run in `folder` ended with, in float32."""
+    (path,) = folder.glob("checkpoints/global_step_*/actor/huggingface/model.safetensors")
+    return load_file(path)
+
+
+def cpu_options(ray_folder: str, workers: int) -> list[str]:
+    """Where to run: on a CPU, in a Ray cluster that is small and quick to start."""
+    return [
+        "trainer.device=cpu",
+        "trainer.nnodes=1",
+        f"trainer.n_gpus_per_node={workers}",
+        f"{ACTOR}.strategy=fsdp2",  # verl's FSDP1 does not run on a CPU
+        *(f"+{part}.fsdp_config.mixed_precision={PRECISION}" for part in (ACTOR, REF)),
+        *(f"{part}.use_torch_compile=False" for part in (ACTOR, f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config")),
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+        "actor_rollout_ref.model.external_lib=verl_on_cpu.rollout",
+        f"{ROLLOUT}.name=hf_cpu",
+        f"{ROLLOUT}.load_format=auto",
+        f"{ROLLOUT}.tensor_model_parallel_size=1",
+        f"{ROLLOUT}.agent.num_workers=1",
+        "reward.num_workers=1",
+        "data.dataloader_num_workers=0",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        f"trainer.v1.sampler.custom_sampler.path={PACKAGE / 'replay.py'}",
+        "trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer",
+        # Its GPUs and most of its CPUs are made up: verl's processes reserve them.
+        "+ray_kwargs.ray_init.address=local",
+        f"+ray_kwargs.ray_init._temp_dir={ray_folder}",
+        "+ray_kwargs.ray_init.include_dashboard=False",
+        "+ray_kwargs.ray_init.object_store_memory=200000000",
+        f"+ray_kwargs.ray_init.num_gpus={workers}",
+        f"ray_kwargs.ray_init.num_cpus={4 + 3 * workers}",
+    ]
+
+
+def training_options(inputs: Path, steps: int) -> list[str]:
+    """What to train: GRPO with a KL loss, 4 prompts a step with 4 responses each."""
+    return [
+        "algorithm.adv_estimator=grpo",
+        f"{ACTOR}.use_kl_loss=True",
+        f"{ACTOR}.optim.lr=1e-3",
+        # At Adam's usual 1e-8, rounding alone can move a weight whose gradient is nearly zero by the learning rate.
+        f"{ACTOR}.optim.override_optimizer_config={{eps: 1e-6}}",
+        f"trainer.total_training_steps={steps}",
+        f"actor_rollout_ref.model.path={inputs / 'model'}",
+        f"data.train_files={inputs / 'train.parquet'}",
+        f"data.val_files={inputs / 'train.parquet'}",
+        "data.seed=0",
+        "data.train_batch_size=4",
+        "data.max_prompt_length=1024",
+        "data.max_response_length=16",
+        f"{ROLLOUT}.n=4",
+        f"{ACTOR}.ppo_mini_batch_size=4",
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
+        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=4",
+        f"{REF}.log_prob_micro_batch_size_per_gpu=4",
+        f"reward.custom_reward_function.path={PACKAGE / 'reward.py'}",
+        "reward.custom_reward_function.name=compute_score",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.resume_mode=disable",
+    ]
+
+
+def folder_options(folder: Path, steps: int) -> list[str]:
+    """What to leave behind: the metrics and, at the end, the model in the format of transformers."""
+    return [
+        "trainer.logger=[console,file]",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"trainer.save_freq={steps}",
+        f"{ACTOR}.checkpoint.save_contents=[hf_model]",
+        "hydra.run.dir=.",
+        "hydra/job_logging=none",
+        "hydra.output_subdir=null",
+    ]
+
+
+def make_environment(mark: str, metrics: Path, extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the driver, which all Ray processes of the run inherit."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "VERL_"))}
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **inherited,
+        MARK: mark,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",  # for each process: there are at least as many as cores
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HYDRA_FULL_ERROR": "1",
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu.platform",
+        "VERL_ENGINE_DEVICE": "cuda",  # verl registers its FSDP engine for "cuda" and "npu"; on a CPU it runs just so
+        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "TQ_NUM_THREADS": "1",  # of the queue between the processes; it warns at each call otherwise
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_worker_prestart": "0",  # else as many idle Python processes as there are CPUs
+        "RAY_prestart_worker_first_driver": "0",
+        **extra,
+    }
+
+
+class MetricsReader:
+    """Reads the file that verl's file logger writes, while it is being written."""
+
+    def __init__(self, path: Path, on_step: Callable[[Step], None] | None) -> None:
+        self.path, self.on_step = path, on_step
+        self.position = 0
+        self.steps: list[Step] = []
+
+    def read(self) -> None:
+        """Take in the lines that are complete and new."""
+        text = self.path.read_bytes()
+        end = text.rfind(b"\n") + 1
+        for line in map(json.loads, text[self.position : end].splitlines()):
+            step = {"step": line["step"], **line["data"]}
+            self.steps.append(step)
+            if self.on_step:
+                self.on_step(step)
+        self.position = end
+
+
+def wait_for(process: subprocess.Popen, reader: MetricsReader, timeout: float, log: Path) -> None:
+    """Wait until the training is over, reading its metrics meanwhile."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise failure(f"The training took longer than {timeout:.0f} s", log)
+        time.sleep(0.2)
+        reader.read()
+    reader.read()
+    if process.returncode:
+        raise failure(f"The training stopped with exit code {process.returncode}", log)
+
+
+def failure(what: str, log: Path, lines: int = 25) -> TrainingError:
+    """The error to raise: the last lines of the log, what happened, and where the log is."""
+    end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    return TrainingError(f"{end}\n\n{what}; all of its output: {log}")
+
+
+def end_all(mark: str) -> None:
+    """End what is left of a run: Ray leaves processes behind when its driver does not end as it should."""
+    left = {member for process in psutil.process_iter() for member in family(process, mark)}
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+def family(process: psutil.Process, mark: str) -> list[psutil.Process]:
+    """The process and its descendants, if the mark of the run is in its environment.
+
+    Ray's Python workers write their titles over their environments, but the daemon that starts them does not.
+    """
+    try:
+        return [process, *process.children(recursive=True)] if process.environ().get(MARK) == mark else []
+    except psutil.Error:  # of another user, or gone by now
+        return []

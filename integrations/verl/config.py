@@ -1,0 +1,122 @@
+"""Settings: a typed part of verl's FSDP engine config, which Hydra checks.
+
+The three ways to turn sharing on (``model_engine=prefix_grouper``, ``actor.strategy=prefix_grouper`` and verl's own
+``actor.use_prefix_grouper=True``) are brought to one form by :func:`adopt`, before anything reads the config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.base_config import BaseConfig
+from verl.workers.config import FSDPEngineConfig
+
+from prefix_grouper_plugins.attention.registry import BACKENDS
+from prefix_grouper_plugins.integrations.verl.switch import ENGINE_TARGET, STRATEGY, is_asked_for
+
+SHARDINGS = ("fsdp2", "fsdp")
+_OPTIONS_TARGET = "prefix_grouper_plugins.integrations.verl.PrefixGrouperOptions"
+
+
+@dataclass
+class PrefixGrouperOptions(BaseConfig):
+    """``actor_rollout_ref.actor.fsdp_config.prefix_grouper``; the reference policy takes over the actor's.
+
+    Raises:
+        ValueError: a value that is not among the choices.
+    """
+
+    sharding: str = field(
+        default="fsdp2",
+        metadata={
+            "help": "How parameters are sharded: verl's own fsdp2 or fsdp engine underneath.",
+            "choices": SHARDINGS,
+        },
+    )
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": "Attention backend of packed forwards. 'auto' takes the fastest one that each layer can use.",
+            "choices": ("auto", *BACKENDS),
+        },
+    )
+    regroup: str = field(
+        default="exact",
+        metadata={
+            "help": "How rows of one prompt are brought together. 'exact' moves rows among the micro-batches and ranks "
+            "of one optimizer step, and only where the loss does not depend on which rows stand together; 'group' also "
+            "moves them to another optimizer step of the same training batch, so that every group is whole; 'none' "
+            "leaves them where verl put them.",
+            "choices": ("exact", "group", "none"),
+        },
+    )
+    on_unsupported: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a model that cannot be shared exactly: 'error' stops before training and says "
+            "why; 'fallback' trains on the ordinary path, says why and counts it.",
+            "choices": ("error", "fallback"),
+        },
+    )
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the first update twice, ordinary and shared, and stop if the gradients differ.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            choices = option.metadata.get("choices")
+            if choices and getattr(self, option.name) not in choices:
+                raise ValueError(
+                    f"prefix_grouper.{option.name} is {getattr(self, option.name)!r}: choose one of {', '.join(choices)}"
+                )
+
+
+@dataclass
+class PrefixGrouperEngineConfig(FSDPEngineConfig):
+    """:class:`verl.workers.config.FSDPEngineConfig` with :class:`PrefixGrouperOptions`."""
+
+    prefix_grouper: PrefixGrouperOptions = field(default_factory=PrefixGrouperOptions)
+
+
+def adopt(config: DictConfig) -> bool:
+    """Bring ``config`` (``actor_rollout_ref``) into the one form that the engine runs with, if it asks for sharing.
+
+    Whatever asked for it, afterwards the strategy of actor and reference policy is ``prefix_grouper``, their engine
+    configs are :class:`PrefixGrouperEngineConfig`, and a strategy of fsdp or fsdp2 that stood there is kept as
+    ``prefix_grouper.sharding``. Calling it again changes nothing.
+
+    Returns:
+        whether sharing was asked for.
+
+    Raises:
+        ValueError: the actor has another engine than FSDP.
+    """
+    actor = config.actor
+    if not is_asked_for(config):
+        return False
+    if actor.strategy not in (STRATEGY, *SHARDINGS):
+        raise ValueError(
+            f"prefix_grouper shares prompts on FSDP, the actor's strategy is {actor.strategy!r}: set "
+            "actor_rollout_ref.actor.strategy to fsdp2 or fsdp, or drop use_prefix_grouper"
+        )
+    options = dict(OmegaConf.select(actor, "fsdp_config.prefix_grouper") or {})
+    if actor.strategy in SHARDINGS:
+        options["sharding"] = actor.strategy
+    for name in ("ref", "actor"):  # the reference policy's strategy may be interpolated from the actor's
+        part = config.get(name)
+        if part is not None and "fsdp_config" in part:
+            own = {} if name == "actor" else dict(part.fsdp_config.get("prefix_grouper") or {})
+            _adopt_engine(part, {**options, **own, "sharding": options.get("sharding", SHARDINGS[0])})
+    return True
+
+
+def _adopt_engine(part: DictConfig, options: dict[str, Any]) -> None:
+    with open_dict(part), open_dict(part.fsdp_config):
+        part.fsdp_config["_target_"] = ENGINE_TARGET
+        part.fsdp_config["prefix_grouper"] = {**options, "_target_": _OPTIONS_TARGET}
+        part["strategy"] = STRATEGY

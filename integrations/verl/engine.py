@@ -1,0 +1,265 @@
+"""The engine: verl's FSDP engine with each prompt of a micro-batch laid out once.
+
+Re-pack, then delegate. A micro-batch becomes one packed row (:mod:`.micro_batch`), which verl's own code then takes for a
+micro-batch of a single row: removal of padding, Ulysses slices, fused kernels, entropy, temperature and the loss are
+verl's, unchanged. Two things are ours: the attention, which meets the layout in every layer, and the labels, since in a
+packed row the next token does not always stand next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import verl.workers.engine.fsdp.transformer_impl as fsdp
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
+from verl.utils.model import extract_multi_modal_inputs
+from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+
+from prefix_grouper_plugins.grouping import plan_micro_batches, spread_micro_batches
+from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, row_sizes
+from prefix_grouper_plugins.integrations.verl.switch import raise_failures
+from prefix_grouper_plugins.metrics import SharingMeter, logger
+from prefix_grouper_plugins.modeling import (
+    ShardedLayout,
+    UnsupportedModelError,
+    check_support,
+    enable_prefix_grouper,
+    layout_inputs,
+)
+from prefix_grouper_plugins.verify import check_gradients, local_gradients
+
+# Policy losses of verl whose value does not depend on which rows stand in one micro-batch. Of its own, clip_cov and
+# kl_cov select tokens within a micro-batch, and geo_mean averages over it.
+_ROWS_MIX_FREELY = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
+
+
+class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
+    """:class:`verl.workers.engine.fsdp.FSDPEngineWithLMHead` that forwards every prompt of a micro-batch once.
+
+    Takes the same arguments. ``engine_config`` is a
+    :class:`~prefix_grouper_plugins.integrations.verl.PrefixGrouperEngineConfig`; with verl's own FSDP engine config the
+    defaults of its settings hold.
+
+    Attributes:
+        sharing (`SharingMeter`): all forwards so far, on this rank.
+        forwarded (`Tally`): the last :meth:`forward_backward_batch`, over all data-parallel ranks.
+
+    Raises:
+        UnsupportedModelError: on initialization, when the model cannot be shared exactly and
+            ``prefix_grouper.on_unsupported`` is ``error``.
+    """
+
+    # Old and reference log-probs come without metrics in verl: what fell back there is told with the next update, which
+    # another engine of the same process (actor and reference policy are two) may make.
+    _untold_fallbacks: ClassVar[int] = 0
+
+    def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
+        raise_failures()
+        self.options: PrefixGrouperOptions = getattr(engine_config, "prefix_grouper", None) or PrefixGrouperOptions()
+        if engine_config.strategy not in SHARDINGS:
+            # verl has chosen this class by now, and from here on reads the strategy to tell FSDP2 from FSDP1.
+            object.__setattr__(engine_config, "strategy", self.options.sharding)
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        self.sharing = SharingMeter(warn=self.rank == 0)
+        self.forwarded = Tally()
+        self._tally = Tally()
+        self._warned: set[str] = set()
+        self._standing_reason: str | None = None
+        self._to_verify = self.options.verify and not engine_config.forward_only
+
+    # ----------------------------------------------------------------------------------------------------- the model
+
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        """Enable sharing on the finished model, adapters included, before verl wraps it."""
+        report = check_support(module)
+        if report.supported:
+            enable_prefix_grouper(module, backend=self.options.backend)
+        elif self.options.on_unsupported == "fallback":
+            self._standing_reason = "; ".join(report.reasons)
+        else:
+            raise UnsupportedModelError(
+                f"{'; '.join(report.reasons)}. To train without sharing, leave model_engine=prefix_grouper out or set "
+                "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
+            )
+        for note in report.notes:
+            self._warn_once(note)
+        return super()._build_fsdp_module(module)
+
+    # ----------------------------------------------------------------------------------------------------- the batch
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool = False
+    ) -> dict[str, Any]:
+        """verl's, with micro-batches that keep groups whole and count each prompt once.
+
+        Adds ``prefix_grouper/*`` to the metrics.
+        """
+        if self._to_verify and not forward_only:
+            self._to_verify = False
+            self._verify(data, loss_function)
+        output = self._run(data, loss_function, forward_only)
+        metrics = self.forwarded.metrics()
+        if forward_only:
+            PrefixGrouperEngine._untold_fallbacks += self.forwarded.fallbacks
+        else:
+            metrics["prefix_grouper/fallbacks"] += PrefixGrouperEngine._untold_fallbacks
+            PrefixGrouperEngine._untold_fallbacks = 0
+        # verl collects metrics as one list from each rank
+        output["metrics"].update({name: [value] for name, value in metrics.items()})
+        return output
+
+    def _run(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
+        self._tally = Tally()
+        with self._planning(loss_function):
+            output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+        self.forwarded = self._tally.summed(self.get_data_parallel_group(), get_device_name())
+        return output  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _planning(self, loss_function: Callable[..., Any] | None) -> Iterator[None]:
+        """Let verl's batch loop cut micro-batches by our plan: it looks the function up in its module."""
+        stock = fsdp.prepare_micro_batches
+
+        def planned(data: TensorDict, dp_group: Any = None, **kwargs: Any) -> tuple[list[TensorDict], Any]:
+            plan = self._plan(data, dp_group) if self._may_move_rows(loss_function) else None
+            if plan is None:
+                return stock(data=data, dp_group=dp_group, **kwargs)  # type: ignore[no-any-return]
+            tu.assign_non_tensor(data, use_dynamic_bsz=True)  # verl restores the order of rows only then
+            return [tu.index_select_tensor_dict(data, rows) for rows in plan], plan
+
+        fsdp.prepare_micro_batches = planned
+        try:
+            yield
+        finally:
+            fsdp.prepare_micro_batches = stock
+
+    def _may_move_rows(self, loss_function: Callable[..., Any] | None) -> bool:
+        """Whether rows may go to another micro-batch than verl would put them in."""
+        if self.options.regroup == "exact" and not rows_mix_freely(loss_function):
+            self._warn_once(
+                "this loss may depend on which rows stand in one micro-batch, so they stay where verl puts them and "
+                "share less; actor_rollout_ref.actor.fsdp_config.prefix_grouper.regroup=group moves them all the same"
+            )
+            return False
+        return self.options.regroup != "none"
+
+    def _warn_once(self, what: str) -> None:
+        if self.rank == 0 and what not in self._warned:
+            logger.warning("prefix grouper: %s", what)
+        self._warned.add(what)
+
+    def _plan(self, data: TensorDict, dp_group: Any) -> list[list[int]] | None:
+        """Row indices of each micro-batch, as many on every data-parallel rank; None where some rank cannot share."""
+        limits: dict[str, int] = {}
+        if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
+            budget = data["max_token_len_per_gpu"] * self.ulysses_sequence_parallel_size
+            limits["max_tokens"] = int(budget)
+        else:
+            limits["max_rows"] = int(data["micro_batch_size_per_gpu"])
+        shares = self._reason_not_to_share(data) is None
+        sizes = row_sizes(data) if shares else []
+        plan = plan_micro_batches(sizes, **limits)
+        # The ranks must agree, or they would wait for each other in different collectives.
+        agreed = torch.tensor([len(plan), int(not shares)], device=get_device_name())
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=dp_group)
+        count, refused = agreed.tolist()
+        return None if refused else spread_micro_batches(plan, sizes, count)
+
+    def _reason_not_to_share(self, data: TensorDict) -> str | None:
+        """Why rows of ``data`` go the ordinary way, None where they are shared."""
+        if self._standing_reason is not None:
+            return self._standing_reason
+        if tu.get_non_tensor_data(data, "distillation_use_topk", False):
+            return "top-k distillation reads logits at every row's own positions"
+        if isinstance(data["temperature"], Tensor):
+            return "each row has a temperature of its own"
+        if "prompts" not in data:
+            return "the batch does not say where prompts end (`prompts` is missing)"
+        if data["position_ids"].dim() == 3:
+            return "multimodal position ids are not packed yet"
+        if extract_multi_modal_inputs(data.get("multi_modal_inputs", [])):
+            return "multimodal inputs are not packed yet"
+        return None
+
+    # ----------------------------------------------------------------------------------------------- one micro-batch
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
+        reason = self._reason_not_to_share(micro_batch)
+        packed = None if reason else PackedMicroBatch(micro_batch)
+        if packed is not None and not packed.positions_agree:
+            reason = "rows that share a prompt number its tokens differently"
+        if packed is None or reason is not None:
+            self._count_fallback(reason, micro_batch)
+            return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
+        self._count_packed(packed)
+        inputs, output_args = super().prepare_model_inputs(packed.surrogate)
+        layout = packed.layout.pad_to(packed.layout.num_tokens + output_args.get("pad_size", 0))
+        labels = pad(packed.labels, (0, layout.num_padding))
+        if self.use_ulysses_sp:
+            labels = ulysses_pad_and_slice_inputs(labels[None], sp_size=self.ulysses_sequence_parallel_size)[0][0]
+            layout = ShardedLayout(layout, self.ulysses_parallel_group)
+        output_args["input_ids_rmpad_rolled"] = labels
+        if tu.get_non_tensor_data(micro_batch, "use_fused_kernels", False):
+            inputs["shift_labels"] = labels[None]
+        inputs.update(layout_inputs(layout, labels.device))
+        output_args["packed"] = packed
+        return inputs, output_args
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
+    ) -> dict[str, Tensor]:
+        """verl's of the packed row, spread over the rows of ``micro_batch``: nested ``[rows, L_i]``, zero at the end."""
+        packed = output_args.pop("packed", None)
+        if packed is None:
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[no-any-return]
+        outputs = super().prepare_model_outputs(output, output_args, packed.surrogate, logits_processor_func)
+        return {name: packed.unpack(values.values()) for name, values in outputs.items()}
+
+    def _count_packed(self, packed: PackedMicroBatch) -> None:
+        tally = packed.tally
+        tally.packed = 1
+        self._tally.add(tally)
+        self.sharing.count_packed(
+            tokens_forwarded=tally.tokens, row_tokens=tally.row_tokens, rows=tally.rows, groups=tally.groups
+        )
+
+    def _count_fallback(self, reason: str | None, micro_batch: TensorDict) -> None:
+        tally = Tally.of_rows(micro_batch["input_ids"].offsets().diff().tolist())
+        tally.fallbacks = 1
+        self._tally.add(tally)
+        self.sharing.count_fallback(str(reason))
+
+    # -------------------------------------------------------------------------------------------------- verification
+
+    def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
+        """Compare the gradients of this update on the ordinary path and on the shared one."""
+        sharing, self.sharing = self.sharing, SharingMeter(warn=False)
+        standing, self._standing_reason = self._standing_reason, "the ordinary half of the verification"
+        self._run(data, loss_function, forward_only=False)
+        self._standing_reason = standing
+        ordinary = local_gradients(self.module)
+        self.optimizer_zero_grad()
+        self._run(data, loss_function, forward_only=False)
+        difference = check_gradients(self.module, ordinary, self._autocast_dtype)
+        self.optimizer_zero_grad()
+        self.sharing = sharing
+        self._warn_once(f"verified: the gradients of this update, shared and ordinary, differ by {difference:.1e}")
+
+
+def rows_mix_freely(loss_function: Any) -> bool:
+    """Whether the loss is known not to depend on which rows stand in one micro-batch, so that rows may be moved."""
+    if loss_function is None:
+        return True
+    config = getattr(loss_function, "keywords", {}).get("config")
+    policy_loss = getattr(config, "policy_loss", None)
+    return policy_loss is not None and policy_loss.get("loss_mode", "vanilla") in _ROWS_MIX_FREELY

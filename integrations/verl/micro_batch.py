@@ -1,0 +1,160 @@
+"""One micro-batch of verl as one packed row.
+
+verl's engines work on nested tensors: the rows' tokens end to end, and offsets. A packed row is put before verl's own
+code as a micro-batch of a single, long row; what comes out of it is spread over the rows again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+
+from prefix_grouper_plugins.grouping import RowSize
+from prefix_grouper_plugins.layout import PrefixLayout
+
+# Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
+_SETTINGS = (
+    "use_remove_padding",
+    "pad_mode",
+    "pad_token_id",
+    "use_fused_kernels",
+    "temperature",
+    "calculate_entropy",
+    "calculate_sum_pi_squared",
+)
+
+
+def row_lengths(data: TensorDict) -> tuple[list[int], list[int]]:
+    """Tokens of each row, and of each row's prompt.
+
+    Args:
+        data: with nested ``input_ids``, and ``prompts`` either nested (verl's V1 trainer) or padded on the left beside
+            an ``attention_mask`` (V0).
+    """
+    prompts = data["prompts"]
+    if prompts.is_nested:
+        prompt_lengths = prompts.offsets().diff()
+    else:
+        prompt_lengths = data["attention_mask"][:, : prompts.shape[1]].sum(1)
+    return data["input_ids"].offsets().diff().tolist(), prompt_lengths.tolist()
+
+
+def row_keys(data: TensorDict) -> list[Hashable]:
+    """The group (``uid``) of each row: equal token ids of different groups may stand for different images."""
+    uids = tu.get(data, "uid")
+    return [None] * len(data) if uids is None else [str(uid) for uid in uids]
+
+
+def row_sizes(data: TensorDict) -> list[RowSize]:
+    """What planning needs to know of each row; rows of one group have equal uids and prompts."""
+    lengths, prompt_lengths = row_lengths(data)
+    rows = data["input_ids"].values().cpu().split(lengths)
+    return [
+        RowSize((key, row[:prompt].numpy().tobytes()), prompt, length - prompt)
+        for key, row, prompt, length in zip(row_keys(data), rows, prompt_lengths, lengths, strict=True)
+    ]
+
+
+class PackedMicroBatch:
+    """A micro-batch whose prompts are laid out once.
+
+    Args:
+        micro_batch: on the model's device.
+
+    Attributes:
+        layout (`PrefixLayout`): of the rows, on that device.
+        surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
+            original one.
+        labels (`LongTensor[T]`): next token of each packed position.
+        positions_agree (`bool`): whether rows number their shared tokens alike.
+        tally (`Tally`): what is forwarded, and what would have been.
+    """
+
+    def __init__(self, micro_batch: TensorDict) -> None:
+        ids = micro_batch["input_ids"]
+        lengths, prompt_lengths = row_lengths(micro_batch)
+        rows, keys = ids.values().cpu().split(lengths), row_keys(micro_batch)
+        layout = PrefixLayout.from_rows(rows, keys, shareable=prompt_lengths).to(ids.device)
+        positions = micro_batch["position_ids"].values()
+        packed_positions = positions[layout.source_index]
+        self.layout, self._offsets = layout, ids.offsets()
+        is_last = torch.zeros(sum(lengths), dtype=torch.bool, device=ids.device)
+        is_last[self._offsets[1:] - 1] = True
+        self._transitions = (~is_last).nonzero().squeeze(1)
+        self.positions_agree = torch.equal(packed_positions[layout.row_index], positions[self._transitions])
+        self.labels = ids.values()[layout.source_index + 1]
+        self.surrogate = TensorDict(
+            {"input_ids": _one_row(ids.values()[layout.source_index]), "position_ids": _one_row(packed_positions)},
+            batch_size=[1],
+        )
+        settings = {key: tu.get(micro_batch, key) for key in _SETTINGS if key in micro_batch}
+        tu.assign_non_tensor(self.surrogate, **settings)
+        groups = {
+            (key, row[:prompt].numpy().tobytes()) for key, row, prompt in zip(keys, rows, prompt_lengths, strict=True)
+        }
+        self.tally = Tally.of_rows(lengths)
+        self.tally.tokens, self.tally.groups = layout.num_tokens, len(groups)
+        self.tally.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Packed values ``[T]`` as a nested tensor of the rows, zero at each row's last token. Differentiable."""
+        rows = values.new_zeros(int(self._offsets[-1]), *values.shape[1:])
+        rows = rows.index_put((self._transitions,), values[self.layout.row_index])
+        return torch.nested.nested_tensor_from_jagged(rows, self._offsets)
+
+
+def _one_row(values: Tensor) -> Tensor:
+    offsets = torch.tensor([0, len(values)], device=values.device)
+    return torch.nested.nested_tensor_from_jagged(values, offsets)
+
+
+@dataclass
+class Tally:
+    """Counts of one or several forwards.
+
+    Attributes:
+        tokens, row_tokens: forwarded, and in the rows.
+        squares, row_squares: pairs of a query and a key that it sees, times two less one for each query, so that a
+            row of ``L`` tokens counts ``L ** 2``, as in verl's estimate of FLOPs.
+        rows, groups: rows, and distinct prompts of them.
+        packed, fallbacks: shared forwards, and ordinary ones that should have been shared.
+    """
+
+    tokens: int = 0
+    row_tokens: int = 0
+    squares: int = 0
+    row_squares: int = 0
+    rows: int = 0
+    groups: int = 0
+    packed: int = 0
+    fallbacks: int = 0
+
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int]) -> Tally:
+        """Of an ordinary forward."""
+        tokens, squares = sum(lengths), sum(length * length for length in lengths)
+        return cls(tokens, tokens, squares, squares, rows=len(lengths), groups=len(lengths))
+
+    def add(self, other: Tally) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def summed(self, group: Any, device: Any) -> Tally:
+        """The sum over the processes of ``group``."""
+        counts = torch.tensor([getattr(self, f.name) for f in fields(self)], device=device)
+        torch.distributed.all_reduce(counts, group=group)
+        return Tally(*counts.tolist())
+
+    def metrics(self) -> dict[str, float]:
+        """Named as the project logs them."""
+        return {
+            "prefix_grouper/token_ratio": self.tokens / max(self.row_tokens, 1),
+            "prefix_grouper/rows_per_group": self.rows / max(self.groups, 1),
+            "prefix_grouper/fallbacks": float(self.fallbacks),
+        }

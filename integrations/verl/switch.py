@@ -1,0 +1,31 @@
+"""Whether a run asks for sharing, and what keeps it from starting: known without importing anything heavy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STRATEGY = "prefix_grouper"  # the name under which verl finds the engine
+ENGINE_TARGET = "prefix_grouper_plugins.integrations.verl.PrefixGrouperEngineConfig"
+
+# Hooks that could not be set up. verl swallows the errors of plugins, so they wait here for a run that needs them.
+failures: list[Exception] = []
+
+
+def is_asked_for(config: Any) -> bool:
+    """Whether ``config`` (``actor_rollout_ref``) asks for sharing, in one of the three ways: ``model_engine`` or
+    ``actor.strategy`` is ``prefix_grouper``, or verl's own ``actor.use_prefix_grouper`` is set."""
+    actor = config.actor
+    engine = actor.get("fsdp_config") or {}
+    return (
+        actor.strategy == STRATEGY or engine.get("_target_") == ENGINE_TARGET or bool(actor.get("use_prefix_grouper"))
+    )
+
+
+def raise_failures() -> None:
+    """Stop a run that asks for sharing where the plugin is broken.
+
+    Raises:
+        RuntimeError: with the first reason, which says what can be done.
+    """
+    if failures:
+        raise RuntimeError(f"prefix grouper cannot run: {failures[0]}") from failures[0]

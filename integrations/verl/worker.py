@@ -1,0 +1,85 @@
+"""Hooks in verl's workers: the config that they start from, and FLOPs of what was forwarded."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from omegaconf import open_dict
+
+from prefix_grouper_plugins.integrations.verl.config import adopt
+from prefix_grouper_plugins.integrations.verl.micro_batch import Tally
+from prefix_grouper_plugins.integrations.verl.switch import STRATEGY
+
+
+class ForwardedFlops:
+    """verl's FLOPs counter, which counts every copy of a prompt, corrected by what the engine forwarded.
+
+    verl's estimate is ``a * tokens + b * (sum of squared row lengths)`` for a model; two probes tell ``a`` and ``b``.
+    """
+
+    def __init__(self, counter: Any, engine: Any) -> None:
+        self._counter, self._engine = counter, engine
+
+    def estimate_flops(self, batch_seqlens: list[int], delta_time: float, **kwargs: Any) -> tuple[float, float]:
+        """As verl's: estimated TFLOPS, and those that the device promises."""
+        estimated, promised = self._counter.estimate_flops(batch_seqlens, delta_time, **kwargs)
+        return estimated * self._share(self._engine.forwarded), promised
+
+    def _share(self, forwarded: Tally) -> float:
+        one, two = (self._counter.estimate_flops([length], 1.0)[0] for length in (1, 2))
+        by_square = (two - 2 * one) / 2
+        by_token = one - by_square
+        rows = by_token * forwarded.row_tokens + by_square * forwarded.row_squares
+        return (by_token * forwarded.tokens + by_square * forwarded.squares) / rows if rows else 1.0
+
+
+def install(module: ModuleType) -> None:
+    """Hook into ``verl.workers.engine_workers``."""
+    _adopt_config_first(module.ActorRolloutRefWorker)
+    _count_what_was_forwarded(module.TrainingWorker)
+
+
+def install_separate(module: ModuleType) -> None:
+    """Hook into ``verl.experimental.separation.engine_workers``, which picks its way of saving by the strategy."""
+    worker = module.DetachActorWorker
+    stock = worker._get_strategy_handlers
+
+    @functools.wraps(stock)
+    def _get_strategy_handlers(self: Any) -> Any:
+        actor = self.config.actor
+        if actor.strategy != STRATEGY:
+            return stock(self)
+        with open_dict(actor):
+            actor.strategy = actor.fsdp_config.prefix_grouper.sharding
+            try:
+                return stock(self)
+            finally:
+                actor.strategy = STRATEGY
+
+    worker._get_strategy_handlers = _get_strategy_handlers
+
+
+def _adopt_config_first(worker: type) -> None:
+    """For programs that do not validate their config with verl's function, where :mod:`.driver` adopts it."""
+    stock = worker.__init__  # type: ignore[misc]
+
+    @functools.wraps(stock)
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        adopt(config)
+        stock(self, config, *args, **kwargs)
+
+    worker.__init__ = __init__  # type: ignore[misc]
+
+
+def _count_what_was_forwarded(worker: type) -> None:
+    stock = worker.__init__  # type: ignore[misc]
+
+    @functools.wraps(stock)
+    def __init__(self: Any, config: Any) -> None:
+        stock(self, config)
+        if self.flops_counter is not None and isinstance(getattr(self.engine, "forwarded", None), Tally):
+            self.flops_counter = ForwardedFlops(self.flops_counter, self.engine)
+
+    worker.__init__ = __init__  # type: ignore[misc]

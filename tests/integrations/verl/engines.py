@@ -1,0 +1,345 @@
+"""Run stock and shared engines of verl side by side on a CPU, in processes of their own, and compare their numbers.
+
+    python -m tests.integrations.verl.engines CASES.json RESULTS.json PROCESSES
+
+verl keeps its platform, its process groups and patched model classes per process, so the tests start one process (or
+two) for a list of cases and read the figures. conftest.py sets the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Case:
+    """One comparison. Options are those of verl that have the same name."""
+
+    model: str = "qwen3"
+    lora: bool = False
+    tied: bool = False
+    remove_padding: bool = True
+    dynamic: bool = True
+    fused: bool = False
+    checkpointing: bool = False
+    v0: bool = False
+    sequence_parallel: int = 1
+    temperature: float | list[float] = 0.7
+    rows_per_group: int = 4
+    token_budget: int = 100_000
+    micro_batch_size: int = 8
+    loss_mode: str = "vanilla"
+    engine: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    sum_pi_squared: bool = False
+    without_prompts: bool = False
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self)(), k)}
+        return "-".join(f"{k}={v}" for k, v in changed.items()) or "default"
+
+
+# ------------------------------------------------------------------------------------------------------- the two engines
+
+
+def build(case: Case, path: str, shared: bool) -> Any:
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    from prefix_grouper_plugins.integrations.verl import (
+        PrefixGrouperEngine,
+        PrefixGrouperEngineConfig,
+        PrefixGrouperOptions,
+    )
+
+    model = HFModelConfig(
+        path=path,
+        override_config={"attn_implementation": "sdpa", "attention_dropout": case.dropout},
+        use_remove_padding=case.remove_padding,
+        enable_gradient_checkpointing=case.checkpointing,
+        use_fused_kernels=case.fused,
+        fused_kernel_options={"impl_backend": "torch"},
+        lora_rank=4 if case.lora else 0,
+        lora_alpha=8,
+        target_modules="all-linear",
+    )
+    common: dict[str, Any] = {
+        "use_torch_compile": False,
+        "mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        **case.engine,
+    }
+    optimizer, checkpoint = FSDPOptimizerConfig(lr=1e-3, total_training_steps=1), CheckpointConfig()
+    if shared:
+        size = case.sequence_parallel
+        options = PrefixGrouperOptions(**case.options)
+        config = PrefixGrouperEngineConfig(prefix_grouper=options, ulysses_sequence_parallel_size=size, **common)
+        object.__setattr__(config, "strategy", "prefix_grouper")  # as verl's actor config does
+        engine = PrefixGrouperEngine(model, config, optimizer, checkpoint)
+    else:
+        engine = FSDPEngineWithLMHead(model, FSDPEngineConfig(strategy="fsdp2", **common), optimizer, checkpoint)
+    engine.initialize()
+    if case.lora:
+        perturb_adapters(engine.module)
+    return engine
+
+
+def perturb_adapters(module: Any) -> None:
+    """Adapters start at zero, where half of their gradients are zero."""
+    import torch
+    from torch.distributed.tensor import distribute_tensor
+
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            generator = torch.Generator().manual_seed(len(name))
+            whole = 0.05 * torch.randn(parameter.shape, generator=generator)
+            shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
+            parameter.data.to_local().copy_(shard)
+
+
+def save_model(case: Case, path: Path) -> None:
+    """A tiny model whose weights are large enough that positions and masks matter."""
+    import torch
+    from verl_on_cpu.tiny import make_model, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    model = make_model(case.model, tokenizer, case.tied, layers=2, hidden_size=64, seed=0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, weight.shape[-1] ** -0.5)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@contextmanager
+def model_classes_restored() -> Any:
+    """verl's fused kernels replace the forward of the model's class, for all models of the process."""
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+    classes = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+    forwards = [cls.forward for cls in classes]
+    try:
+        yield
+    finally:
+        for cls, forward in zip(classes, forwards, strict=True):
+            cls.forward = forward
+
+
+# -------------------------------------------------------------------------------------------------------------- the data
+
+
+def make_rows(case: Case, groups: int = 3) -> list[dict[str, Any]]:
+    """Rows of a training batch, in an order that scatters every group."""
+    import torch
+
+    torch.manual_seed(1)
+    rows = []
+    for group in range(groups):
+        prompt = torch.randint(4, 250, (9 + 7 * group,))
+        for member in range(case.rows_per_group):
+            length = int(torch.randint(1, 9, ()))
+            rows.append(
+                {
+                    "uid": f"g{group}",
+                    "prompt": prompt,
+                    "response": torch.randint(4, 250, (length,)),
+                    "mask": torch.ones(length, dtype=torch.long),
+                    "old": -5.5 + 0.3 * torch.randn(length),
+                    "ref": -5.5 + 0.3 * torch.randn(length),
+                    "advantage": torch.randn(()) * torch.ones(length),
+                    "order": member * groups + group,
+                }
+            )
+    return sorted(rows, key=lambda row: row["order"])
+
+
+def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
+    """``rows`` as verl's trainer hands them to an engine."""
+    import torch
+    from verl.utils import tensordict_utils as tu
+
+    def nested(name: Any) -> Any:
+        return torch.nested.as_nested_tensor([name(row) for row in rows], layout=torch.jagged)
+
+    tensors = {
+        "input_ids": nested(lambda r: torch.cat([r["prompt"], r["response"]])),
+        "position_ids": nested(lambda r: torch.arange(len(r["prompt"]) + len(r["response"]))),
+        "prompts": nested(lambda r: r["prompt"]),
+        "responses": nested(lambda r: r["response"]),
+        "response_mask": nested(lambda r: r["mask"]),
+        "loss_mask": nested(lambda r: r["mask"]),
+        "old_log_probs": nested(lambda r: r["old"]),
+        "ref_log_prob": nested(lambda r: r["ref"]),
+        "advantages": nested(lambda r: r["advantage"]),
+    }
+    settings: dict[str, Any] = {"temperature": case.temperature}
+    if isinstance(case.temperature, list):  # one for each row, in turns
+        tensors["temperature"] = torch.tensor((case.temperature * len(rows))[: len(rows)])
+        settings = {}
+    if case.v0:
+        tensors |= padded_as_in_v0(rows)
+    return tu.get_tensordict(
+        tensors | {"uid": [row["uid"] for row in rows]},
+        non_tensor_dict=settings
+        | {
+            "calculate_entropy": True,
+            "calculate_sum_pi_squared": case.sum_pi_squared,
+            "use_remove_padding": case.remove_padding,
+            "use_fused_kernels": case.fused,
+            "use_dynamic_bsz": case.dynamic,
+            "max_token_len_per_gpu": case.token_budget,
+            "micro_batch_size_per_gpu": case.micro_batch_size,
+            "global_batch_size": global_rows,
+        },
+    )
+
+
+def padded_as_in_v0(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """verl's V0 trainer leaves everything but the model's inputs padded, prompts on the left."""
+    import torch
+    from torch.nn.functional import pad
+
+    width, length = (max(len(row[name]) for row in rows) for name in ("prompt", "response"))
+
+    def left(x: Any) -> Any:
+        return pad(x, (width - len(x), 0))
+
+    def right(x: Any) -> Any:
+        return pad(x, (0, length - len(x)))
+
+    mask = [torch.cat([left(torch.ones_like(r["prompt"])), right(r["mask"])]) for r in rows]
+    names = {"response_mask": "mask", "loss_mask": "mask", "old_log_probs": "old", "ref_log_prob": "ref"}
+    names |= {"advantages": "advantage", "responses": "response"}
+    padded = {key: torch.stack([right(r[name]) for r in rows]) for key, name in names.items()}
+    return padded | {"prompts": torch.stack([left(r["prompt"]) for r in rows]), "attention_mask": torch.stack(mask)}
+
+
+def loss_function(case: Case) -> Any:
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=case.rows_per_group,
+        ppo_micro_batch_size_per_gpu=case.micro_batch_size,
+        entropy_coeff=0.01,
+        use_kl_loss=True,
+        kl_loss_coef=0.1,
+        policy_loss=PolicyLossConfig(loss_mode=case.loss_mode),
+    )
+    return partial(ppo_loss, config=config)
+
+
+# -------------------------------------------------------------------------------------------------------- one comparison
+
+
+def gradients(engine: Any, batch: Any, case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gradients of one update by parameter name, and the metrics."""
+    loss = loss_function(case)
+    if case.without_prompts:  # as in a program of its own, whose loss reads whole rows
+        batch.pop("prompts")
+
+        def loss(model_output: Any, data: Any, dp_group: Any = None) -> Any:
+            return -model_output["log_probs"].values().sum() / 1000, {}
+
+    with engine.train_mode():
+        output = engine.forward_backward_batch(batch, loss, forward_only=False)
+        found = {
+            name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+            for name, p in engine.module.named_parameters()
+            if p.grad is not None
+        }
+        engine.optimizer_zero_grad()
+    return found, output["metrics"]
+
+
+def scores(engine: Any, batch: Any) -> dict[str, Any]:
+    """Log-probs, entropies and so on of the response tokens, ``[rows, longest response]``."""
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    with engine.eval_mode():
+        output = engine.forward_backward_batch(batch, None, forward_only=True)
+    return {name: no_padding_2_padding(values, batch) for name, values in output["model_output"].items()}
+
+
+def compare(case: Case, path: str) -> dict[str, Any]:
+    """Largest relative difference of a gradient tensor, largest difference of a score, and our metrics."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = make_rows(case)
+    dealt = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
+    mine = rows if case.sequence_parallel > 1 else dealt  # ranks of one sequence hold the same rows
+    with model_classes_restored():
+        alone = replace(case, token_budget=case.token_budget * case.sequence_parallel)  # the budget is for each rank
+        stock = build(alone, path, shared=False)
+        reference, _ = gradients(stock, make_batch(alone, dealt, len(rows)), alone)
+        wanted = scores(stock, make_batch(alone, dealt, len(rows)))
+    with model_classes_restored():
+        shared = build(case, path, shared=True)
+        found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
+        got = scores(shared, make_batch(case, mine, len(rows)))
+    assert found.keys() == reference.keys()
+    first = rank * len(rows) // world if case.sequence_parallel > 1 else 0
+    result: dict[str, Any] = {
+        "gradient": max(float((found[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in reference.items()),
+        "smallest_gradient": min(float(g.norm()) for g in reference.values()),
+        "metrics": {name: value[0] for name, value in metrics.items() if name.startswith("prefix_grouper/")},
+        "fallbacks": dict(shared.sharing.fallbacks),
+        "forwarded": asdict(shared.forwarded),
+        "scores": {},
+    }
+    for name, values in wanted.items():
+        other = got[name][first : first + len(values), : values.shape[1]]
+        result["scores"][name] = float((other - values).abs().max())
+    return result
+
+
+def run(rank: int, world: int, meeting: str, cases: list[dict[str, Any]], folder: str, results: str) -> None:
+    import torch
+    import torch.distributed as dist
+    import verl  # noqa: F401
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    found = []
+    for values in cases:
+        case = Case(**values)
+        path = f"{folder}/{case.model}-{case.tied}"
+        if rank == 0 and not Path(path).exists():
+            save_model(case, Path(path))
+        dist.barrier()
+        try:
+            found.append(compare(case, path))
+        except Exception as error:
+            found.append({"error": f"{type(error).__name__}: {error}"})
+            if world > 1:
+                raise
+    if rank == 0:
+        Path(results).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    import torch.multiprocessing as mp
+
+    cases, results, world = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], int(sys.argv[3])
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(
+            run, (world, f"{folder}/meeting", cases, folder, results), nprocs=world, start_method="spawn"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""One thing to type, three ways to type it, and every mistake is an error that names the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("verl")
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngineConfig, PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.config import adopt
+from prefix_grouper_plugins.integrations.verl.switch import is_asked_for
+
+MICRO_BATCHES = [
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.n=4",
+    "data.train_batch_size=256",
+]
+WAYS = {
+    "model_engine": ["model_engine=prefix_grouper"],
+    "strategy": ["actor_rollout_ref.actor.strategy=prefix_grouper"],
+    "flag": ["actor_rollout_ref.actor.use_prefix_grouper=True", "actor_rollout_ref.actor.strategy=fsdp2"],
+}
+
+
+def composed(*overrides: str):
+    """verl's config for this command line."""
+    GlobalHydra.instance().clear()
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", [*MICRO_BATCHES, *overrides])
+
+
+def validated(*overrides: str):
+    """What a run with this command line starts with: ``actor_rollout_ref``."""
+    config = composed(*overrides)
+    validate_config(config, use_reference_policy=True, use_critic=False)
+    return config.actor_rollout_ref
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_asking_gives_actor_and_reference_the_engine(way):
+    config = validated(*WAYS[way])
+    for part in (config.actor, config.ref):
+        engine = omega_conf_to_dataclass(part.fsdp_config)
+        assert isinstance(engine, PrefixGrouperEngineConfig)
+        assert part.strategy == "prefix_grouper", "the key under which verl looks the engine up"
+        assert engine.prefix_grouper == PrefixGrouperOptions()
+    assert config.ref.fsdp_config.forward_only is True
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize("ask", [WAYS["model_engine"], WAYS["flag"][:1]], ids=["model_engine", "flag"])
+def test_a_recipe_that_chose_fsdp_or_fsdp2_keeps_it(ask, sharding):
+    config = validated(*ask, f"actor_rollout_ref.actor.strategy={sharding}")
+    assert config.actor.strategy == config.ref.strategy == "prefix_grouper"
+    assert config.actor.fsdp_config.prefix_grouper.sharding == sharding
+    assert config.ref.fsdp_config.prefix_grouper.sharding == sharding
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_settings_reach_the_reference_policy_too(way):
+    plus = "" if way == "model_engine" else "+"
+    config = validated(*WAYS[way], f"{plus}actor_rollout_ref.actor.fsdp_config.prefix_grouper.backend=blockwise")
+    for part in (config.actor, config.ref):
+        assert omega_conf_to_dataclass(part.fsdp_config).prefix_grouper.backend == "blockwise"
+
+
+def test_other_settings_of_the_recipe_stay():
+    config = validated(*WAYS["model_engine"], "actor_rollout_ref.actor.fsdp_config.param_offload=True")
+    assert omega_conf_to_dataclass(config.actor).engine.param_offload is True
+
+
+def test_adopting_twice_changes_nothing():
+    config = validated(*WAYS["flag"])
+    before = OmegaConf.to_container(config, resolve=True)
+    assert adopt(config)
+    assert OmegaConf.to_container(config, resolve=True) == before
+
+
+def test_a_run_that_does_not_ask_is_left_alone():
+    config = composed("actor_rollout_ref.actor.strategy=fsdp2")
+    before = OmegaConf.to_container(config, resolve=False)
+    validate_config(config, use_reference_policy=True, use_critic=False)
+    assert OmegaConf.to_container(config, resolve=False) == before
+    assert not is_asked_for(config.actor_rollout_ref)
+
+
+def test_a_critic_stays_verls_own():
+    critic = composed(*WAYS["model_engine"]).critic
+    assert critic.strategy == "fsdp" and critic.fsdp._target_ == "verl.workers.config.FSDPEngineConfig"
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_misspelt_setting_is_refused_by_hydra():
+    with pytest.raises(ConfigCompositionException) as error:
+        composed(*WAYS["model_engine"], "actor_rollout_ref.actor.fsdp_config.prefix_grouper.backned=auto")
+    assert "backned" in str(error.value) + str(error.value.__cause__)
+
+
+def test_a_misspelt_setting_beside_the_flag_is_refused_before_the_run_starts():
+    with pytest.raises(Exception, match="unexpected keyword argument 'backned'"):
+        validated(*WAYS["flag"], "+actor_rollout_ref.actor.fsdp_config.prefix_grouper.backned=auto")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("backend=fast", "prefix_grouper.backend is 'fast': choose one of auto, merged_lse, blockwise"),
+        ("sharding=megatron", "prefix_grouper.sharding is 'megatron': choose one of fsdp2, fsdp"),
+        ("regroup=all", "prefix_grouper.regroup is 'all': choose one of exact, group, none"),
+        ("on_unsupported=ignore", "prefix_grouper.on_unsupported is 'ignore': choose one of error, fallback"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_choices(setting, message):
+    with pytest.raises(Exception, match=message):
+        validated(*WAYS["model_engine"], f"actor_rollout_ref.actor.fsdp_config.prefix_grouper.{setting}")
+
+
+def test_the_flag_with_another_engine_is_refused():
+    with pytest.raises(ValueError, match=r"the actor's strategy is 'veomni': set .*strategy to fsdp2 or fsdp"):
+        validated("model_engine=veomni", "actor_rollout_ref.actor.use_prefix_grouper=True")

@@ -1,0 +1,143 @@
+"""One update of the shared engine has the gradients and the scores of verl's own FSDP2 engine, in every mode.
+
+Everything in float32: the largest relative difference of a gradient tensor is at most 1e-5. Adapters and weights are
+perturbed so that no gradient is zero but for rounding. Ranks of one sequence (Ulysses) are compared with two
+data-parallel ranks of verl: its own Ulysses needs flash-attn, and with sdpa it lets no token see another rank's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("verl")
+
+from tests.integrations.verl.engines import Case
+
+ROOT = Path(__file__).resolve().parents[3]
+BUCKETS = {"pad_to_length": True, "pad_to_length_bucket": 64}
+CHUNKED = {"entropy_from_logits_with_chunking": True, "entropy_from_logits_chunk_size": 16}
+
+MODELS = [Case(model=model, lora=lora) for model in ("qwen2", "qwen3", "llama") for lora in (False, True)]
+MODES = [
+    Case(dynamic=False, micro_batch_size=6),
+    Case(dynamic=False, micro_batch_size=3),
+    Case(token_budget=48),
+    Case(remove_padding=False),
+    Case(remove_padding=False, dynamic=False, micro_batch_size=4, lora=True),
+    Case(fused=True, tied=True),
+    Case(fused=True, tied=True, remove_padding=False, model="qwen2"),
+    Case(fused=True, tied=True, engine=BUCKETS, lora=True),
+    Case(checkpointing=True, lora=True),
+    Case(v0=True),
+    Case(v0=True, remove_padding=False, checkpointing=True, model="llama"),
+    Case(engine=BUCKETS),
+    Case(engine=CHUNKED),
+    Case(engine={"entropy_checkpointing": True}),
+    Case(engine={**CHUNKED, "entropy_checkpointing": True}, checkpointing=True),
+    Case(sum_pi_squared=True),
+    Case(temperature=1.0),
+    Case(options={"backend": "blockwise"}),
+    Case(options={"verify": True}),
+    Case(loss_mode="gspo"),
+]
+TWO_RANKS = [
+    Case(),
+    Case(lora=True, checkpointing=True),
+    Case(dynamic=False, micro_batch_size=3),
+    Case(token_budget=48),
+    Case(v0=True, token_budget=48),
+    Case(options={"verify": True}),
+]
+ONE_SEQUENCE = [
+    Case(sequence_parallel=2, **changes)
+    for changes in (
+        {},
+        {"lora": True, "checkpointing": True},
+        {"engine": BUCKETS},
+        {"fused": True, "tied": True},
+        {"v0": True, "token_budget": 24, "model": "llama"},
+        {"sum_pi_squared": True, "engine": CHUNKED},
+    )
+]
+
+
+def results(cases: list[Case], processes: int, folder: Path) -> list[dict]:
+    given, found = folder / "cases.json", folder / "results.json"
+    given.write_text(json.dumps([vars(case) for case in cases]))
+    command = [sys.executable, "-m", "tests.integrations.verl.engines", str(given), str(found), str(processes)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return json.loads(found.read_text())
+
+
+def assert_equal(case: Case, result: dict) -> None:
+    assert "error" not in result, f"{case}: {result['error']}"
+    assert result["gradient"] < 1e-5, (str(case), result)
+    assert result["smallest_gradient"] > 1e-4, f"{case}: a gradient of zero would be equal to anything"
+    assert {"log_probs", "entropy"} <= result["scores"].keys()
+    assert max(result["scores"].values()) < 1e-5, (str(case), result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cases", "processes"),
+    [(MODELS, 1), (MODES, 1), (TWO_RANKS, 2), (ONE_SEQUENCE, 2)],
+    ids=["models", "modes", "two ranks", "one sequence on two ranks"],
+)
+def test_gradients_and_scores_equal_those_of_verl(cases, processes, tmp_path):
+    for case, result in zip(cases, results(cases, processes, tmp_path), strict=True):
+        assert_equal(case, result)
+        assert result["fallbacks"] == {}, (str(case), result)
+        assert result["metrics"]["prefix_grouper/fallbacks"] == 0
+        assert result["metrics"]["prefix_grouper/token_ratio"] < 0.7
+        if processes == 1 and case.micro_batch_size >= case.rows_per_group:
+            assert result["metrics"]["prefix_grouper/rows_per_group"] == case.rows_per_group, str(case)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_shared_goes_the_ordinary_way_and_is_counted(tmp_path):
+    reasons = {
+        "each row has a temperature of its own": Case(temperature=[0.7, 1.0, 1.3]),
+        "`prompts` is missing": Case(without_prompts=True),
+        "attention dropout is 0.1": Case(dropout=0.1, options={"on_unsupported": "fallback"}),
+    }
+    for (reason, case), result in zip(reasons.items(), results(list(reasons.values()), 1, tmp_path), strict=True):
+        assert "error" not in result, result
+        assert [reason in text for text in result["fallbacks"]] == [True]
+        assert result["metrics"]["prefix_grouper/fallbacks"] >= 1  # and those of earlier log-prob passes
+        assert result["metrics"]["prefix_grouper/token_ratio"] == 1
+        if not case.dropout and not case.without_prompts:  # dropout is random, and scores need prompts
+            assert_equal(case, result)
+
+
+@pytest.mark.slow
+def test_rows_stay_in_their_micro_batches_where_the_loss_depends_on_them(tmp_path):
+    """geo_mean averages over a micro-batch: three rows of three groups stand in each, and share nothing."""
+    coupled = Case(loss_mode="geo_mean", dynamic=False, micro_batch_size=3)
+    together = Case(loss_mode="geo_mean", dynamic=False, micro_batch_size=12)
+    split, whole = results([coupled, together], 1, tmp_path)
+    assert_equal(coupled, split)
+    assert_equal(together, whole)
+    assert split["metrics"]["prefix_grouper/rows_per_group"] == 1
+    assert whole["metrics"]["prefix_grouper/rows_per_group"] == 4
+
+
+@pytest.mark.slow
+def test_a_group_larger_than_the_budget_is_split_and_exact(tmp_path):
+    case = Case(token_budget=40, rows_per_group=8)
+    (result,) = results([case], 1, tmp_path)
+    assert_equal(case, result)
+    assert 4 <= result["metrics"]["prefix_grouper/rows_per_group"] < 8
+    assert result["metrics"]["prefix_grouper/fallbacks"] == 0
+
+
+@pytest.mark.slow
+def test_an_unsupported_model_stops_before_training_and_says_what_to_do(tmp_path):
+    (result,) = results([Case(dropout=0.1)], 1, tmp_path)
+    assert result["error"].startswith("UnsupportedModelError: attention dropout is 0.1")
+    assert "on_unsupported=fallback" in result["error"]

@@ -1,0 +1,120 @@
+"""Whole GRPO trainings through Ray, `python -m verl.trainer.main_ppo`, of a tiny model on a CPU.
+
+Five steps each. Rollouts depend on seed, step and prompt alone, so a training in which every update is that of verl's
+own engine sees the same rewards.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+
+pytest.importorskip("verl")
+
+from verl_on_cpu.run import run_training
+from verl_on_cpu.tiny import make_inputs
+
+STEPS, RESPONSES = 5, 4
+DYNAMIC = [
+    "actor_rollout_ref.actor.use_dynamic_bsz=True",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=700",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=700",
+]
+LORA = [
+    "actor_rollout_ref.model.lora_rank=8",
+    "actor_rollout_ref.model.target_modules=all-linear",
+    # Adapters start at zero, where half of their gradients are zero but for rounding, and Adam makes steps of that.
+    "actor_rollout_ref.actor.optim.override_optimizer_config={eps: 1e-6}",
+]
+REMOVE_PADDING = ["actor_rollout_ref.model.use_remove_padding=True"]
+ULYSSES = [*REMOVE_PADDING, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"]
+ULYSSES += ["actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2"]
+V0 = ["trainer.use_v1=False"]
+ON, OFF = ["model_engine=prefix_grouper"], ["actor_rollout_ref.actor.strategy=fsdp2"]
+FLAG = ["actor_rollout_ref.actor.use_prefix_grouper=True"]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """A function that runs one training and remembers it."""
+    folder = tmp_path_factory.mktemp("verl")
+    inputs = folder / "inputs"
+    make_inputs(inputs, prompt_tokens=(100, 300), prompts=40)
+
+    @cache
+    def run(overrides: tuple[str, ...], workers: int) -> list[dict]:
+        common = [f"actor_rollout_ref.rollout.n={RESPONSES}", "data.max_response_length=12"]
+        name = f"run{len(list(folder.iterdir()))}"
+        return run_training(
+            folder / name, [*common, *overrides], inputs=inputs, workers=workers, steps=STEPS, timeout=400
+        )
+
+    return lambda *overrides, workers: run(tuple(overrides), workers)
+
+
+CASES = {
+    "V1, two ranks, dynamic batch": ([*DYNAMIC, *REMOVE_PADDING], 2, ON),
+    "V1, one rank, LoRA": (LORA, 1, ON),
+    "V0, two ranks, verl's own flag": (V0, 2, [*FLAG, *OFF]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_with_sharing_sees_the_rewards_of_one_without(name, train):
+    settings, workers, turned_on = CASES[name]
+    shared, stock = train(*settings, *turned_on, workers=workers), train(*settings, *OFF, workers=workers)
+    check(shared)
+    assert rewards(shared) == rewards(stock)
+    assert [step["actor/grad_norm"] for step in shared] == pytest.approx(
+        [step["actor/grad_norm"] for step in stock], rel=1e-4
+    )
+    assert not [name for name in stock[0] if "prefix_grouper" in name]
+
+
+@pytest.mark.slow
+def test_a_training_on_sequence_parallel_ranks_sees_the_rewards_of_data_parallel_ones(train):
+    """verl's own Ulysses needs flash-attn: with sdpa its log-probs are wrong by 1e-4, so it is no reference."""
+    check(shared := train(*ULYSSES, *ON, workers=2))
+    assert rewards(shared) == rewards(train(*DYNAMIC, *REMOVE_PADDING, *OFF, workers=2))
+
+
+@pytest.mark.exhaustive
+def test_merged_adapters_see_the_rewards_of_verl(train):
+    """verl rounds merged weights to bfloat16 for the rollout, so what was sampled is not scored to 1e-6 either way."""
+    merged = [*LORA, "actor_rollout_ref.model.lora.merge=True"]
+    shared, stock = train(*merged, *ON, workers=2), train(*merged, *OFF, workers=2)
+    assert rewards(shared) == rewards(stock)
+    assert {step["prefix_grouper/rows_per_group"] for step in shared} == {RESPONSES}
+    worst, usual = (max(s["training/rollout_probs_diff_max"] for s in steps) for steps in (shared, stock))
+    assert worst == pytest.approx(usual, rel=1e-2)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("trainer", [[], V0], ids=["V1", "V0"])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "mode", [[], LORA, DYNAMIC, [*DYNAMIC, *LORA]], ids=["full", "lora", "dynamic", "dynamic lora"]
+)
+def test_the_full_grid_of_trainings(trainer, workers, mode, train):
+    shared = train(*trainer, *mode, *ON, workers=workers)
+    check(shared)
+    assert rewards(shared) == rewards(train(*trainer, *mode, *OFF, workers=workers))
+
+
+def check(steps: list[dict]) -> None:
+    """Sharing was on, whole, counted, and scored what the rollout had sampled."""
+    assert len(steps) == STEPS
+    for step in steps:
+        assert step["training/rollout_probs_diff_max"] < 1e-6, json.dumps(step)
+        assert step["prefix_grouper/rows_per_group"] == RESPONSES
+        assert step["prefix_grouper/fallbacks"] == 0
+        assert step["prefix_grouper/token_ratio"] < 0.4
+    assert len(set(rewards(steps))) > 1, "rewards that never change tell nothing"
+
+
+def rewards(steps: list[dict]) -> list[float]:
+    return [step["critic/rewards/mean"] for step in steps]
