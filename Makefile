@@ -2,51 +2,69 @@
 PYTHON ?= python3
 VENV := .venvs/trl
 BIN := $(VENV)/bin
+# verl and a recent TRL cannot live in one environment.
+VERL_VENV := .venvs/verl
+VERL_BIN := $(VERL_VENV)/bin
 # Tests run in as many processes as there are cores, so each of them keeps to one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
-TEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+TEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n $(WORKERS)
+TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) tests/integrations/verl tests/examples
+INSTALL := python -m pip install --quiet --disable-pip-version-check
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-exhaustive test-matrix lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
 
-setup: $(VENV)/ready ## the development environment, in .venvs/trl
+setup: $(VENV)/ready $(VERL_VENV)/ready ## the development environments, in .venvs
 
 $(VENV)/ready: setup.cfg pyproject.toml requirements/trl.txt
 	@echo "Setting up $(VENV); this takes a minute or two the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/trl.txt -e '.[trl,dev]'
+	$(BIN)/$(INSTALL) -c requirements/trl.txt -e '.[trl,dev]'
 	@touch $@
 
-demo: setup ## train a tiny model with and without sharing, compare, draw a picture (about 5 minutes)
+$(VERL_VENV)/ready: setup.cfg pyproject.toml requirements/verl.txt
+	@echo "Setting up $(VERL_VENV); this takes a minute or two the first time"
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_BIN)/$(INSTALL) -c requirements/verl.txt -e '.[verl,test]'
+	@touch $@
+
+demo: $(VENV)/ready ## TRL: train a tiny model with and without sharing, compare, draw a picture (about 5 minutes)
 	@$(BIN)/python examples/trl/demo.py
+
+demo-verl: $(VERL_VENV)/ready ## verl: the same on Ray, with two data-parallel workers (about 5 minutes)
+	@$(VERL_BIN)/python examples/verl/demo.py
 
 test: setup ## all tests
 	$(TEST)
+	$(TEST_VERL)
 
 test-fast: setup ## the tests that take less than ten seconds each
 	$(TEST) -m 'not slow and not exhaustive'
+	$(TEST_VERL) -m 'not slow and not exhaustive'
 
 test-exhaustive: setup ## the full grid of settings against the stock trainer (half an hour)
 	$(TEST) -m exhaustive
+	$(TEST_VERL) -m exhaustive
 
-test-matrix: setup ## the TRL tests on every supported TRL release
+test-matrix: $(VENV)/ready ## the TRL tests on every supported TRL release
 	@set -e; for version in $(TRL_VERSIONS); do \
 	  echo "== trl $$version"; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  $(BIN)/$(INSTALL) --no-deps --upgrade \
 	    --target .venvs/matrix/trl-$$version trl==$$version; \
 	  PYTHONPATH=.venvs/matrix/trl-$$version EXPECTED_TRL=$$version $(TEST) tests/integrations/trl; \
 	done
 
-lint: setup ## style, formatting and types
+lint: $(VENV)/ready ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup ## put the code in the project's format
+format: $(VENV)/ready ## put the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -216,7 +216,19 @@ def check_launch(page: Page, module: str, arguments: list[str]) -> None:
         TrlParser((GRPOConfig, ModelConfig)).parse_args_into_dataclasses([*rest, "--use_cpu"])
 
 
-CHECKS = {"make": check_make, "pip": check_pip, "accelerate": check_accelerate, "torchrun": check_torchrun}
+def check_verl(page: Page, arguments: list[str]) -> None:
+    """The form of a command of verl; tests/integrations/verl/test_docs.py gives it to Hydra."""
+    assert arguments[:2] == ["-m", "verl.trainer.main_ppo"]
+    assert all(re.fullmatch(r"\+?[\w.]+=\S+", argument) for argument in arguments[2:]), arguments
+
+
+CHECKS = {
+    "make": check_make,
+    "pip": check_pip,
+    "accelerate": check_accelerate,
+    "torchrun": check_torchrun,
+    "python": check_verl,
+}
 
 
 @pytest.fixture
@@ -340,7 +352,9 @@ def test_public_names_of_the_pages_exist() -> None:
     import prefix_grouper_plugins
     from prefix_grouper_plugins.integrations import trl as integration
 
-    known = {*dir(prefix_grouper_plugins), *dir(integration), *dir(PrefixGrouperGRPOConfig)}
+    known = {*prefix_grouper_plugins.__all__, *dir(integration), *dir(PrefixGrouperGRPOConfig)}
+    # verl is not in this environment
+    known |= set(re.findall(r'"(Prefix\w+)"', (ROOT / "integrations/verl/__init__.py").read_text()))
     for page in PAGES:
         named = re.findall(r"`(Prefix\w+|shared_prefix_\w+|prefix_grouped_\w+|(?:en|dis)able_\w+)`", page.read_text())
         assert set(named) <= known, page.name
