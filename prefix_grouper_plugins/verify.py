@@ -61,7 +61,9 @@ def check_gradients(model: nn.Module, ordinary: dict[str, Tensor], dtype: torch.
     if not difference <= tolerance:  # catches NaN as well
         raise RuntimeError(
             f"the gradients of the shared step differ from the ordinary ones by {difference:.1e}, rounding in {dtype} "
-            f"explains {tolerance:.0e}. Please report this with the model's config; to train, turn sharing off"
+            f"explains {tolerance:.0e}. A mixture of experts in half precision may differ by more, as rounding sends "
+            "tokens to other experts: verify it in float32. Else please report this with the model's config, and turn "
+            "sharing off to train"
         )
     return difference
 

@@ -94,7 +94,7 @@ def check_all(*, v1: bool) -> None:
 def _check(module: str, name: str, parameters: tuple[str, ...]) -> None:
     try:
         function = reduce(getattr, name.split("."), importlib.import_module(module))
-        found = tuple(inspect.signature(function).parameters)
+        found = tuple(p for p in inspect.signature(function).parameters if p != "_ray_trace_ctx")  # Ray's own
     except (ImportError, AttributeError) as error:
         raise ImportError(f"{module}.{name} is not there ({error}). {remedy()}") from error
     if found != parameters:

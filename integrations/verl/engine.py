@@ -104,7 +104,6 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         Adds ``prefix_grouper/*`` to the metrics.
         """
         if self._to_verify and not forward_only:
-            self._to_verify = False
             self._verify(data, loss_function)
         output = self._run(data, loss_function, forward_only)
         metrics = self.forwarded.metrics()
@@ -253,6 +252,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         difference = check_gradients(self.module, ordinary, self._autocast_dtype)
         self.optimizer_zero_grad()
         self.sharing = sharing
+        if difference == 0:  # every advantage is zero, so this update would prove nothing
+            return
+        self._to_verify = False
         self._warn_once(f"verified: the gradients of this update, shared and ordinary, differ by {difference:.1e}")
 
 

@@ -117,6 +117,17 @@ def test_every_signature_is_that_of_the_installed_release(module):
     compatibility.check(module)
 
 
+def test_a_signature_that_ray_has_extended_is_still_that_of_the_release(monkeypatch):
+    """verl's V0 trainer makes a Ray actor of its workers before it validates the config."""
+
+    def check(self, batch, _ray_trace_ctx=None):
+        """As Ray leaves a method."""
+
+    monkeypatch.setattr("verl.utils.config.validate_config", check)
+    monkeypatch.setitem(compatibility._SIGNATURES, "verl.utils.config", {"validate_config": ("self", "batch")})
+    compatibility.check("verl.utils.config")
+
+
 def test_a_missing_function_is_refused_with_the_supported_releases(monkeypatch):
     monkeypatch.setitem(compatibility._SIGNATURES, "verl.utils.config", {"no_such_function": ()})
     with pytest.raises(ImportError, match=r"verl.utils.config.no_such_function is not there .*supports verl 0\.9\.1"):

@@ -26,8 +26,6 @@ DYNAMIC = [
 LORA = [
     "actor_rollout_ref.model.lora_rank=8",
     "actor_rollout_ref.model.target_modules=all-linear",
-    # Adapters start at zero, where half of their gradients are zero but for rounding, and Adam makes steps of that.
-    "actor_rollout_ref.actor.optim.override_optimizer_config={eps: 1e-6}",
 ]
 REMOVE_PADDING = ["actor_rollout_ref.model.use_remove_padding=True"]
 ULYSSES = [*REMOVE_PADDING, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"]

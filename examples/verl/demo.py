@@ -1,0 +1,242 @@
+"""Train a tiny model with verl twice, with the prompt of a group shared and without, and compare.
+
+Both runs are `python -m verl.trainer.main_ppo` with the same options, seed and data: GRPO with a KL loss on two workers
+(FSDP2), prompts of 400 to 600 tokens, 8 responses each, dynamic batch sizes. They differ in one option:
+
+    shared    model_engine=prefix_grouper
+    stock     verl's own engine
+
+It takes four to five minutes on two CPU cores, half of it the start of Ray and verl, and needs no download. The table is
+printed; demo.png, demo.csv and a folder for each run with its log are in the output folder. The exit code tells whether
+all went as it should: the reward rose, prompts were shared, and both runs ended with the same weights.
+"""
+
+import argparse
+import csv
+import importlib.util
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+from verl_on_cpu.run import Step, TrainingError, final_weights, run_training
+from verl_on_cpu.tiny import make_inputs
+
+RUNS = {"shared": ["model_engine=prefix_grouper"], "stock": []}
+GROUP_SIZE = 8
+PROMPTS = 8  # in a step
+TOLERANCE = 1e-3  # of a weight, after all steps, in float32
+SMALLEST_RISE = 0.3  # of the reward, judged in runs of at least LEAST_STEPS steps
+LEAST_STEPS = 8
+BAR = "{desc}{bar:30} {n_fmt} of {total_fmt} steps, {elapsed}{postfix}"
+PASSES = {  # verl's name of a pass: what the reader calls it
+    "update_actor": "Seconds for the update (forward and backward)",
+    "old_log_prob": "Seconds for the old policy's log-probs",
+    "ref": "Seconds for the reference's log-probs",
+}
+SHARING = ("token_ratio", "rows_per_group", "fallbacks")
+CSV_COLUMNS = {
+    "reward": "critic/rewards/mean",
+    **{f"{name}_seconds": f"timing_s/{name}" for name in PASSES},
+    "tokens": "perf/total_num_tokens",
+    "token_ratio": "prefix_grouper/token_ratio",
+    "grad_norm": "actor/grad_norm",
+    "kl": "actor/kl_loss",
+}
+
+
+@dataclass
+class Run:
+    """What verl logged in one run."""
+
+    steps: list[Step] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def values(self, name: str) -> list[float]:
+        """A figure of each step that has it."""
+        return [step[name] for step in self.steps if name in step]
+
+    def rewards(self) -> list[float]:
+        return self.values("critic/rewards/mean")
+
+    def pass_seconds(self) -> list[float]:
+        """Seconds of each step in the passes that can share prompts."""
+        return [sum(step[f"timing_s/{name}"] for name in PASSES) for step in self.steps]
+
+    def sharing(self, name: str) -> float | None:
+        """Mean of a number of prefix grouper's, None where it was not logged."""
+        values = self.values(f"prefix_grouper/{name}")
+        return mean(values) if values else None
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, with defaults filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help="training steps of each run (default: 10)")
+    parser.add_argument("--output", type=Path, help="folder for inputs, logs and results (default: demo/verl)")
+    parser.add_argument("--quick", action="store_true", help="2 steps, to see that it works: about two minutes")
+    args = parser.parse_args()
+    args.steps = args.steps or (2 if args.quick else 10)
+    args.output = args.output or Path("demo/verl-quick" if args.quick else "demo/verl")
+    return args
+
+
+def overrides() -> list[str]:
+    """Options of verl that both runs have, besides those that a CPU needs."""
+    return [
+        f"data.train_batch_size={PROMPTS}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
+        f"actor_rollout_ref.rollout.n={GROUP_SIZE}",
+        "data.max_prompt_length=600",
+        "data.max_response_length=32",
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+        # Two rows of the stock run fit into a micro-batch; with more it is slower, as torch's attention on a CPU spends
+        # time on the pairs of tokens from different rows.
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1280",
+    ]
+
+
+def train(args: argparse.Namespace, name: str, bar: tqdm) -> Run:
+    """Run one training and move the bar along."""
+    run, started = Run(), time.perf_counter()
+
+    def on_step(step: Step) -> None:
+        bar.update()
+        bar.set_postfix_str(f"reward {step['critic/rewards/mean']:.2f}")
+
+    bar.set_description(f"{name:6}")
+    bar.set_postfix_str("Ray and verl start, most of a minute")
+    run.steps = run_training(
+        args.output / name,
+        overrides() + RUNS[name],
+        inputs=args.output / "inputs",
+        workers=2,
+        steps=args.steps,
+        timeout=300 + 30 * args.steps,
+        on_step=on_step,
+    )
+    run.seconds = time.perf_counter() - started
+    return run
+
+
+def largest_difference(args: argparse.Namespace) -> float:
+    """Largest absolute difference between the weights that the two runs ended with."""
+    shared, stock = (final_weights(args.output / name) for name in RUNS)
+    return max((shared[key] - stock[key]).abs().max().item() for key in stock)
+
+
+def print_table(shared: Run, stock: Run, difference: float) -> None:
+    """Print the comparison."""
+
+    def row(label: str, a: float | None, b: float | None, form: str, ratio: bool = True) -> None:
+        cells = [format(value, form) if value is not None else "-" for value in (a, b)]
+        last = f"{b / a:.2f}" if ratio and a and b else ""
+        print(f"{label:52}{cells[0]:>11}{cells[1]:>11}{last:>16}".rstrip())
+
+    print(f"\n{'':52}{'shared':>11}{'stock':>11}{'stock / shared':>16}")
+    row("Reward, first step", shared.rewards()[0], stock.rewards()[0], ".3f", ratio=False)
+    row("Reward, last step", shared.rewards()[-1], stock.rewards()[-1], ".3f", ratio=False)
+    for name, label in PASSES.items():
+        row(label, *(median(run.values(f"timing_s/{name}")) for run in (shared, stock)), ".2f")
+    row("Seconds for the three passes", *(median(run.pass_seconds()) for run in (shared, stock)), ".2f")
+    row("Seconds in all, start of Ray and verl included", shared.seconds, stock.seconds, ".0f")
+    for name in SHARING:
+        row(f"Logged: prefix_grouper/{name}", shared.sharing(name), stock.sharing(name), ".3f", ratio=False)
+    name = "training/rollout_probs_diff_max"
+    row(f"Logged: {name}, largest", *(max(run.values(name)) for run in (shared, stock)), ".0e", ratio=False)
+    print(f"{'Largest difference of a trained weight':52}{difference:>11.1e}")
+    print("Seconds are those of the median step.")
+
+
+def write_csv(path: Path, runs: dict[str, Run]) -> None:
+    """Write the figures of every step, both runs side by side."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *(f"{name}_{column}" for name in runs for column in CSV_COLUMNS)])
+        for records in zip(*(run.steps for run in runs.values()), strict=True):
+            figures = (record.get(key, "") for record in records for key in CSV_COLUMNS.values())
+            writer.writerow([records[0]["step"], *figures])
+
+
+def draw(path: Path, shared: Run, stock: Run) -> None:
+    """Draw both reward curves, one on the other, and the time that the passes of a step took."""
+    dark, pale = "#17375e", "#f4b183"
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1.7, 1), layout="constrained")
+    for run, label, style in (
+        (stock, "stock", {"color": pale, "linewidth": 9, "solid_capstyle": "round"}),
+        (shared, "shared", {"color": dark, "linewidth": 1.6, "marker": "o", "markersize": 4}),
+    ):
+        left.plot(run.values("step"), run.rewards(), label=label, **style)
+    left.set(title="Same training", xlabel="step", ylabel="reward (share of full marks)")
+    left.set_ylim(bottom=0)
+    left.grid(axis="y", color="#e3e3e3")
+    left.set_axisbelow(True)
+    left.legend(frameon=False, loc="lower right")
+
+    for place, (run, label, color) in enumerate(((shared, "shared", dark), (stock, "stock", pale))):
+        times = run.pass_seconds()
+        right.bar(place, median(times), color=color, width=0.55, label=label)
+        right.text(place + 0.32, median(times), f"{median(times):.2f} s", va="center", ha="left", fontweight="bold")
+        right.scatter([place] * len(times), times, s=12, color="white", edgecolor="#555555", linewidth=0.6, zorder=3)
+    gain = median(stock.pass_seconds()) / median(shared.pass_seconds())
+    right.set(title=f"Update {gain:.1f} times as fast", ylabel="seconds for old, reference and policy passes")
+    right.set_xlim(-0.5, 1.8)
+    right.set_xticks((0, 1), ("shared", "stock"))
+    right.set_xlabel("bar: median, dots: steps")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def problems(runs: dict[str, Run], difference: float) -> list[str]:
+    """What did not go as it should, in plain words."""
+    found = []
+    shared, stock = runs["shared"], runs["stock"]
+    for name, run in runs.items():
+        first, last = run.rewards()[0], run.rewards()[-1]
+        if len(run.steps) >= LEAST_STEPS and last - first < SMALLEST_RISE:
+            found.append(f"the reward of the {name} run did not rise: {first:.3f} at the start, {last:.3f} at the end")
+    if (shared.sharing("rows_per_group") or 1) <= 1 or shared.sharing("fallbacks") != 0:
+        found.append("the shared run did not share every prompt; its log says why")
+    if difference > TOLERANCE:
+        pairs = zip(shared.rewards(), stock.rewards(), strict=True)
+        apart = [step for step, (a, b) in enumerate(pairs, start=1) if abs(a - b) > 1e-6]
+        hint = f"; from step {apart[0]} on they sampled different responses" if apart else ""
+        found.append(f"the weights of the two runs differ by up to {difference:.1e}, more than {TOLERANCE:.0e}{hint}")
+    return found
+
+
+def main() -> None:
+    """Make model and data, train twice, compare."""
+    args = parse_arguments()
+    if importlib.util.find_spec("verl") is None:
+        raise SystemExit("verl is not installed in this Python environment: `make demo-verl` sets one up.")
+    make_inputs(args.output / "inputs", prompts=PROMPTS * args.steps)
+    try:
+        with tqdm(total=len(RUNS) * args.steps, bar_format=BAR) as bar:
+            runs = {name: train(args, name, bar) for name in RUNS}
+    except TrainingError as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped.") from None
+    difference = largest_difference(args)
+    print_table(runs["shared"], runs["stock"], difference)
+    write_csv(args.output / "demo.csv", runs)
+    draw(args.output / "demo.png", runs["shared"], runs["stock"])
+    print(f"\nPicture: {args.output / 'demo.png'}   figures of every step: {args.output / 'demo.csv'}")
+    if args.steps < LEAST_STEPS:
+        print(f"With fewer than {LEAST_STEPS} steps the reward is not judged.")
+    found = problems(runs, difference)
+    if found:
+        raise SystemExit("".join(f"\nNot as it should be: {problem}" for problem in found))
+
+
+if __name__ == "__main__":
+    main()
