@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("trl")
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "trl"
 
 
