@@ -7,6 +7,7 @@ has, :func:`regrouped_order` deals them out again, group by group.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from types import ModuleType
 from typing import Any
@@ -95,6 +96,8 @@ def install_v1(module: ModuleType) -> None:
         self: Any, batch: Any, metrics: dict[str, Any], logging_prefix: str = "global_seqlen", **kwargs: Any
     ) -> Any:
         batch = stock_balance(self, batch, metrics, logging_prefix=logging_prefix, **kwargs)
+        if not is_asked_for(self.config.actor_rollout_ref):
+            return batch
         dp_size = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         # keys are uid_session_turn
         uids = [key.rsplit("_", 2)[0] for key in batch.keys]
@@ -102,7 +105,7 @@ def install_v1(module: ModuleType) -> None:
             RowSize((uid, tag["prompt_len"]), tag["prompt_len"], tag["seq_len"] - tag["prompt_len"])
             for uid, tag in zip(uids, batch.tags, strict=True)
         ]
-        order = _new_order(self.config, sizes, dp_size)
+        order = _new_order(self, sizes, dp_size)
         if order is not None:
             batch.reorder(order)
             metrics.update(_balance(order, sizes, dp_size, logging_prefix))
@@ -127,12 +130,12 @@ def install_v0(module: ModuleType) -> None:
         self: Any, batch: Any, metrics: dict[str, Any], logging_prefix: str = "global_seqlen", **kwargs: Any
     ) -> None:
         # verl's own handling of the flag refuses batches that do not divide evenly; ours comes afterwards.
-        flag, self.use_prefix_grouper = getattr(self, "use_prefix_grouper", False), False
+        flag, self.use_prefix_grouper = self.use_prefix_grouper, False
         try:
             stock_balance(self, batch, metrics, logging_prefix=logging_prefix, **kwargs)
         finally:
             self.use_prefix_grouper = flag
-        if "uid" not in batch.non_tensor_batch:
+        if not is_asked_for(self.config.actor_rollout_ref) or "uid" not in batch.non_tensor_batch:
             return
         width = batch.batch["prompts"].shape[1]
         mask = batch.batch["attention_mask"]
@@ -142,7 +145,7 @@ def install_v0(module: ModuleType) -> None:
             for uid, prompt, response in zip(batch.non_tensor_batch["uid"], prompts, responses, strict=True)
         ]
         dp_size = self._get_dp_size(self.actor_rollout_wg, "actor")
-        order = _new_order(self.config, sizes, dp_size)
+        order = _new_order(self, sizes, dp_size)
         if order is not None:
             batch.reorder(torch.tensor(order))
             metrics.update(_balance(order, sizes, dp_size, logging_prefix))
@@ -156,21 +159,25 @@ def install_v0(module: ModuleType) -> None:
     trainer._balance_batch, trainer._update_actor = _balance_batch, _update_actor
 
 
-def _new_order(config: Any, sizes: Sequence[RowSize], ranks: int) -> list[int] | None:
+def _new_order(trainer: Any, sizes: Sequence[RowSize], ranks: int) -> list[int] | None:
     """The order of a training batch, None where it stays as verl made it."""
+    config = trainer.config
     actor = config.actor_rollout_ref.actor
-    if not is_asked_for(config.actor_rollout_ref):
-        return None
     regroup = OmegaConf.select(actor, "fsdp_config.prefix_grouper.regroup") or "exact"
     if regroup == "none":
         return None
-    steps, rest = divmod(len(sizes), actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n)
-    steps = max(steps, 1)
-    if (rest and steps > 1) or len(sizes) % (ranks * steps):
-        return None  # verl will refuse or cut such a batch in its own way
+    mini_batch, shuffles = actor.ppo_mini_batch_size, actor.shuffle
+    if trainer.use_critic:  # whose optimizer steps keep their rows too
+        mini_batch, shuffles = (
+            math.gcd(mini_batch, config.critic.ppo_mini_batch_size),
+            shuffles or config.critic.shuffle,
+        )
+    steps = max(len(sizes) // (mini_batch * config.actor_rollout_ref.rollout.n), 1)
+    if len(sizes) % (ranks * steps):
+        return None  # verl refuses such a batch, or cuts it in its own way
     scattered = steps > 1 and regroup == "exact"
-    if scattered and actor.shuffle:
-        _warn_once("actor.shuffle draws the rows of each optimizer step anew on every rank, so rows are not moved")
+    if scattered and shuffles:
+        _warn_once("verl shuffles the rows of each rank over the optimizer steps, so rows are not moved")
         return None
     order = regrouped_order(sizes, ranks, steps, across_steps=regroup == "group")
     if scattered and _splits_groups(order, sizes, ranks, steps):

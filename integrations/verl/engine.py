@@ -118,8 +118,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _run(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
         self._tally = Tally()
+        dynamic = tu.get_non_tensor_data(data, "use_dynamic_bsz", True)
         with self._planning(loss_function):
             output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+        tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning
         self.forwarded = self._tally.summed(self.get_data_parallel_group(), get_device_name())
         return output  # type: ignore[no-any-return]
 

@@ -14,7 +14,9 @@ failures: list[Exception] = []
 def is_asked_for(config: Any) -> bool:
     """Whether ``config`` (``actor_rollout_ref``) asks for sharing, in one of the three ways: ``model_engine`` or
     ``actor.strategy`` is ``prefix_grouper``, or verl's own ``actor.use_prefix_grouper`` is set."""
-    actor = config.actor
+    actor = config.get("actor")
+    if actor is None:  # a worker of another kind
+        return False
     engine = actor.get("fsdp_config") or {}
     return (
         actor.strategy == STRATEGY or engine.get("_target_") == ENGINE_TARGET or bool(actor.get("use_prefix_grouper"))

@@ -92,6 +92,10 @@ def test_a_run_that_does_not_ask_is_left_alone():
     assert not is_asked_for(config.actor_rollout_ref)
 
 
+def test_a_worker_without_an_actor_is_left_alone():
+    assert not is_asked_for(OmegaConf.create({"model": {"path": "teacher"}}))
+
+
 def test_a_critic_stays_verls_own():
     critic = composed(*WAYS["model_engine"]).critic
     assert critic.strategy == "fsdp" and critic.fsdp._target_ == "verl.workers.config.FSDPEngineConfig"

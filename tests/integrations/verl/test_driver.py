@@ -110,7 +110,8 @@ def config(strategy: str = "prefix_grouper", regroup: str = "exact", mini: int =
         "shuffle": shuffle,
         "fsdp_config": {"prefix_grouper": {"regroup": regroup}},
     }
-    return OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 4}}})
+    critic = {"ppo_mini_batch_size": 2, "shuffle": False}
+    return OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 4}}, "critic": critic})
 
 
 class Batch:
@@ -141,6 +142,7 @@ class StockTrainer:
     """Balances like verl in that it leaves groups scattered."""
 
     actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0, 1]})
+    use_critic = use_prefix_grouper = False
 
     def __init__(self, given) -> None:
         self.config = given
@@ -149,7 +151,7 @@ class StockTrainer:
         return 2
 
     def _balance_batch(self, batch, metrics, logging_prefix="global_seqlen", keep_minibatch=False):
-        assert not getattr(self, "use_prefix_grouper", False), "verl's own handling refuses uneven batches"
+        assert not self.use_prefix_grouper, "verl's own handling refuses uneven batches"
         metrics["global_seqlen/mean"] = 1.0
         return batch
 
@@ -201,6 +203,22 @@ def test_groups_that_verl_scattered_over_steps_are_told_of_once_with_the_remedy(
             hooked._balance_batch(Batch(rows(4, 4)), {})
     assert len(caplog.records) == 1
     assert "2 optimizer steps" in caplog.text and "regroup=group" in caplog.text
+
+
+def test_the_optimizer_steps_of_a_critic_keep_their_rows_too():
+    sizes = rows(4, 4)
+    batch = Batch(sizes)
+    hooked = trainer(driver.install_v1, config(mini=4))  # the critic makes two steps of this batch, the actor one
+    hooked.use_critic = True
+    hooked._balance_batch(batch, {})
+    for place, key in enumerate(batch.keys):
+        assert step_of(place, 16, ranks=2, steps=2) == step_of(int(key.split("_")[1]), 16, ranks=2, steps=2)
+
+
+def test_a_run_that_does_not_ask_is_not_looked_at():
+    batch = Batch(rows(4, 4))
+    batch.tags = [{"seq_len": 5}] * 16  # as another trainer may leave them
+    trainer(driver.install_v1, config("fsdp2"))._balance_batch(batch, {})
 
 
 def test_metrics_keep_their_names():

@@ -42,7 +42,7 @@ MODES = [
     Case(sum_pi_squared=True),
     Case(temperature=1.0),
     Case(options={"backend": "blockwise"}),
-    Case(options={"verify": True}),
+    Case(options={"verify": True}, dynamic=False, micro_batch_size=4),
     Case(loss_mode="gspo"),
 ]
 TWO_RANKS = [
