@@ -31,19 +31,22 @@ def gradient_difference(model: nn.Module, ordinary: dict[str, Tensor]) -> float:
         ordinary: what :func:`local_gradients` gave after the ordinary step.
 
     Raises:
-        ValueError: other parameters have gradients than before.
+        ValueError: other parameters have gradients than before, on this process or another.
     """
     packed = {name: _local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    if packed.keys() != ordinary.keys():
-        names = sorted(packed.keys() ^ ordinary.keys())
-        raise ValueError(f"{len(names)} parameters have a gradient in one of the two steps only, {names[0]} for one")
+    unmatched = sorted(packed.keys() ^ ordinary.keys())
     device = next(iter(packed.values())).device if packed else torch.device("cpu")
     squares = torch.zeros(2, dtype=torch.float32, device=device)
-    for name, reference in ordinary.items():
-        squares[0] += (packed[name] - reference).float().square().sum()
-        squares[1] += reference.float().square().sum()
-    if dist.is_initialized():
-        dist.all_reduce(squares)
+    for name in packed.keys() & ordinary.keys():
+        squares[0] += (packed[name] - ordinary[name]).float().square().sum()
+        squares[1] += ordinary[name].float().square().sum()
+    sums = torch.cat([squares, squares.new_tensor([len(unmatched)])])
+    if dist.is_initialized():  # before anything is raised: all processes must hear of it
+        dist.all_reduce(sums)
+    if sums[2]:
+        where = f"{unmatched[0]} for one" if unmatched else "on another process"
+        raise ValueError(f"{int(sums[2])} parameters have a gradient in one of the two steps only, {where}")
+    squares = sums[:2]
     difference, size = squares.sqrt().tolist()
     if not size:
         return math.inf if difference else 0.0
