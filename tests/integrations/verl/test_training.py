@@ -16,6 +16,9 @@ pytest.importorskip("verl")
 from verl_on_cpu.run import run_training
 from verl_on_cpu.tiny import make_inputs
 
+# One after the other in one process: they share their trainings without sharing.
+pytestmark = pytest.mark.xdist_group("training")
+
 STEPS, RESPONSES = 5, 4
 DYNAMIC = [
     "actor_rollout_ref.actor.use_dynamic_bsz=True",
