@@ -1,5 +1,6 @@
 """How a transformers model is made to use a layout, and which models can."""
 
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.interface import (
     base_implementation,
     disable_prefix_grouper,
@@ -12,7 +13,6 @@ from prefix_grouper_plugins.modeling.interface import (
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.modeling.support import (
     SupportReport,
-    UnsupportedModelError,
     check_support,
     numbers_padded_columns,
     transformers_model,

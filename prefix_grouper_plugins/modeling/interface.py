@@ -7,7 +7,7 @@ would have called, so that generation, evaluation and reward models do not notic
 
 The layout travels as a model keyword and, for the few families that drop keywords on the way to the layer (stablelm,
 nemotron), also as a tag on the 4-D placeholder mask. Not through a context variable: gradient checkpointing recomputes
-outside of any context that was open in the forward.
+outside of any context that was open in the forward. Mixers past this interface are in modeling/mixers.py.
 """
 
 from __future__ import annotations
@@ -27,11 +27,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import BACKEND_NAMES
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.mixers import (
+    LAYOUT_KWARG,
+    LAYOUT_TAG,
+    disable_mixers,
+    enable_mixers,
+    has_mixers_enabled,
+    layout_of_layer,
+)
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
-from prefix_grouper_plugins.modeling.support import UnsupportedModelError, attention_configs, check_support
+from prefix_grouper_plugins.modeling.support import attention_configs, attention_layers, check_support
 
-LAYOUT_KWARG = "prefix_layout"
-_TAG = "_prefix_layout"
 _NAME = "prefix_grouper"
 
 
@@ -56,8 +63,10 @@ def enable_prefix_grouper(model: nn.Module, *, backend: str = "auto") -> nn.Modu
     report = check_support(model)
     if not report.supported:
         raise UnsupportedModelError("; ".join(report.reasons))
-    for config in attention_configs(model):
-        config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
+    if attention_layers(model):  # attention with code of its own may compare the name
+        for config in attention_configs(model):
+            config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
+    enable_mixers(model)
     return model
 
 
@@ -65,12 +74,14 @@ def disable_prefix_grouper(model: nn.Module) -> nn.Module:
     """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
     for config in attention_configs(model):
         config._attn_implementation = base_implementation(config._attn_implementation)
+    disable_mixers(model)
     return model
 
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether :func:`enable_prefix_grouper` is in force on ``model``."""
-    return any(c._attn_implementation.startswith(f"{_NAME}:") for c in attention_configs(model))
+    names = [config._attn_implementation for config in attention_configs(model)]
+    return has_mixers_enabled(model) or any(name.startswith(f"{_NAME}:") for name in names)
 
 
 @contextmanager
@@ -82,7 +93,8 @@ def without_prefix_grouper(model: nn.Module) -> Iterator[None]:
     configs = attention_configs(model)
     names = [config._attn_implementation for config in configs]
     try:
-        disable_prefix_grouper(model)
+        for config in configs:
+            config._attn_implementation = base_implementation(config._attn_implementation)
         yield
     finally:
         for config, name in zip(configs, names, strict=True):
@@ -127,7 +139,7 @@ def layout_inputs(layout: PrefixLayout | ShardedLayout, device: torch.device) ->
     # transformers hands a 4-D mask through unchanged. Without one it would read the positions as packed sequences and
     # cut the responses off from their prefix.
     placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    setattr(placeholder, _TAG, layout)
+    setattr(placeholder, LAYOUT_TAG, layout)
     return {"attention_mask": placeholder, LAYOUT_KWARG: layout}
 
 
@@ -157,7 +169,9 @@ def _attention(
     """The registered function: ``query [1, H, T, D]``, ``key``/``value [1, H_kv, T, D]`` -> ``[1, T, H, D]``."""
     layout = kwargs.pop(LAYOUT_KWARG, None)
     if layout is None:
-        layout = getattr(attention_mask, _TAG, None)
+        layout = getattr(attention_mask, LAYOUT_TAG, None)
+    if layout is None:
+        layout = layout_of_layer()
     if layout is None:
         return _own_attention(module, base)(module, query, key, value, attention_mask, *args, **kwargs)
     _check_packed_call(module, query, layout, base, args, kwargs)

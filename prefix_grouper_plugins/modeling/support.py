@@ -1,7 +1,7 @@
 """Which models can take packed rows, and why another one cannot.
 
-A model is supported when every place where it mixes tokens is an attention layer that we can switch, and when its type
-is one whose packed forward and gradients a test has compared with row-by-row forwards (:data:`VERIFIED_MODEL_TYPES`).
+A model is supported when every place where it mixes tokens is an attention layer that we can switch, or a mixer that we
+can run on whole rows (modeling/mixers.py), and when its type is one whose packed forward and gradients a test has compared with row-by-row forwards (:data:`VERIFIED_MODEL_TYPES`).
 Everything else is refused before training, with the reason: a guess here would be wrong numbers there.
 """
 
@@ -11,34 +11,57 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from prefix_grouper_plugins.modeling.mixers import foreign_mixers, mixer_of
 
 # Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
 VERIFIED_MODEL_TYPES = frozenset(
     """
-    afmoe apertus arcee biogpt bitnet cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 diffllama dots1
-    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe
-    gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium
-    hunyuan_v1_dense hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe laguna llama mellum mimo_v2_flash
-    minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi
-    phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam biogpt bitnet bloom codegen cohere cohere2
+    cohere2_moe ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
+    falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe
+    glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
+    granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama
+    longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral
+    modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt
+    persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3
+    solar_open stablelm starcoder2 vaultgemma xglm youtu zamba zamba2 zaya
     """.split()
 )
 
+# Types of which a test has shown, or their code says, that packed rows give something else.
+REFUSED_MODEL_TYPES = {
+    "doge": "doge did not give the numbers of single rows where rows are longer than its keep_window_size",
+    "llama4_text": "llama4_text cuts its attention into chunks by columns, so padding on the left changes what tokens see",
+    "phimoe": "phimoe draws its experts at random while it trains, so that no two forwards agree",
+}
+# Right in a batch without padding, but that is not what a padding trainer computes.
+_STATE_SEES_PADDING = {"recurrent_gemma", "rwkv", "xlstm"}
+
+# Types whose older modeling code gave other numbers in the comparison (nemotron_h, zamba2) or could not be compared.
+_NEEDS_TRANSFORMERS = {"dbrx": "5.23", "nemotron_h": "5.23", "zamba": "5.23", "zamba2": "5.23"}
+
 # Models that number positions from the attention mask, so that left padding does not count.
 _POSITIONS_SKIP_PADDING = {"opt"}
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Layers of these types do not mix tokens.
+_POINTWISE_LAYER_TYPES = {"mlp", "moe"}
+# Attention of the core, and mixers of modeling/mixers.py. Chunked, sparse and compressed attention are neither.
+_LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid"} | _POINTWISE_LAYER_TYPES
+_LAYER_TYPES |= {"attention", "mamba"}  # transformers before 5.23
 _ROPE_OF_LONGEST_ROW = {"dynamic", "longrope"}
-
-
-class UnsupportedModelError(ValueError):
-    """The packed result could differ from the ordinary one; the message says why and what can be done."""
 
 
 @dataclass(frozen=True)
 class LayerSupport:
-    """How one attention layer is run: its module name, what its attention does, and the backend that ``auto`` takes."""
+    """How one layer is run: its module name, how it mixes tokens, and the backend that ``auto`` takes.
+
+    The backend of mixers past the attention interface is "expand, run, collapse".
+    """
 
     name: str
     attention: str
@@ -52,7 +75,7 @@ class SupportReport:
     Attributes:
         reasons: why the model is refused; empty when it is supported.
         notes: what a user should know although it does not change the result's validity, one line each.
-        layers: how each attention layer is run.
+        layers: how each attention layer and each other mixer is run.
     """
 
     reasons: tuple[str, ...] = ()
@@ -77,15 +100,16 @@ def check_support(model: nn.Module) -> SupportReport:
     if base is None:
         return SupportReport((f"{type(model).__name__} contains no transformers model",))
     config = base.config
-    layers = attention_layers(model)
+    layers, mixers = attention_layers(model), foreign_mixers(model)
     reasons = [
-        *_type_reasons(config, layers),
-        *_code_reasons(base, layers),
+        *_type_reasons(config, layers + mixers),
+        *_code_reasons(base, layers, mixers),
         *_position_reasons(config),
-        *_attention_reasons(layers),
+        *_attention_reasons(layers + mixers),
         *_adapter_reasons(model),
     ]
-    return SupportReport(tuple(reasons), tuple(_notes(model)), tuple(_describe(name, m) for name, m in layers))
+    described = [_describe(name, m) for name, m in layers] + [_describe_mixer(name, m) for name, m in mixers]
+    return SupportReport(tuple(reasons), tuple(_notes(model)), tuple(described))
 
 
 def transformers_model(model: nn.Module) -> Any:
@@ -108,7 +132,9 @@ def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if "Attention" in type(module).__name__
+        if ("Attention" in type(module).__name__ or type(module).__name__.endswith("MLA"))
+        and not type(module).__name__.endswith(("Layer", "Norm"))  # what surrounds attention in some hybrids
+        and mixer_of(module) is None
         and "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__globals__
     ]
 
@@ -127,9 +153,18 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
         return [f"{kind} is an encoder-decoder model; only decoder-only models share prefixes"]
     if config.get_text_config(decoder=True) is not config:
         return [f"{kind} is a multimodal model, which is not supported yet"]
+    if kind in REFUSED_MODEL_TYPES:
+        return [REFUSED_MODEL_TYPES[kind]]
+    if kind in _STATE_SEES_PADDING:
+        return [
+            f"{kind} runs its state over padding on the left, so a padded batch computes something else than single rows"
+        ]
+    if (needed := _NEEDS_TRANSFORMERS.get(kind)) and Version(transformers.__version__) < Version(needed):
+        return [f"{kind} is exact from transformers {needed} on, this is {transformers.__version__}"]
     if not layers:
-        return [f"{kind} does not use transformers' attention interface, so its token mixing cannot be switched"]
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+        return [f"{kind} mixes tokens by code of its own, which is not supported yet"]
+    known = _LAYER_TYPES.union(*(mixer.layer_types for _, m in layers if (mixer := mixer_of(m))))
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if others:
         return [f"{kind} has layers of type {', '.join(others)}, which mix tokens in a way that is not supported yet"]
     if kind not in VERIFIED_MODEL_TYPES:
@@ -137,15 +172,21 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     return []
 
 
-def _code_reasons(base: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> list[str]:
+def _code_reasons(
+    base: PreTrainedModel, layers: list[tuple[str, nn.Module]], mixers: list[tuple[str, nn.Module]]
+) -> list[str]:
     """A verified type may still be run by other code than the one that was verified."""
     if not type(base).__module__.startswith("transformers."):
         return [
             f"{type(base).__name__} is code from outside of transformers, which no test has compared with single rows"
         ]
-    expected = getattr(base.config, "num_hidden_layers", 0)
-    if layers and len(layers) < expected:
-        return [f"only {len(layers)} of {expected} layers use transformers' attention interface"]
+    kinds = getattr(base.config, "layer_types", None) or []
+    expected = getattr(base.config, "num_hidden_layers", 0) - sum(kind in _POINTWISE_LAYER_TYPES for kind in kinds)
+    if stack := getattr(base.config, "num_layers_per_stack", None):  # hrm_text runs two stacks again and again
+        expected = 2 * stack
+    known = len(layers) + len(mixers)
+    if known and known < expected:
+        return [f"only {known} of {expected} layers mix tokens in a way that is known here"]
     return []
 
 
@@ -216,8 +257,12 @@ def _describe(name: str, module: nn.Module) -> LayerSupport:
     return LayerSupport(name, ", ".join(parts), "merged_lse" if window is None and softcap is None else "blockwise")
 
 
+def _describe_mixer(name: str, module: nn.Module) -> LayerSupport:
+    return LayerSupport(name, mixer_of(module).kind, "expand, run, collapse")  # type: ignore[union-attr]
+
+
 def _attention_dropout(module: nn.Module) -> float:
-    names = ("attention_dropout", "attn_dropout", "dropout")  # the last one in opt and biogpt
+    names = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")  # the last one in opt and biogpt
     rates = (getattr(module, name, None) or 0.0 for name in names)
     return max(float(rate.p if isinstance(rate, nn.Dropout) else rate) for rate in rates)
 

@@ -11,6 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.tiny import SIZES
 
 LAYERS = 3
+# Code that computes only in float32.
+SINGLE_PRECISION = {"xglm"}
 # Set only where the type's config has the field.
 OPTIONAL: dict[str, Any] = {
     "sliding_window": 5,
@@ -43,24 +45,109 @@ OPTIONAL: dict[str, Any] = {
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": LAYERS, "window_size": 5},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4},
+    "bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_chunk_size": 4,
+        "mamba_n_groups": 2,
+        "attn_layer_indices": [1],
+    },
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_chunk_size": 4, "mamba_n_groups": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+        "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+    },
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_chunk_size": 4,
+        "mamba_n_groups": 2,
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
+    "minimax": {"block_size": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "kimi_linear": {
+        "num_key_value_heads": 4,
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "n_group": 1,
+        "num_experts_per_tok": 2,
+    },
+    "bailing_hybrid": {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    },
+    "axk1": {"num_key_value_heads": 4},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
+    "minicpm3": {"num_key_value_heads": 4},
+    "youtu": {"num_key_value_heads": 4},
+    "cwm": {"bos_token_id": 2},
+    "modernbert-decoder": {"bos_token_id": 2, "cls_token_id": 2, "sep_token_id": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "hunyuan_v1_moe": {"moe_topk": 2},
+    "longcat_flash": {
+        "num_layers": 2,
+        "num_key_value_heads": 4,
+        "expert_ffn_hidden_size": 16,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "n_routed_experts": 4,
+    },
+    "zamba": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "mamba_ngroups": 2,
+        "chunk_size": 4,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 64,
+    },
 }
+
+# The config works out the kinds of layers itself, from other settings above.
+_KINDS_BY_PERIOD = {"jamba", "nemotron_h", "zamba", "zamba2", "bamba"}
 
 
 def build(model_type: str) -> PreTrainedModel:
-    """In float64, with all dropout off."""
+    """In float64 where the code allows, with all dropout off."""
     defaults = CONFIG_MAPPING[model_type]().to_dict()
     settings = {k: v for k, v in SIZES.items() if k not in OPTIONAL} | {
         k: v for k, v in OPTIONAL.items() if k in defaults
     }
     settings |= {k: 0.0 for k, v in defaults.items() if isinstance(v, float) and ("dropout" in k or "pdrop" in k)}
-    if defaults.get("layer_types"):
+    if defaults.get("layer_types") and model_type not in _KINDS_BY_PERIOD:
         kinds = list(dict.fromkeys(defaults["layer_types"]))
         settings["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
     config = AutoConfig.for_model(model_type, **(settings | CHANGES.get(model_type, {})))
     torch.manual_seed(0)
     # transformers before 5.11 takes sdpa for such models by default, which ignores the cap.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = model.float() if model_type in SINGLE_PRECISION else model.double()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped matrix product takes no float64
     with torch.no_grad():

@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import PrefixLayout, check_support, disable_prefix_grouper, enable_prefix_grouper
 from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.mixers import foreign_mixers
 from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
 from tests import tiny
 from tests.modeling import families
@@ -52,11 +53,16 @@ def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
     enable_prefix_grouper(model)
     for before, after in zip(expected, single_rows(model), strict=True):
         assert torch.equal(before, after), "an ordinary forward changed"
-    for checkpointing in (False, True):
-        if checkpointing:
+    noise = 1e-6
+    if model_type in families.SINGLE_PRECISION:  # gradients that are zero, as those of key biases, come out as noise
+        noise = 1e-3 * max(float(g.abs().max()) for g in expected_gradients.values())
+    # Reentrant checkpointing loses what is tagged on tensors; mixers must not need it.
+    modes = (None, False, True) if foreign_mixers(model) else (None, False)
+    for reentrant in modes:
+        if reentrant is not None:
             if not model.supports_gradient_checkpointing:
                 continue
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.train()
         logits = packed(model)
         for row, wanted in zip(logits, expected, strict=True):
@@ -65,9 +71,11 @@ def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
         got = gradients(model, logits)
         assert got.keys() == expected_gradients.keys()
         for name, wanted in expected_gradients.items():
-            scale = wanted.abs().max().clamp(min=1e-6)
+            scale = wanted.abs().max().clamp(min=noise)
             assert (got[name] - wanted).abs().max() <= 1e-3 * scale, name
 
     model.eval()
     disable_prefix_grouper(model)
+    for before, after in zip(expected, single_rows(model), strict=True):
+        assert torch.equal(before, after), "disabling left something behind"
     assert all(":" not in str(config._attn_implementation) for config in [model.config])

@@ -232,7 +232,7 @@ def test_the_keyword_suffices_where_the_mask_is_copied_on_the_way(model_type):
     inputs = packed_inputs(LAYOUT, IDS)
     both = model(**inputs).logits
     inputs["attention_mask"] = inputs["attention_mask"].clone()
-    assert not hasattr(inputs["attention_mask"], interface._TAG)
+    assert not hasattr(inputs["attention_mask"], interface.LAYOUT_TAG)
     assert torch.equal(model(**inputs).logits, both)
 
 
@@ -334,12 +334,11 @@ def unbuilt(model_type: str, auto: Any = AutoModelForCausalLM, **changes: Any):
             {"text_config": {"num_hidden_layers": 1}, "vision_config": {"depth": 1}},
             "qwen2_vl is a multimodal model",
         ),
-        ("qwen3_next", AutoModelForCausalLM, {"num_hidden_layers": 4}, "layers of type linear_attention"),
-        ("jamba", AutoModelForCausalLM, {"num_hidden_layers": 8}, "layers of type linear_attention"),
-        ("falcon_h1", AutoModelForCausalLM, {"num_hidden_layers": 1}, "layers of type hybrid"),
-        ("mamba2", AutoModelForCausalLM, {"num_hidden_layers": 1}, "does not use transformers' attention interface"),
-        ("bloom", AutoModelForCausalLM, {"n_layer": 1}, "does not use transformers' attention interface"),
-        ("falcon", AutoModelForCausalLM, {"num_hidden_layers": 1}, "does not use transformers' attention interface"),
+        ("big_bird", AutoModelForCausalLM, {"num_hidden_layers": 1}, "mixes tokens by code of its own"),
+        ("deepseek_v32", AutoModelForCausalLM, {"num_hidden_layers": 1}, "layers of type indexed_attention"),
+        ("doge", AutoModelForCausalLM, {"num_hidden_layers": 1}, "longer than its keep_window_size"),
+        ("phimoe", AutoModelForCausalLM, {"num_hidden_layers": 1}, "draws its experts at random"),
+        ("bloom", AutoModelForCausalLM, {"n_layer": 1, "attention_dropout": 0.1}, "attention dropout is 0.1"),
         ("gemma3n_text", AutoModelForCausalLM, {}, "'gemma3n_text' has not been verified"),
         ("bert", AutoModel, {"num_hidden_layers": 1}, "attention is not causal"),
         ("qwen3", AutoModelForCausalLM, {"attention_dropout": 0.1}, "attention dropout is 0.1: set `attention_dropout`"),
@@ -433,7 +432,7 @@ def test_a_layer_whose_attention_was_replaced_is_refused():
 
     model = tiny.model("llama")
     model.model.layers[1].self_attn = Patched()
-    assert check_support(model).reasons == ("only 2 of 3 layers use transformers' attention interface",)
+    assert check_support(model).reasons == ("only 2 of 3 layers mix tokens in a way that is known here",)
 
 
 def test_what_is_no_transformers_model_is_refused():

@@ -1,0 +1,493 @@
+"""Foreign token mixers: modules that mix along the sequence past transformers' attention interface.
+
+Recurrent layers (Mamba, gated delta nets), short convolutions, linear attention and attention with code of its own do
+not fit the shared-prefix core. They run by *expand, run, collapse*: the packed hidden states are laid out again as rows,
+the module runs unchanged on this ordinary right-padded batch, and each packed position takes its value back from one row
+that holds it::
+
+    packed  P P P a a b b b   ->   P P P a a -   ->  module  ->   P P P a a b b b
+                                   P P P b b b                    (P from the first row)
+
+This is exact, gradients included: the module is causal, so that all rows compute the same value for a position that they
+share, and padding on the right reaches no token. Everything around the mixer (projections of other layers, MLPs,
+experts, norms, the head) stays shared.
+
+How the layout gets there: a model's forward opens it, the call of a decoder layer writes it into that call's keywords,
+and the layer's forward shows it to the mixers inside. Gradient checkpointing keeps a call's keywords and runs the
+layer's forward again, long after the model's forward has returned; a context variable alone would be gone by then.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
+
+LAYOUT_KWARG = "prefix_layout"
+LAYOUT_TAG = "_prefix_layout"
+
+# Arguments that run along the sequence, `[1, T, ...]`: laid out as rows, like the hidden states themselves.
+_ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "cos", "sin", "v", "k", "q"}
+_CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
+# How ordinary packed batches say where rows begin. The rows are batched here, so there is nothing to say.
+_ROW_BOUNDARIES = {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_MASKS = {"attention_mask", "mask", "conv_mask"}
+
+
+# ---------------------------------------------------------------------------------------------- which modules are known
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What is known about a class of mixers.
+
+    Attributes:
+        kind: a few words for the report.
+        mask: ``(module, x [B, L, d], arguments) -> attention_mask`` that an ordinary batch of these rows would bring, or
+            None for mixers that only use masks to blank padding.
+        adapt: changes the remaining arguments, for mixers whose model hands them something that depends on the batch.
+        whole: arguments with tensors that do not run along the sequence and are handed over as they are.
+        outputs_along: which outputs of several run along the sequence.
+        layer_types: types of layers, beyond the common ones, that it accounts for.
+        outputs_as_they_are: which outputs do not belong to rows at all.
+        without_mask: whether the model cannot take the 4-D placeholder mask, which then stays outside.
+    """
+
+    kind: str
+    mask: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor | None] | None = None
+    adapt: Callable[[dict[str, Any], Tensor], None] | None = None
+    whole: frozenset[str] = frozenset()
+    outputs_along: frozenset[int] = frozenset({0})
+    outputs_as_they_are: frozenset[int] = frozenset()
+    layer_types: frozenset[str] = frozenset()
+    without_mask: Callable[[nn.Module], bool] = lambda module: False
+
+
+def _additive_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """``[B, 1, L, L]``, for code that adds its mask to the scores and takes no None for "causal"."""
+    hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
+    return mask.expand(x.shape[0], 1, *hidden.shape)
+
+
+def _falcon_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """FalconModel writes the ALiBi bias into the mask (``arguments["alibi"]`` is ``[B, H, 1, L]`` by now)."""
+    mask = _additive_mask(module, x, arguments)
+    alibi = arguments["alibi"]
+    if alibi is None:
+        return mask
+    return torch.masked_fill(alibi / module.head_dim**0.5, mask < -1, torch.finfo(x.dtype).min)  # type: ignore[operator]
+
+
+def _mpt_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """MptModel turns the additive mask into "is hidden"."""
+    return _additive_mask(module, x, arguments).to(torch.bool)
+
+
+def _has_alibi(module: nn.Module) -> bool:
+    return bool(getattr(module.config, "alibi", False))
+
+
+def _cut_alibi(arguments: dict[str, Any], x: Tensor) -> None:
+    """ALiBi of one row of T columns, ``[H, 1, T]`` or ``[1, H, 1, T]``: the first L are those of each of our rows."""
+    alibi = arguments["alibi"]
+    if alibi is not None:
+        arguments["alibi"] = alibi[..., : x.shape[1]].repeat(x.shape[0], *[1] * (alibi.dim() - 1))
+
+
+_ADDITIVE = Mixer("attention of its own", mask=_additive_mask)
+_MAMBA = Mixer("Mamba")
+_MAMBA2 = Mixer("Mamba-2")
+_DELTA = Mixer("gated delta net")
+_CONVOLUTION = Mixer("short convolution")
+
+# Exact names on purpose: a class that nobody has looked at is no mixer that we know.
+_MIXERS: dict[str, Mixer] = {
+    "bloom.BloomAttention": Mixer(
+        "attention of its own", _additive_mask, _cut_alibi, frozenset({"alibi"}), without_mask=lambda module: True
+    ),
+    "falcon.FalconAttention": Mixer(
+        "attention of its own",
+        _falcon_mask,
+        _cut_alibi,
+        frozenset({"alibi"}),
+        without_mask=_has_alibi,
+    ),
+    "mpt.MptAttention": Mixer("attention of its own", _mpt_mask, whole=frozenset({"position_bias"})),
+    "gptj.GPTJAttention": _ADDITIVE,
+    "codegen.CodeGenAttention": _ADDITIVE,
+    "gpt_neo.GPTNeoSelfAttention": _ADDITIVE,
+    "gpt_neox_japanese.GPTNeoXJapaneseAttention": Mixer(
+        "attention of its own",
+        _additive_mask,
+        outputs_as_they_are=frozenset({2}),  # a bias
+    ),
+    "openai.Attention": _ADDITIVE,
+    "xglm.XGLMAttention": _ADDITIVE,
+    "zaya.ZayaCCAProjection": Mixer(
+        "convolution in front of attention",
+        outputs_along=frozenset({0, 1, 2}),
+        layer_types=frozenset({"hybrid_sliding"}),
+    ),
+    "mamba.MambaMixer": _MAMBA,
+    "falcon_mamba.FalconMambaMixer": _MAMBA,
+    "jamba.JambaMambaMixer": _MAMBA,
+    "zamba.ZambaMambaMixer": _MAMBA,
+    "mamba2.Mamba2Mixer": _MAMBA2,
+    "bamba.BambaMixer": _MAMBA2,
+    "falcon_h1.FalconH1Mixer": _MAMBA2,
+    "granitemoehybrid.GraniteMoeHybridMambaLayer": _MAMBA2,
+    "nemotron_h.NemotronHMamba2Mixer": _MAMBA2,
+    "zamba2.Zamba2MambaMixer": _MAMBA2,
+    "qwen3_next.Qwen3NextGatedDeltaNet": _DELTA,
+    "qwen3_5.Qwen3_5GatedDeltaNet": _DELTA,
+    "qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA,
+    "olmo_hybrid.OlmoHybridGatedDeltaNet": _DELTA,
+    "kimi_linear.KimiLinearDeltaAttention": _DELTA,
+    "bailing_hybrid.BailingHybridDeltaAttention": _DELTA,
+    "lfm2.Lfm2ShortConv": _CONVOLUTION,
+    "lfm2_moe.Lfm2MoeShortConv": _CONVOLUTION,
+    "lfm3.Lfm3ShortConv": _CONVOLUTION,
+    "minimax.MiniMaxLightningAttention": Mixer("lightning attention"),
+}
+
+
+def mixer_of(module: nn.Module) -> Mixer | None:
+    """What is known about ``module`` as a foreign token mixer; None where it is none."""
+    for cls in type(module).__mro__:
+        parts = cls.__module__.split(".")
+        if parts[:2] == ["transformers", "models"]:  # above it may lie a class of FSDP2; below it, another forward
+            return _MIXERS.get(f"{parts[2]}.{cls.__name__}")
+    return None
+
+
+def foreign_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules under ``model`` that run by expand, run, collapse."""
+    return [(name, module) for name, module in model.named_modules() if mixer_of(module) is not None]
+
+
+# ------------------------------------------------------------------------------------------------------ rows and packed
+
+
+class Rows:
+    """The rows of a layout as a right-padded batch, ``B`` rows of ``L`` transitions; padding of the layout is a row too.
+
+    Attributes:
+        index (`LongTensor[B, L]`): the packed position of each place; 0 where a row is padded.
+        home (`LongTensor[T]`): the place, ``row * L + column``, from which each packed position takes its value.
+    """
+
+    def __init__(self, layout: PrefixLayout) -> None:
+        lengths = [length - 1 for length in layout.row_lengths if length > 1]
+        positions = list(layout.row_index.split(lengths))
+        if layout.num_padding:
+            tail = torch.arange(layout.num_tokens, device=layout.row_index.device)[-layout.num_padding :]
+            positions.append(tail)
+        self.index = nn.utils.rnn.pad_sequence(positions, batch_first=True)
+        longest = self.index.shape[1]
+        column = torch.arange(longest, device=self.index.device)
+        real = column < torch.tensor([len(p) for p in positions], device=column.device)[:, None]
+        place = torch.arange(self.index.numel(), device=column.device).view_as(self.index)
+        home = torch.full((layout.num_tokens,), self.index.numel(), device=column.device)
+        # The first row that holds a position, whatever the order in which a device would write.
+        self.home = home.scatter_reduce(0, self.index[real], place[real], "amin")
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Packed ``[1, T, ...]`` to rows ``[B, L, ...]``."""
+        if x.shape[:2] != (1, len(self.home)):
+            raise ValueError(
+                f"got {x.shape[0]} row(s) of {x.shape[1]} tokens with a layout of {len(self.home)} tokens: a packed batch "
+                "is one row, and nothing may be cached, padded or cut on the way"
+            )
+        return x[0][self.index]
+
+    def collapse(self, x: Tensor) -> Tensor:
+        """Rows ``[B, L, ...]`` to packed ``[1, T, ...]``."""
+        return x.flatten(0, 1)[self.home].unsqueeze(0)
+
+
+_ROWS: weakref.WeakKeyDictionary[PrefixLayout, Rows] = weakref.WeakKeyDictionary()
+
+
+def rows_of(layout: PrefixLayout) -> Rows:
+    """The batch of rows of ``layout``, worked out once for each layout."""
+    if layout not in _ROWS:
+        _ROWS[layout] = Rows(layout)
+    return _ROWS[layout]
+
+
+# -------------------------------------------------------------------------------------------- the layout's way to mixers
+
+Layout = PrefixLayout | ShardedLayout
+
+
+class _Call:
+    """A running forward: with its layout, or an ordinary one. No dataclass: FSDP2 copies dataclass arguments."""
+
+    __slots__ = ("layout",)
+
+    def __init__(self, layout: Layout | None) -> None:
+        self.layout = layout
+
+
+_MODEL: ContextVar[_Call | None] = ContextVar("prefix_grouper_model", default=None)
+_LAYER: ContextVar[_Call | None] = ContextVar("prefix_grouper_layer", default=None)
+
+
+@contextmanager
+def _open(variable: ContextVar[_Call | None], call: _Call | None) -> Iterator[None]:
+    token = variable.set(call)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def layout_of_layer() -> Layout | None:
+    """The layout of the decoder layer whose forward is running, for attention that receives neither keyword nor mask."""
+    call = _LAYER.get()
+    return None if call is None else call.layout
+
+
+class ModelForward:
+    """In place of a model's ``forward``: says to the layers below which layout is in flight, or that there is none.
+
+    A class, so that a copied or pickled model keeps it, bound to the copy.
+    """
+
+    def __init__(self, model: PreTrainedModel, without_mask: bool) -> None:
+        self.model, self.without_mask = model, without_mask
+        self.previous = model.__dict__.get("forward")  # TRL's fused head puts one there
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The forward that the model had; that of its class where nobody put another in front of it."""
+        return self.previous or type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # trainers look for the names of arguments
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        layout = kwargs.get(LAYOUT_KWARG)
+        if layout is None:
+            layout = getattr(mask, LAYOUT_TAG, None)
+        if layout is None and (outer := _MODEL.get()) is not None:
+            layout = outer.layout  # an inner model, whose outer one has dropped both
+        if layout is not None and self.without_mask:
+            kwargs["attention_mask"] = None
+        with _open(_MODEL, _Call(layout)):
+            return self.own(*args, **kwargs)
+
+
+class _PackedLayer:
+    """Mixed into the class of a decoder layer that holds foreign mixers."""
+
+    _packed_before = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, given = _MODEL.get(), kwargs.get(LAYOUT_KWARG)
+        if call is not None:
+            kwargs[LAYOUT_KWARG] = call
+        elif isinstance(given, Layout):  # a model whose forward was replaced after ours
+            kwargs[LAYOUT_KWARG] = _Call(given)
+        elif not isinstance(given, _Call) and self._packed_before:
+            raise RuntimeError(
+                f"{type(self).__name__} is called outside of its model's forward, so it cannot know whether the call "
+                "belongs to a packed row: checkpoint with the model's own `gradient_checkpointing_enable()`"
+            )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.pop(LAYOUT_KWARG, None)
+        if not isinstance(call, _Call) or call.layout is None:
+            with _open(_LAYER, _Call(None)):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        self._packed_before = True
+        if self._takes_keywords:  # type: ignore[attr-defined]
+            kwargs[LAYOUT_KWARG] = call.layout  # for attention that does use the interface
+        with _open(_LAYER, call):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _PackedMixer:
+    """Mixed into the class of a foreign mixer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = _LAYER.get()
+        run = super().forward  # type: ignore[misc]
+        kwargs.pop(LAYOUT_KWARG, None)
+        if call is None or call.layout is None:
+            if (model := _MODEL.get()) is not None and model.layout is not None:
+                raise RuntimeError(f"{type(self).__name__} runs in a packed forward, but its layer lost the layout")
+            return run(*args, **kwargs)
+        return expand_run_collapse(self, run, call.layout, args, kwargs)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------- expand, run, collapse
+
+
+def expand_run_collapse(
+    module: nn.Module,
+    run: Callable[..., Any],
+    layout: Layout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run ``run``, the ordinary forward of ``module``, on the rows of ``layout``; its output in packed positions.
+
+    Args:
+        module: a known mixer, see :func:`mixer_of`.
+        run: takes the arguments of the module's forward.
+        layout: the layout of the packed row.
+        args: what the module was called with; the first argument of its forward is the packed ``[1, T, d]``.
+        kwargs: likewise.
+
+    Raises:
+        UnsupportedModelError: an argument that cannot be laid out as rows, or a row that is cut into pieces.
+    """
+    if isinstance(layout, ShardedLayout):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} needs whole rows, which sequence parallelism does not leave on one process"
+        )
+    mixer = mixer_of(module)
+    assert mixer is not None
+    rows = rows_of(layout)
+    bound = inspect.signature(run).bind(*args, **kwargs)
+    keywords = _variable_keywords(bound.signature)
+    arguments = {**bound.arguments, **bound.arguments.pop(keywords, {})} if keywords else dict(bound.arguments)
+    arguments.pop(keywords, None)  # type: ignore[arg-type]
+    first = next(iter(bound.signature.parameters))
+    for name in arguments:
+        arguments[name] = _as_rows(module, mixer, rows, name, arguments[name], along=name == first)
+    x = arguments[first]
+    if mixer.adapt is not None:
+        mixer.adapt(arguments, x)
+    for name in _MASKS & arguments.keys():
+        arguments[name] = None if mixer.mask is None else mixer.mask(module, x, arguments)
+    with _open(_LAYER, None), _open(_MODEL, None):  # the rows are an ordinary batch to whatever runs inside
+        output = _call(run, bound.signature, arguments)
+    if isinstance(output, Tensor):
+        return rows.collapse(output)
+    # Weights and states have no packed form. openai-gpt returns a list.
+    return type(output)(_packed_output(mixer, rows, i, part) for i, part in enumerate(output))
+
+
+def _packed_output(mixer: Mixer, rows: Rows, index: int, part: Any) -> Any:
+    if index in mixer.outputs_along:
+        return rows.collapse(part)
+    return part if index in mixer.outputs_as_they_are else None
+
+
+def _as_rows(module: nn.Module, mixer: Mixer, rows: Rows, name: str, value: Any, along: bool) -> Any:
+    """One argument of a packed call, as it is in an ordinary batch of the rows."""
+    if name in _MASKS or name in mixer.whole:
+        return value
+    if name in _CACHES and value is not None:
+        raise ValueError(f"{type(module).__name__} got `{name}`: a packed forward has no cache, set `use_cache=False`")
+    if name in _ROW_BOUNDARIES:
+        return None
+    if along or name in _ALONG_SEQUENCE:
+        if isinstance(value, tuple):
+            return tuple(rows.expand(part) for part in value)
+        return None if value is None else rows.expand(value)
+    if isinstance(value, Tensor):
+        raise UnsupportedModelError(f"{type(module).__name__} is called with `{name}`, which we cannot lay out as rows")
+    return value
+
+
+def _call(run: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
+    positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    return run(*(arguments.pop(name) for name in positional), **arguments)
+
+
+def _variable_keywords(signature: inspect.Signature) -> str | None:
+    return next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+
+# ------------------------------------------------------------------------------------------------------------ on and off
+
+_SWAPPED: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def enable_mixers(model: nn.Module) -> None:
+    """Let the foreign mixers under ``model`` take packed rows. In place and idempotent; nothing without such mixers."""
+    mixers = foreign_mixers(model)
+    if not mixers:
+        return
+    without_mask = any(mixer_of(module).without_mask(module) for _, module in mixers)  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not isinstance(module.__dict__.get("forward"), ModelForward):
+            module.forward = ModelForward(module, without_mask)  # type: ignore[method-assign,assignment]
+    for layer in layers_with_mixers(model):
+        _swap(layer, _PackedLayer)
+    for _, mixer in mixers:
+        _swap(mixer, _PackedMixer)
+
+
+def disable_mixers(model: nn.Module) -> None:
+    """Take back what :func:`enable_mixers` did. In place and idempotent."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, ModelForward):
+            del module.forward
+            if forward.previous is not None:
+                module.forward = forward.previous  # type: ignore[method-assign]
+        module.__dict__.pop("_packed_before", None)
+        if type(module) in _SWAPPED:  # FSDP2 may have put a class of its own on top, below which ours does no harm
+            module.__class__ = type(module)._prefix_grouper_base  # type: ignore[attr-defined]
+
+
+def has_mixers_enabled(model: nn.Module) -> bool:
+    """Whether :func:`enable_mixers` is in force on ``model``."""
+    return any(isinstance(module.__dict__.get("forward"), ModelForward) for module in model.modules())
+
+
+def layers_with_mixers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers around foreign mixers: the nearest module that transformers checkpoints, or the parent."""
+    found: dict[int, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for name, _ in foreign_mixers(model):
+        parts = name.split(".")
+        around = [modules[".".join(parts[:end])] for end in range(len(parts) - 1, 0, -1)]
+        layer = next((m for m in around if isinstance(m, GradientCheckpointingLayer)), around[0])
+        found[id(layer)] = layer
+    return list(found.values())
+
+
+def _swap(module: nn.Module, extension: type) -> None:
+    if not isinstance(module, extension):
+        module.__class__ = _extended(type(module), extension)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=256)
+def _extended(cls: type[nn.Module], extension: type) -> type:
+    """A subclass of ``cls`` under its own name. ``__call__`` is looked up on the type, so an attribute cannot do it."""
+    keywords = _variable_keywords(inspect.signature(inspect.unwrap(cls.forward)))
+    created = type(
+        cls.__name__,
+        (extension, cls),
+        {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "_prefix_grouper_base": cls,
+            "_takes_keywords": keywords is not None,
+        },
+    )
+    _SWAPPED.add(created)
+    return created

@@ -1,0 +1,65 @@
+"""Models with recurrent layers, or with attention of their own, learn the stock trainer's weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from prefix_grouper_plugins.modeling import check_support
+from prefix_grouper_plugins.modeling.mixers import foreign_mixers
+from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
+from tests.integrations.trl.training import make_trainer, use_float64_head
+from tests.modeling import families
+
+# One of each kind: ALiBi and rotary attention of its own, Mamba, Mamba-2 beside attention, gated delta net, short
+# convolution, lightning attention.
+KINDS = ["falcon", "gptj", "mamba", "falcon_h1", "qwen3_next", "lfm2", "minimax"]
+# Their masks or ALiBi overflow where prompts are padded in float64, in transformers itself.
+IN_FLOAT32 = {"bloom", "mpt", "xglm"}
+
+
+def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytest.MonkeyPatch) -> float:
+    model = families.build(model_type)
+    dtype = torch.float32 if model_type in IN_FLOAT32 else torch.float64
+    if dtype == torch.float64:
+        use_float64_head(monkeypatch)
+    model.to(dtype).save_pretrained(path)
+    if not check_support(model).supported:
+        pytest.skip(f"refused with this transformers: {check_support(model).reasons}")
+    assert foreign_mixers(model)
+    weights = []
+    for shared in (False, True):
+        trainer = make_trainer(
+            path,
+            shared=shared,
+            dtype=dtype,
+            max_steps=3,
+            optim="sgd",
+            beta=0.1,
+            num_generations=4,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=1,
+            model_init_kwargs={"dtype": dtype, "experts_implementation": "eager"},
+        )
+        trainer.train()
+        weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+    assert trainer.sharing.token_ratio < 0.8 and not trainer.sharing.fallbacks
+    return max(float((weights[1][name] - p).abs().max()) for name, p in weights[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", KINDS)
+def test_three_steps_give_the_stock_weights(model_type, tmp_path, monkeypatch):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("not in this transformers")
+    assert difference_of_trained_weights(model_type, str(tmp_path), monkeypatch) < 1e-9
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES - set(KINDS)))
+def test_every_type_with_foreign_mixers_gives_the_stock_weights(model_type, tmp_path, monkeypatch):
+    if model_type not in CONFIG_MAPPING or not foreign_mixers(families.build(model_type)):
+        pytest.skip("no foreign mixers")
+    tolerance = 1e-6 if model_type in IN_FLOAT32 else 1e-9
+    assert difference_of_trained_weights(model_type, str(tmp_path), monkeypatch) < tolerance
