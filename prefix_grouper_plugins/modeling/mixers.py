@@ -45,6 +45,8 @@ _ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "cos", "si
 _CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
 # How ordinary packed batches say where rows begin. The rows are batched here, so there is nothing to say.
 _ROW_BOUNDARIES = {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# What trainers hand to the loss head; many models pass every keyword on to their layers.
+_OF_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 _MASKS = {"attention_mask", "mask", "conv_mask"}
 
 
@@ -372,6 +374,7 @@ def expand_run_collapse(
     keywords = _variable_keywords(bound.signature)
     arguments = {**bound.arguments, **bound.arguments.pop(keywords, {})} if keywords else dict(bound.arguments)
     arguments.pop(keywords, None)  # type: ignore[arg-type]
+    arguments = {name: value for name, value in arguments.items() if name not in _OF_THE_LOSS}
     first = next(iter(bound.signature.parameters))
     for name in arguments:
         arguments[name] = _as_rows(module, mixer, rows, name, arguments[name], along=name == first)

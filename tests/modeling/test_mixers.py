@@ -102,6 +102,20 @@ def test_disabling_restores_classes_and_forwards(recurrent):
         assert restored.__dict__.keys() == original.__dict__.keys()
 
 
+def test_a_forward_that_somebody_has_put_in_is_kept():
+    model = families.build("qwen3_next")
+    own = model.forward
+    model.forward = patched = lambda *args, **kwargs: (own(*args, **kwargs), "patched")  # as TRL's fused head does
+    enable_prefix_grouper(model)
+    layout = PrefixLayout.from_rows(ROWS)
+    output, mark = model(**packed_inputs(layout, layout.pack(ROWS)))
+    assert mark == "patched"
+    for got, row in zip(layout.unpack(output.logits[0]), ROWS, strict=True):
+        torch.testing.assert_close(got, own(input_ids=row[None]).logits[0, :-1], rtol=1e-4, atol=1e-4)
+    disable_prefix_grouper(model)
+    assert model.forward is patched
+
+
 def test_a_copy_runs_by_itself(recurrent):
     copied = copy.deepcopy(recurrent)
     with torch.no_grad():
@@ -158,6 +172,14 @@ def test_positions_that_are_given_reach_the_mixer():
         positions = torch.arange(len(row)) * 3 + 2
         wanted = model(input_ids=row[None], position_ids=positions[None]).logits[0, :-1]
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_belongs_to_the_loss_may_pass_by(recurrent):
+    """TRL's fused head takes `shift_labels` as a keyword of the model, which qwen3_next hands to its layers too."""
+    layout = PrefixLayout.from_rows(ROWS)
+    inputs = packed_inputs(layout, layout.pack(ROWS))
+    plain = recurrent(**inputs).logits
+    assert torch.equal(recurrent(**inputs, shift_labels=layout.labels(ROWS)[None]).logits, plain)
 
 
 # --------------------------------------------------------------------------------------------------- what must not pass
