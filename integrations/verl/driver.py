@@ -130,7 +130,8 @@ def install_v0(module: ModuleType) -> None:
         self: Any, batch: Any, metrics: dict[str, Any], logging_prefix: str = "global_seqlen", **kwargs: Any
     ) -> None:
         # verl's own handling of the flag refuses batches that do not divide evenly; ours comes afterwards.
-        flag, self.use_prefix_grouper = self.use_prefix_grouper, False
+        flag = getattr(self, "use_prefix_grouper", False)  # trainers that derive from this one may lack it
+        self.use_prefix_grouper = False
         try:
             stock_balance(self, batch, metrics, logging_prefix=logging_prefix, **kwargs)
         finally:
@@ -168,10 +169,8 @@ def _new_order(trainer: Any, sizes: Sequence[RowSize], ranks: int) -> list[int] 
         return None
     mini_batch, shuffles = actor.ppo_mini_batch_size, actor.shuffle
     if trainer.use_critic:  # whose optimizer steps keep their rows too
-        mini_batch, shuffles = (
-            math.gcd(mini_batch, config.critic.ppo_mini_batch_size),
-            shuffles or config.critic.shuffle,
-        )
+        mini_batch = math.gcd(mini_batch, config.critic.ppo_mini_batch_size)
+        shuffles = shuffles or config.critic.shuffle
     steps = max(len(sizes) // (mini_batch * config.actor_rollout_ref.rollout.n), 1)
     if len(sizes) % (ranks * steps):
         return None  # verl refuses such a batch, or cuts it in its own way

@@ -35,6 +35,7 @@ from prefix_grouper_plugins.modeling import (
     enable_prefix_grouper,
     layout_inputs,
 )
+from prefix_grouper_plugins.modeling.mixers import foreign_mixers
 from prefix_grouper_plugins.verify import check_gradients, local_gradients
 
 # Policy losses of verl whose value does not depend on which rows stand in one micro-batch. Of its own, clip_cov and
@@ -81,18 +82,26 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
         report = check_support(module)
-        if report.supported:
+        reasons = [*report.reasons, *self._parallel_reasons(module)]
+        if not reasons:
             enable_prefix_grouper(module, backend=self.options.backend)
         elif self.options.on_unsupported == "fallback":
-            self._standing_reason = "; ".join(report.reasons)
+            self._standing_reason = "; ".join(reasons)
         else:
             raise UnsupportedModelError(
-                f"{'; '.join(report.reasons)}. To train without sharing, leave model_engine=prefix_grouper out or set "
+                f"{'; '.join(reasons)}. To train without sharing, leave model_engine=prefix_grouper out or set "
                 "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
             )
         for note in report.notes:
             self._warn_once(note)
         return super()._build_fsdp_module(module)
+
+    def _parallel_reasons(self, module: nn.Module) -> list[str]:
+        if not self.use_ulysses_sp or not foreign_mixers(module):
+            return []
+        return [
+            "layers that run on whole rows cannot be shared under Ulysses, which leaves each process a piece of them"
+        ]
 
     # ----------------------------------------------------------------------------------------------------- the batch
 
