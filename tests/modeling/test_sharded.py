@@ -1,0 +1,91 @@
+"""A model whose parameters are sharded over processes gives the numbers of the whole one: the layout reaches its layers.
+
+FSDP walks through the arguments of a forward, to move and cast them, and puts classes of its own on modules.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
+from prefix_grouper_plugins.modeling import packed_inputs
+from tests import tiny
+from tests.modeling import families
+from tests.processes import Processes
+
+pytestmark = pytest.mark.slow  # processes take their time to start
+
+LAYOUT_ROWS = tiny.rows({9: [4, 7, 1], 3: [6, 2]})
+LAYOUT = PrefixLayout.from_rows(LAYOUT_ROWS)
+# stablelm carries the layout by its mask alone; the last three hold mixers that run on whole rows.
+MODELS = ["qwen3", "stablelm", "falcon", "qwen3_5_text", "mamba"]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> Iterator[Processes]:
+    started = Processes(tmp_path_factory.mktemp("processes"))
+    yield started
+    started.close()
+
+
+def build(model_type: str, checkpointing: bool) -> Any:
+    model = families.build(model_type).float()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return enable_prefix_grouper(model)
+
+
+def forward_and_backward(model: nn.Module) -> Tensor:
+    logits = model(**packed_inputs(LAYOUT, LAYOUT.pack(LAYOUT_ROWS))).logits
+    (logits.log_softmax(-1).sum() / 100).backward()
+    return logits.detach()
+
+
+def by_fsdp2(group: dist.ProcessGroup, model_type: str, checkpointing: bool) -> tuple[float, float]:
+    """Largest difference of a logit, and of a gradient tensor relative to its norm."""
+    whole, sharded = build(model_type, checkpointing), build(model_type, checkpointing)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for layer in [m for m in sharded.modules() if isinstance(m, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    difference = (forward_and_backward(sharded) - forward_and_backward(whole)).abs().max()
+    wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    found = {name: p.grad.full_tensor() for name, p in sharded.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    return float(difference), max(float((found[n] - g).norm() / g.norm().clamp(min=1e-4)) for n, g in wanted.items())
+
+
+def by_fsdp1(group: dist.ProcessGroup, model_type: str) -> tuple[float, float]:
+    """Largest difference of a logit, and the relative difference of the norm of all gradients."""
+    whole, sharded = build(model_type, False), build(model_type, False)
+    layers = {type(m) for m in sharded.modules() if isinstance(m, GradientCheckpointingLayer)}
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=layers)
+    wrapped = FullyShardedDataParallel(sharded, group, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    difference = (forward_and_backward(wrapped) - forward_and_backward(whole)).abs().max()
+    wanted = nn.utils.get_total_norm([p.grad for p in whole.parameters() if p.grad is not None])
+    return float(difference), float((wrapped.clip_grad_norm_(1e9) - wanted).abs() / wanted)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_under_fsdp2_logits_and_gradients_are_those_of_the_whole_model(processes, model_type, checkpointing):
+    for logits, gradients in processes.run(2, by_fsdp2, model_type, checkpointing):
+        assert logits < 1e-6 and gradients < 1e-5
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_under_fsdp1_logits_and_gradients_are_those_of_the_whole_model(processes, model_type):
+    for logits, gradients in processes.run(2, by_fsdp1, model_type):
+        assert logits < 1e-6 and gradients < 1e-5
