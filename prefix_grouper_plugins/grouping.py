@@ -78,8 +78,7 @@ class GroupedBatch:
         ]
         pads = [width - len(own) if padded_positions else 0 for own in own_prompts]
         own_keys = [None if keys is None else keys[i] for i in kept]
-        groups = {(key, own.numpy().tobytes()) for key, own in zip(own_keys, own_prompts, strict=True)}
-        self.num_rows, self.num_groups = len(kept), len(groups)
+        self.num_rows, self.num_groups = len(kept), len(set(map(prompt_group, own_keys, own_prompts)))
         layout = PrefixLayout.from_rows(
             tokens, list(zip(own_keys, pads, strict=True)), shareable=[len(own) for own in own_prompts]
         )
@@ -126,6 +125,11 @@ def _check_block(name: str, ids: Tensor, mask: Tensor, *, padded_left: bool) -> 
         raise ValueError(f"{name}_mask of row {int(wrong.nonzero()[0])} has padding other than on the {side}")
 
 
+def prompt_group(key: Hashable, prompt: Tensor) -> Hashable:
+    """What rows with equal keys and equal prompts (token ids on the CPU) have in common, and no others."""
+    return key, prompt.numpy().tobytes()
+
+
 @dataclass(frozen=True)
 class RowSize:
     """What planning needs to know of a row.
@@ -150,6 +154,14 @@ def packed_tokens(rows: Iterable[RowSize]) -> int:
     return sum(prompt - 1 for prompt in prompts.values()) + responses
 
 
+def rows_by_group(sizes: Sequence[RowSize], rows: Iterable[int]) -> list[list[int]]:
+    """``rows``, indices into ``sizes``, group by group, in the order of each group's first row."""
+    groups: dict[Hashable, list[int]] = {}
+    for row in rows:
+        groups.setdefault(sizes[row].group, []).append(row)
+    return list(groups.values())
+
+
 def plan_micro_batches(
     sizes: Sequence[RowSize], *, max_tokens: int | None = None, max_rows: int | None = None
 ) -> list[list[int]]:
@@ -170,10 +182,8 @@ def plan_micro_batches(
         ValueError: a single row is longer than ``max_tokens``.
     """
     limits = _Limits(max_tokens, max_rows)
-    members: dict[Hashable, list[int]] = {}
-    for index, size in enumerate(sizes):
-        members.setdefault(size.group, []).append(index)
-    parts = [part for rows in members.values() for part in _parts(rows, sizes, limits)]
+    groups = rows_by_group(sizes, range(len(sizes)))
+    parts = [part for rows in groups for part in _parts(rows, sizes, limits)]
     loads = {part[0]: packed_tokens(sizes[i] for i in part) for part in parts}
     parts.sort(key=lambda part: loads[part[0]], reverse=True)
     plan: list[list[int]] = []

@@ -8,6 +8,15 @@ from collections import Counter
 logger = logging.getLogger("prefix_grouper_plugins")
 
 
+def sharing_metrics(token_ratio: float, rows_per_group: float, fallbacks: float) -> dict[str, float]:
+    """What every integration logs, by the names under which it does."""
+    return {
+        "prefix_grouper/token_ratio": token_ratio,
+        "prefix_grouper/rows_per_group": rows_per_group,
+        "prefix_grouper/fallbacks": float(fallbacks),
+    }
+
+
 class SharingMeter:
     """Counts packed forwards and fallbacks, and warns of each new reason once.
 
@@ -30,11 +39,7 @@ class SharingMeter:
         self.row_tokens += row_tokens
         self.rows += rows
         self.groups += groups
-        return {
-            "prefix_grouper/token_ratio": tokens_forwarded / row_tokens,
-            "prefix_grouper/rows_per_group": rows / groups,
-            "prefix_grouper/fallbacks": 0.0,
-        }
+        return sharing_metrics(tokens_forwarded / row_tokens, rows / groups, fallbacks=0)
 
     def count_fallback(self, reason: str) -> dict[str, float]:
         """Count one ordinary forward in place of a packed one; the first of each reason is logged as a warning."""

@@ -20,7 +20,7 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 def local_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the gradients that this process holds, its shards where the model is sharded, by parameter name."""
-    return {name: _local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: gradient.clone() for name, gradient in _gradients(model).items()}
 
 
 def gradient_difference(model: nn.Module, ordinary: dict[str, Tensor]) -> float:
@@ -33,21 +33,20 @@ def gradient_difference(model: nn.Module, ordinary: dict[str, Tensor]) -> float:
     Raises:
         ValueError: other parameters have gradients than before, on this process or another.
     """
-    packed = {name: _local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    packed = _gradients(model)
     unmatched = sorted(packed.keys() ^ ordinary.keys())
     device = next(iter(packed.values())).device if packed else torch.device("cpu")
-    squares = torch.zeros(2, dtype=torch.float32, device=device)
+    sums = torch.zeros(3, dtype=torch.float32, device=device)  # squares of the difference and of the size; unmatched
     for name in packed.keys() & ordinary.keys():
-        squares[0] += (packed[name] - ordinary[name]).float().square().sum()
-        squares[1] += ordinary[name].float().square().sum()
-    sums = torch.cat([squares, squares.new_tensor([len(unmatched)])])
+        sums[0] += (packed[name] - ordinary[name]).float().square().sum()
+        sums[1] += ordinary[name].float().square().sum()
+    sums[2] = len(unmatched)
     if dist.is_initialized():  # before anything is raised: all processes must hear of it
         dist.all_reduce(sums)
     if sums[2]:
         where = f"{unmatched[0]} for one" if unmatched else "on another process"
         raise ValueError(f"{int(sums[2])} parameters have a gradient in one of the two steps only, {where}")
-    squares = sums[:2]
-    difference, size = squares.sqrt().tolist()
+    difference, size = sums[:2].sqrt().tolist()
     if not size:
         return math.inf if difference else 0.0
     return float(difference / size)
@@ -69,6 +68,10 @@ def check_gradients(model: nn.Module, ordinary: dict[str, Tensor], dtype: torch.
             "sharing off to train"
         )
     return difference
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: _local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from prefix_grouper_plugins.grouping import RowSize, packed_tokens
+from prefix_grouper_plugins.grouping import RowSize, packed_tokens, rows_by_group
 from prefix_grouper_plugins.integrations.verl.switch import is_asked_for
 from prefix_grouper_plugins.metrics import logger
 
@@ -46,7 +46,7 @@ def regrouped_order(sizes: Sequence[RowSize], ranks: int, steps: int, *, across_
         raise ValueError(f"{len(sizes)} rows cannot be shared out to {ranks} ranks in {steps} steps evenly")
     rows = torch.arange(len(sizes)).view(ranks, steps, share).transpose(0, 1).flatten(1)  # [steps, rows of a step]
     if across_steps:
-        whole = [row for group in _groups(range(len(sizes)), sizes) for row in group]
+        whole = [row for group in rows_by_group(sizes, range(len(sizes))) for row in group]
         rows = torch.tensor(whole).view(steps, -1)
     dealt = [_deal(step, sizes, ranks) for step in rows.tolist()]
     return [row for rank in range(ranks) for step in dealt for row in step[rank]]
@@ -62,7 +62,7 @@ def _deal(rows: Sequence[int], sizes: Sequence[RowSize], ranks: int) -> list[lis
     def load_of(group: Sequence[int]) -> int:
         return packed_tokens(sizes[i] for i in group)
 
-    waiting = sorted(_groups(rows, sizes), key=load_of)
+    waiting = sorted(rows_by_group(sizes, rows), key=load_of)
     while waiting:
         group = waiting.pop()
         able = [rank for rank in range(ranks) if room - len(hands[rank]) >= len(group)]
@@ -73,14 +73,6 @@ def _deal(rows: Sequence[int], sizes: Sequence[RowSize], ranks: int) -> list[lis
         if group[len(kept) :]:
             waiting.append(group[len(kept) :])
     return hands
-
-
-def _groups(rows: Sequence[int], sizes: Sequence[RowSize]) -> list[list[int]]:
-    """The rows of each group, groups in the order of their first row."""
-    groups: dict[Hashable, list[int]] = {}
-    for row in rows:
-        groups.setdefault(sizes[row].group, []).append(row)
-    return list(groups.values())
 
 
 # ------------------------------------------------------------------------------------------------------- verl's driver
@@ -105,10 +97,7 @@ def install_v1(module: ModuleType) -> None:
             RowSize((uid, tag["prompt_len"]), tag["prompt_len"], tag["seq_len"] - tag["prompt_len"])
             for uid, tag in zip(uids, batch.tags, strict=True)
         ]
-        order = _new_order(self, sizes, dp_size)
-        if order is not None:
-            batch.reorder(order)
-            metrics.update(_balance(order, sizes, dp_size, logging_prefix))
+        metrics.update(_regroup(self, sizes, dp_size, batch.reorder, logging_prefix))
         return batch
 
     @functools.wraps(stock_update)
@@ -146,10 +135,7 @@ def install_v0(module: ModuleType) -> None:
             for uid, prompt, response in zip(batch.non_tensor_batch["uid"], prompts, responses, strict=True)
         ]
         dp_size = self._get_dp_size(self.actor_rollout_wg, "actor")
-        order = _new_order(self, sizes, dp_size)
-        if order is not None:
-            batch.reorder(torch.tensor(order))
-            metrics.update(_balance(order, sizes, dp_size, logging_prefix))
+        metrics.update(_regroup(self, sizes, dp_size, lambda order: batch.reorder(torch.tensor(order)), logging_prefix))
 
     @functools.wraps(stock_update)
     def _update_actor(self: Any, batch: Any) -> Any:
@@ -158,6 +144,17 @@ def install_v0(module: ModuleType) -> None:
         return output
 
     trainer._balance_batch, trainer._update_actor = _balance_batch, _update_actor
+
+
+def _regroup(
+    trainer: Any, sizes: Sequence[RowSize], ranks: int, reorder: Callable[[list[int]], None], prefix: str
+) -> dict[str, int]:
+    """Bring the rows of a training batch into their new order, if any; the metrics that this changes."""
+    order = _new_order(trainer, sizes, ranks)
+    if order is None:
+        return {}
+    reorder(order)
+    return _balance(order, sizes, ranks, prefix)
 
 
 def _new_order(trainer: Any, sizes: Sequence[RowSize], ranks: int) -> list[int] | None:

@@ -205,10 +205,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
         reason = self._reason_not_to_share(micro_batch)
-        packed = None if reason else PackedMicroBatch(micro_batch)
-        if packed is not None and not packed.positions_agree:
+        if reason is None and not (packed := PackedMicroBatch(micro_batch)).positions_agree:
             reason = "rows that share a prompt number its tokens differently"
-        if packed is None or reason is not None:
+        if reason is not None:
             self._count_fallback(reason, micro_batch)
             return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
         self._count_packed(packed)
@@ -237,17 +236,16 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _count_packed(self, packed: PackedMicroBatch) -> None:
         tally = packed.tally
-        tally.packed = 1
         self._tally.add(tally)
         self.sharing.count_packed(
             tokens_forwarded=tally.tokens, row_tokens=tally.row_tokens, rows=tally.rows, groups=tally.groups
         )
 
-    def _count_fallback(self, reason: str | None, micro_batch: TensorDict) -> None:
+    def _count_fallback(self, reason: str, micro_batch: TensorDict) -> None:
         tally = Tally.of_rows(micro_batch["input_ids"].offsets().diff().tolist())
         tally.fallbacks = 1
         self._tally.add(tally)
-        self.sharing.count_fallback(str(reason))
+        self.sharing.count_fallback(reason)
 
     # -------------------------------------------------------------------------------------------------- verification
 

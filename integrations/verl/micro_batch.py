@@ -15,8 +15,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from prefix_grouper_plugins.grouping import RowSize
+from prefix_grouper_plugins.grouping import RowSize, prompt_group
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.metrics import sharing_metrics
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -56,8 +57,8 @@ def row_sizes(data: TensorDict) -> list[RowSize]:
     lengths, prompt_lengths = row_lengths(data)
     rows = data["input_ids"].values().cpu().split(lengths)
     return [
-        RowSize((key, row[:prompt].numpy().tobytes()), prompt, length - prompt)
-        for key, row, prompt, length in zip(row_keys(data), rows, prompt_lengths, lengths, strict=True)
+        RowSize(prompt_group(key, row[:prompt]), prompt, len(row) - prompt)
+        for key, row, prompt in zip(row_keys(data), rows, prompt_lengths, strict=True)
     ]
 
 
@@ -80,11 +81,17 @@ class PackedMicroBatch:
         ids = micro_batch["input_ids"]
         lengths, prompt_lengths = row_lengths(micro_batch)
         rows, keys = ids.values().cpu().split(lengths), row_keys(micro_batch)
-        layout = PrefixLayout.from_rows(rows, keys, shareable=prompt_lengths).to(ids.device)
+        layout = PrefixLayout.from_rows(rows, keys, shareable=prompt_lengths)
+        self.tally = Tally.of_rows(lengths)
+        self.tally.tokens, self.tally.packed = layout.num_tokens, 1
+        self.tally.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
+        prompts = (row[:prompt] for row, prompt in zip(rows, prompt_lengths, strict=True))
+        self.tally.groups = len(set(map(prompt_group, keys, prompts)))
+        self.layout = layout = layout.to(ids.device)
         positions = micro_batch["position_ids"].values()
         packed_positions = positions[layout.source_index]
-        self.layout, self._offsets = layout, ids.offsets()
-        is_last = torch.zeros(sum(lengths), dtype=torch.bool, device=ids.device)
+        self._offsets = ids.offsets()
+        is_last = torch.zeros(layout.num_row_tokens, dtype=torch.bool, device=ids.device)
         is_last[self._offsets[1:] - 1] = True
         self._transitions = (~is_last).nonzero().squeeze(1)
         self.positions_agree = torch.equal(packed_positions[layout.row_index], positions[self._transitions])
@@ -95,16 +102,10 @@ class PackedMicroBatch:
         )
         settings = {key: tu.get(micro_batch, key) for key in _SETTINGS if key in micro_batch}
         tu.assign_non_tensor(self.surrogate, **settings)
-        groups = {
-            (key, row[:prompt].numpy().tobytes()) for key, row, prompt in zip(keys, rows, prompt_lengths, strict=True)
-        }
-        self.tally = Tally.of_rows(lengths)
-        self.tally.tokens, self.tally.groups = layout.num_tokens, len(groups)
-        self.tally.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens
 
     def unpack(self, values: Tensor) -> Tensor:
         """Packed values ``[T]`` as a nested tensor of the rows, zero at each row's last token. Differentiable."""
-        rows = values.new_zeros(int(self._offsets[-1]), *values.shape[1:])
+        rows = values.new_zeros(self.layout.num_row_tokens, *values.shape[1:])
         rows = rows.index_put((self._transitions,), values[self.layout.row_index])
         return torch.nested.nested_tensor_from_jagged(rows, self._offsets)
 
@@ -153,8 +154,4 @@ class Tally:
 
     def metrics(self) -> dict[str, float]:
         """Named as the project logs them."""
-        return {
-            "prefix_grouper/token_ratio": self.tokens / max(self.row_tokens, 1),
-            "prefix_grouper/rows_per_group": self.rows / max(self.groups, 1),
-            "prefix_grouper/fallbacks": float(self.fallbacks),
-        }
+        return sharing_metrics(self.tokens / max(self.row_tokens, 1), self.rows / max(self.groups, 1), self.fallbacks)

@@ -62,7 +62,7 @@ def install_separate(module: ModuleType) -> None:
 
 
 def _adopt_config_first(worker: type) -> None:
-    """For programs that do not validate their config with verl's function, where :mod:`.driver` adopts it."""
+    """For programs that do not validate their config with verl's function, where :mod:`.plugin` adopts it."""
     stock = worker.__init__  # type: ignore[misc]
 
     @functools.wraps(stock)

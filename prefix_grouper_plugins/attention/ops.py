@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from prefix_grouper_plugins.attention.plan import Forest, Request, accumulation_dtype, forest_of
 from prefix_grouper_plugins.attention.registry import Backend, select
@@ -21,7 +21,7 @@ from prefix_grouper_plugins.attention.registry import Backend, select
 _OPTIONS = "Tensor segments, Tensor? sinks, float scale, SymInt? window, float? softcap, str backend"
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "prefix_grouper::shared_prefix_attention",
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -47,7 +47,7 @@ def attention_op(
     return out.to(query.dtype).contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "prefix_grouper::shared_prefix_attention_backward",
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS})"

@@ -33,6 +33,7 @@ from prefix_grouper_plugins.modeling.mixers import (
     LAYOUT_TAG,
     disable_mixers,
     enable_mixers,
+    given_layout,
     has_mixers_enabled,
     layout_of_layer,
 )
@@ -167,9 +168,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: ``query [1, H, T, D]``, ``key``/``value [1, H_kv, T, D]`` -> ``[1, T, H, D]``."""
-    layout = kwargs.pop(LAYOUT_KWARG, None)
-    if layout is None:
-        layout = getattr(attention_mask, LAYOUT_TAG, None)
+    layout: Any = given_layout(kwargs.pop(LAYOUT_KWARG, None), attention_mask)
     if layout is None:
         layout = layout_of_layer()
     if layout is None:

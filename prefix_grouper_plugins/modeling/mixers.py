@@ -41,7 +41,7 @@ LAYOUT_KWARG = "prefix_layout"
 LAYOUT_TAG = "_prefix_layout"
 
 # Arguments that run along the sequence, `[1, T, ...]`: laid out as rows, like the hidden states themselves.
-_ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "cos", "sin", "v", "k", "q"}
+_ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings"}
 _CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
 # How ordinary packed batches say where rows begin. The rows are batched here, so there is nothing to say.
 _ROW_BOUNDARIES = {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -259,6 +259,11 @@ def _open(variable: ContextVar[_Call | None], call: _Call | None) -> Iterator[No
         variable.reset(token)
 
 
+def given_layout(keyword: Layout | None, mask: Tensor | None) -> Layout | None:
+    """The layout that a call brings: its keyword or, where keywords are dropped on the way, the tag of its mask."""
+    return keyword if keyword is not None else getattr(mask, LAYOUT_TAG, None)
+
+
 def layout_of_layer() -> Layout | None:
     """The layout of the decoder layer whose forward is running, for attention that receives neither keyword nor mask."""
     call = _LAYER.get()
@@ -285,10 +290,7 @@ class ModelForward:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mask = kwargs.get("attention_mask")
-        layout = kwargs.get(LAYOUT_KWARG)
-        if layout is None:
-            layout = getattr(mask, LAYOUT_TAG, None)
+        layout = given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask"))
         if layout is None and (outer := _MODEL.get()) is not None:
             layout = outer.layout  # an inner model, whose outer one has dropped both
         if layout is not None and self.without_mask:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from forests import Features, assert_all_close, inputs, output_and_gradients
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
@@ -90,7 +90,7 @@ def test_checkpointed_gradients_are_bit_equal(features: Features, mode: str) -> 
 def test_operator_passes_opcheck(features: Features, dtype: torch.dtype) -> None:
     q, k, v, *sinks = inputs(LAYOUT, features, dtype)
     args = (q, k, v, LAYOUT.segments, sinks[0] if sinks else None, 0.3, features.window, features.softcap, "auto")
-    torch.library.opcheck(attention_op, args)
+    library.opcheck(attention_op, args)
 
 
 @both
