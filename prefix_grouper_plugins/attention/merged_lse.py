@@ -7,7 +7,8 @@ their log-sum-exp at decoding. Here training is exact too: a flash backward reco
 share of the true gradients, and the shares add up (the argument of Ring Attention, arXiv 2310.01889). Merging and sums
 are in float32, or float64 for float64.
 
-On the CPU each rectangle is a call of its own. On CUDA there is one causal varlen call for all segments and one
+On the CPU each triangle and each rectangle is a call of its own, and a segment that is short beside its descendants is
+*folded*: its keys are put in front of theirs, one descendant at a time, and its rectangle is left out. On CUDA there is one causal varlen call for all segments and one
 non-causal varlen call for each inner level of the tree; *gap* entries in the cumulative lengths (queries without keys,
 keys without queries) step over what the level does not touch, so nothing is gathered or copied. What a kernel writes
 into gaps is never read: FA2 and FA3 disagree about it.
@@ -27,6 +28,9 @@ from torch import Tensor
 from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest, Request, accumulation_dtype
 
 MAX_CUDA_HEAD_DIM = 256
+# On the CPU an inner segment is folded where its descendants are this many times as long, on average: few keys make
+# poor use of a call, so a copy of them in front of each descendant's own is faster (benchmarks/attention.py, 64 512 8).
+FOLD_RATIO = 5
 # The signature of the aten flash ops; tests pass emulated ones.
 FlashOp = Callable[..., Any]
 
@@ -147,6 +151,29 @@ def _merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor) -
     lse.copy_(merged)
 
 
+class _Triangle(NamedTuple):
+    """Causal attention of queries ``[start, end)`` on the keys of ``front``, all of them, and on their own.
+
+    ``front`` holds the key ranges of folded ancestors, in order. The CPU op aligns causal masks top-left, so as many
+    queries go in front of ``start`` as there are keys in front: whichever stand there, for their results are dropped.
+    """
+
+    start: int
+    end: int
+    front: tuple[tuple[int, int], ...]
+
+    @property
+    def first_query(self) -> int:
+        return self.start - sum(end - start for start, end in self.front)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys' rows of ``x [T, H, D]`` as ``[1, H, N, D]``; a copy where they do not lie side by side."""
+        if not self.front or self.front == ((self.first_query, self.start),):
+            return _heads(x, self.first_query, self.end)
+        parts = [x[start:end] for start, end in (*self.front, (self.start, self.end))]
+        return torch.cat(parts).transpose(0, 1).unsqueeze(0)
+
+
 class _Rectangle(NamedTuple):
     """Queries ``[q0, q1)`` on keys ``[k0, k1)``, never empty: the CPU op dies of empty ones."""
 
@@ -154,18 +181,30 @@ class _Rectangle(NamedTuple):
     q1: int
     k0: int
     k1: int
-    causal: bool
+
+
+class _CpuPlan(NamedTuple):
+    """The triangles set each row, in packed order; then the rectangles merge into it."""
+
+    triangles: tuple[_Triangle, ...]
+    rectangles: tuple[_Rectangle, ...]
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
-def _rectangles(forest: Forest) -> tuple[_Rectangle, ...]:
-    """The causal triangles first, which set each row, then the rectangles, which merge into it.
-
-    The CPU op aligns causal masks top-left and CUDA bottom-right; on a triangle both say the same.
-    """
-    table = list(zip(forest.start.tolist(), forest.end.tolist(), forest.subtree_end.tolist(), strict=True))
-    triangles = [_Rectangle(start, end, start, end, True) for start, end, _ in table]
-    return tuple(triangles + [_Rectangle(end, last, start, end, False) for start, end, last in table if last > end])
+def _cpu_plan(forest: Forest) -> _CpuPlan:
+    """One triangle for each segment, one rectangle for each inner segment that is not folded into the triangles."""
+    starts, ends, lasts = (x.tolist() for x in (forest.start, forest.end, forest.subtree_end))
+    descendants = np.searchsorted(forest.start, forest.subtree_end) - np.arange(len(starts)) - 1
+    folded = FOLD_RATIO * (forest.end - forest.start) * descendants <= forest.subtree_end - forest.end
+    fronts: list[tuple[tuple[int, int], ...]] = []  # of each segment's children
+    triangles, rectangles = [], []
+    for s, (start, end, last) in enumerate(zip(starts, ends, lasts, strict=True)):
+        front = fronts[forest.parent[s]] if forest.parent[s] >= 0 else ()
+        triangles.append(_Triangle(start, end, front))
+        fronts.append((*front, (start, end)) if folded[s] else front)
+        if last > end and not folded[s]:
+            rectangles.append(_Rectangle(end, last, start, end))
+    return _CpuPlan(tuple(triangles), tuple(rectangles))
 
 
 def _heads(x: Tensor, start: int, end: int) -> Tensor:
@@ -178,13 +217,15 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) 
     acc = accumulation_dtype(q.dtype)
     out = torch.empty(q.shape, dtype=acc)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=acc)
-    for q0, q1, k0, k1, causal in _rectangles(forest):
-        tensors = (_heads(q, q0, q1), _heads(k, k0, k1), _heads(v, k0, k1))
-        partial_out, partial_lse = op(*tensors, 0.0, causal, scale=scale)
-        if causal:
-            out[q0:q1], lse[:, q0:q1] = partial_out[0].transpose(0, 1), partial_lse[0]
-        else:
-            _merge(out[q0:q1], lse[:, q0:q1], partial_out[0].transpose(0, 1), partial_lse[0].to(acc))
+    plan = _cpu_plan(forest)
+    for triangle in plan.triangles:
+        start, end, first = triangle.start, triangle.end, triangle.first_query
+        partial_out, partial_lse = op(_heads(q, first, end), triangle.keys(k), triangle.keys(v), 0.0, True, scale=scale)
+        out[start:end] = partial_out[0, :, start - first :].transpose(0, 1)
+        lse[:, start:end] = partial_lse[0, :, start - first :]
+    for q0, q1, k0, k1 in plan.rectangles:
+        partial_out, partial_lse = op(_heads(q, q0, q1), _heads(k, k0, k1), _heads(v, k0, k1), 0.0, False, scale=scale)
+        _merge(out[q0:q1], lse[:, q0:q1], partial_out[0].transpose(0, 1), partial_lse[0].to(acc))
     return out, lse
 
 
@@ -192,11 +233,26 @@ def _cpu_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, forest: Forest, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
-    for q0, q1, k0, k1, causal in _rectangles(forest):
+    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v))
+    plan = _cpu_plan(forest)
+    for triangle in plan.triangles:
+        start, end, first = triangle.start, triangle.end, triangle.first_query
+        do_, q_, out_ = (_heads(x, first, end) for x in (do, q, out))
+        lse_ = lse[None, :, first:end]
+        if first < start:  # exp(score - inf) is 0: the queries in front take no part
+            lse_ = lse_.clone()
+            lse_[..., : start - first] = torch.inf
+        grads = op(do_, q_, triangle.keys(k), triangle.keys(v), out_, lse_, 0.0, True, scale=scale)
+        dq[start:end] = grads[0][0, :, start - first :].transpose(0, 1)
+        for total, grad in ((dk, grads[1]), (dv, grads[2])):
+            done = 0
+            for k0, k1 in triangle.front:  # ancestors: their own triangles have set these rows
+                total[k0:k1] += grad[0, :, done : done + k1 - k0].transpose(0, 1)
+                done += k1 - k0
+            total[start:end] = grad[0, :, done:].transpose(0, 1)
+    for q0, q1, k0, k1 in plan.rectangles:
         do_, q_, out_ = (_heads(x, q0, q1) for x in (do, q, out))
-        k_, v_ = (_heads(x, k0, k1) for x in (k, v))
-        grads = op(do_, q_, k_, v_, out_, lse[None, :, q0:q1], 0.0, causal, scale=scale)
+        grads = op(do_, q_, _heads(k, k0, k1), _heads(v, k0, k1), out_, lse[None, :, q0:q1], 0.0, False, scale=scale)
         for total, grad, (start, end) in zip((dq, dk, dv), grads, ((q0, q1), (k0, k1), (k0, k1)), strict=True):
             total[start:end] += grad[0].transpose(0, 1)
     return dq, dk, dv

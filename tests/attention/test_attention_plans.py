@@ -17,7 +17,7 @@ from forests import (
     layouts,
     output_and_gradients,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,6 +93,51 @@ def test_single_queries_are_not_taken_for_decoding() -> None:
 def test_rows_without_shared_prefix_need_one_varlen_call() -> None:
     layout = PrefixLayout.from_groups([1], [[30] * 8])
     assert len(merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)) == 1
+
+
+SHORT_ANCESTORS = layout_of([(2, [(3, [(40, []), (25, [])]), (31, [(2, [(30, [])]), (50, [])])]), (1, [(9, [])])])
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts())
+@example(layout=SHORT_ANCESTORS)
+def test_triangles_and_rectangles_of_the_cpu_cover_each_visible_pair_once(layout: PrefixLayout) -> None:
+    visible = visibility_mask(layout.segments)
+    seen = torch.zeros_like(visible, dtype=torch.int32)
+    triangles, rectangles = merged_lse._cpu_plan(plan.forest_of(layout.segments))
+    assert [x for t in triangles for x in (t.start, t.end)] == layout.segments[:, :2].flatten().tolist()
+    for triangle in triangles:
+        own = slice(triangle.start, triangle.end)
+        seen[own, own] += torch.ones(2 * (triangle.end - triangle.start,), dtype=torch.int32).tril()
+        for k0, k1 in triangle.front:
+            seen[own, k0:k1] += 1
+        assert triangle.first_query >= 0
+    for q0, q1, k0, k1 in rectangles:
+        assert q1 > q0 and k1 > k0
+        seen[q0:q1, k0:k1] += 1
+    assert torch.equal(seen, visible.int())
+
+
+def test_only_segments_that_are_short_beside_their_descendants_are_folded() -> None:
+    def plan_of(prompt: int, responses: list[int]) -> Any:
+        layout = PrefixLayout.from_groups([prompt], [responses])
+        return merged_lse._cpu_plan(plan.forest_of(layout.segments))
+
+    assert not plan_of(65, [512] * 8).rectangles and plan_of(65, [512] * 8).triangles[3].front == ((0, 64),)
+    assert plan_of(1024, [512] * 8).rectangles == ((1023, 1023 + 8 * 512, 0, 1023),)
+    nested = merged_lse._cpu_plan(plan.forest_of(SHORT_ANCESTORS.segments))
+    assert max(len(triangle.front) for triangle in nested.triangles) == 2 and nested.rectangles
+
+
+def test_folded_segments_give_the_dense_output_and_gradients() -> None:
+    tensors = inputs(SHORT_ANCESTORS, Features(heads=4, kv_heads=2))
+    merged, dense = (
+        output_and_gradients(
+            lambda q, k, v, _, b=b: shared_prefix_attention(q, k, v, SHORT_ANCESTORS, backend=b), tensors
+        )
+        for b in ("merged_lse", "dense")
+    )
+    assert_all_close(merged, dense)
 
 
 @settings(max_examples=60, deadline=None)
