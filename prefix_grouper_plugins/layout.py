@@ -26,6 +26,29 @@ from torch import LongTensor, Tensor
 IGNORE_INDEX = -100  # the label of a position without one, as in torch.nn.functional.cross_entropy
 
 
+def visible_pairs(segments: Tensor, sliding_window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, for one head: what attention over a forest has to compute.
+
+    A query at position ``d`` of its row sees ``min(d + 1, sliding_window)`` keys.
+
+    Args:
+        segments: ``IntTensor[S, 4]`` on the CPU, as in :class:`PrefixLayout`.
+        sliding_window: tokens that a query sees, itself included; None for all.
+    """
+
+    def up_to(depth: int) -> int:
+        near = depth if sliding_window is None else min(depth, sliding_window)
+        return near * (near + 1) // 2 + (depth - near) * near
+
+    total = 0
+    ends: list[int] = []  # of each segment, the depth at which its rows go on
+    for start, end, parent, _ in segments.tolist():
+        depth = ends[parent] if parent >= 0 else 0
+        ends.append(depth + end - start)
+        total += up_to(ends[-1]) - up_to(depth)
+    return total
+
+
 class _Node:
     """A run of transitions ``[start, end)``, counted from the beginning of the row, which the rows below it share."""
 

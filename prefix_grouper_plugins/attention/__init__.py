@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefix_grouper_plugins.attention import flops as flops  # tells torch's FLOP counter about the operators
 from prefix_grouper_plugins.attention.dispatch import shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import available_backends
 
