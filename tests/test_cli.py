@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import T5Config
 
 from prefix_grouper_plugins import __version__, cli
+from prefix_grouper_plugins.attention import merged_lse
 from tests import tiny
 
 
@@ -36,9 +38,37 @@ def test_doctor_tells_versions_and_backends(capsys):
     versions = dict(line.split() for line in output.split("\n\n")[0].splitlines() if "not installed" not in line)
     assert versions["prefix-grouper-plugins"] == __version__
     assert {"torch", "transformers"} <= versions.keys()
-    assert "attention on cpu" in output
-    for backend in ("merged_lse", "blockwise"):
-        assert any(line.split()[:2] == [backend, "yes"] for line in output.splitlines()), backend
+    lines = [
+        " ".join(line.split()) for line in output.split("attention on cpu, float32")[1].split("\n\n")[0].splitlines()
+    ]
+    assert "merged_lse causal yes" in lines and "blockwise all layers yes" in lines
+    assert "merged_lse softcap no: softcap=50.0 is not a feature of the flash ops of torch" in lines
+    assert "flex all layers no: FlexAttention has no backward on the CPU" in lines
+
+
+def test_doctor_names_the_head_dims_where_answers_differ(monkeypatch):
+    """A GPU of which only the kernels for narrow heads fit."""
+    monkeypatch.setattr(merged_lse, "_why_not_gpu", lambda device, dim: None if dim <= 192 else f"{dim} is too wide")
+    answers = cli.backend_answers("cuda", torch.bfloat16)["merged_lse"]
+    assert answers[None] == "causal with head dim 64, 80, 96, 128"
+    assert answers["256 is too wide"] == "causal with head dim 256"
+
+
+def test_doctor_says_that_the_environment_wins(monkeypatch, tmp_path, capsys):
+    path = tiny.saved_model(tmp_path, "gemma2")
+    monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "blockwise")
+    cli.main(["doctor", "--model", path])
+    output = capsys.readouterr().out
+    assert "PREFIX_GROUPER_BACKEND=blockwise wins over auto" in output
+    assert output.count(" blockwise\n") == 3  # as the backend of each layer
+
+
+def test_doctor_says_which_layers_a_forced_backend_cannot_run(monkeypatch, tmp_path, capsys):
+    path = tiny.saved_model(tmp_path, "mistral", sliding_window=5)
+    monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "merged_lse")
+    cli.main(["doctor", "--model", path])
+    message = "none: PREFIX_GROUPER_BACKEND='merged_lse' cannot run this call: sliding_window=5 hides keys of the rows"
+    assert message in capsys.readouterr().out
 
 
 def test_doctor_says_how_each_layer_of_a_model_would_be_run(tmp_path, capsys):

@@ -10,7 +10,7 @@ from torch import Tensor
 from prefix_grouper_plugins.attention.dense import dense_attention
 from prefix_grouper_plugins.attention.ops import attention_op
 from prefix_grouper_plugins.attention.plan import forest_of
-from prefix_grouper_plugins.attention.registry import BACKEND_NAMES
+from prefix_grouper_plugins.attention.registry import check_backend_name
 
 if TYPE_CHECKING:
     from prefix_grouper_plugins.layout import PrefixLayout
@@ -42,9 +42,10 @@ def shared_prefix_attention(
         sliding_window: a query sees the last ``sliding_window`` tokens of its row only, itself included.
         softcap: scores become ``softcap * tanh(score / softcap)``, after scaling (Gemma 2, arXiv 2408.00118).
         sinks (`Tensor[H]`): for each head one learned logit in the softmax's denominator (gpt-oss).
-        backend: ``"auto"`` takes the flash kernels of torch (``"merged_lse"``) where they can serve the call and
-            ``"blockwise"``, pure torch, elsewhere; ``"dense"`` is the oracle with a ``T x T`` mask, for tests.
-            See `available_backends`.
+        backend: ``"auto"`` takes the first of ``"merged_lse"`` (the flash kernels of torch), ``"flex"`` (compiled) and
+            ``"blockwise"`` (pure torch) that can serve the call, see `available_backends` and docs/attention.md;
+            ``"dense"`` is the oracle with a ``T x T`` mask, for tests. The environment variable
+            ``PREFIX_GROUPER_BACKEND`` wins over all but ``"dense"``.
 
     Returns:
         `Tensor[T, H, D_v]` in the dtype of ``query``, or in autocast's where that is on: like torch's own attention,
@@ -110,8 +111,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayo
 def _check_options(
     query: Tensor, sliding_window: int | None, softcap: float | None, sinks: Tensor | None, backend: str
 ) -> None:
-    if backend not in BACKEND_NAMES:
-        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKEND_NAMES)}")
+    check_backend_name(backend)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(
             f"sliding_window={sliding_window}: give a number of tokens of at least 1, or None for no window"

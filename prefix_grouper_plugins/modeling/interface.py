@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.attention.registry import BACKEND_NAMES
+from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.mixers import (
@@ -59,8 +59,7 @@ def enable_prefix_grouper(model: nn.Module, *, backend: str = "auto") -> nn.Modu
         UnsupportedModelError: the packed result could differ from the ordinary one; the message says why.
         ValueError: there is no such backend.
     """
-    if backend not in BACKEND_NAMES:
-        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKEND_NAMES)}")
+    check_backend_name(backend)
     report = check_support(model)
     if not report.supported:
         raise UnsupportedModelError("; ".join(report.reasons))

@@ -11,11 +11,13 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from prefix_grouper_plugins.attention.registry import auto_backend
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers, mixer_of
 
 # Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
@@ -60,7 +62,9 @@ _ROPE_OF_LONGEST_ROW = {"dynamic", "longrope"}
 class LayerSupport:
     """How one layer is run: its module name, how it mixes tokens, and the backend that ``auto`` takes.
 
-    The backend of mixers past the attention interface is "expand, run, collapse".
+    The backend is that of the device the model is on, for a model without weights that of this machine; on a GPU that
+    for half precision, in which autocast runs attention whatever the weights are. Mixers past the attention interface
+    have "expand, run, collapse".
     """
 
     name: str
@@ -108,7 +112,9 @@ def check_support(model: nn.Module) -> SupportReport:
         *_attention_reasons(layers + mixers),
         *_adapter_reasons(model),
     ]
-    described = [_describe(name, m) for name, m in layers] + [_describe_mixer(name, m) for name, m in mixers]
+    device, dtype = _where_attention_runs(base)
+    described = [_describe(name, m, device, dtype) for name, m in layers]
+    described += [_describe_mixer(name, m) for name, m in mixers]
     return SupportReport(tuple(reasons), tuple(_notes(model)), tuple(described))
 
 
@@ -247,14 +253,36 @@ def _notes(model: nn.Module) -> list[str]:
     ]
 
 
-def _describe(name: str, module: nn.Module) -> LayerSupport:
+def _where_attention_runs(base: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+    weight = next(base.parameters())
+    device, dtype = weight.device, weight.dtype
+    if device.type == "meta":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
+
+
+def _describe(name: str, module: nn.Module, device: torch.device, dtype: torch.dtype) -> LayerSupport:
     window, softcap, sinks = _sliding_window(module), _softcap(module), _sinks(module)
     parts = ["causal" if window is None else f"sliding window of {window}"]
     if softcap is not None:
         parts.append(f"softcap {softcap}")
     if sinks is not None:
         parts.append("sinks")
-    return LayerSupport(name, ", ".join(parts), "merged_lse" if window is None and softcap is None else "blockwise")
+    head_dim, value_dim = _head_dims(module)
+    backend = auto_backend(device, dtype, head_dim, value_dim=value_dim, sliding_window=window, softcap=softcap)
+    return LayerSupport(name, ", ".join(parts), backend)
+
+
+def _head_dims(module: nn.Module) -> tuple[int, int]:
+    """Head dims of query and key, and of value. Multi-head latent attention has names of its own for them."""
+    config: Any = getattr(module, "config", None)
+    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    by_width = width // heads if heads and width else 64
+    head_dim = next(
+        (d for x in ("qk_head_dim", "head_dim") if isinstance(d := getattr(module, x, None), int)), by_width
+    )
+    value_dim = getattr(module, "v_head_dim", None)
+    return head_dim, value_dim if isinstance(value_dim, int) else head_dim
 
 
 def _describe_mixer(name: str, module: nn.Module) -> LayerSupport:

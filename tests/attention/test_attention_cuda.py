@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from forests import Features, assert_all_close, inputs, layout_of, output_and_gradients
 from torch import Tensor
 
-from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
+from prefix_grouper_plugins.attention import available_backends, flex, shared_prefix_attention
+from prefix_grouper_plugins.attention.plan import Request
 from prefix_grouper_plugins.layout import PrefixLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -48,6 +51,26 @@ def test_blockwise_gradients_equal_dense_gradients(layout_name: str) -> None:
     features = Features(heads=6, kv_heads=2, window=60, softcap=2.0, sinks=True)
     tensors = on_cuda(inputs(layout, features), torch.float64)
     assert_all_close(run(layout, features, "blockwise", tensors), run(layout, features, "dense", tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("options", [{}, {"window": 60}, {"softcap": 2.0}, {"window": 60, "softcap": 2.0}], ids=str)
+def test_flex_gradients_stay_near_float64_for_all_lengths(
+    options: dict[str, Any], head_dim: int, dtype: torch.dtype
+) -> None:
+    features = Features(heads=8, kv_heads=2, head_dim=head_dim, value_dim=head_dim, sinks=True, **options)
+    request = Request(torch.device("cuda"), dtype, head_dim, head_dim, features.window, features.softcap)
+    if (reason := flex.why_not(request)) is not None:
+        pytest.skip(reason)
+    flex.fallbacks.clear()
+    for build in LAYOUTS.values():
+        layout = build()
+        tensors = inputs(layout, features, dtype)
+        actual = run(layout, features, "flex", on_cuda(tensors, dtype))
+        expected = run(layout, features, "dense", on_cuda(tensors, torch.float64))
+        assert_all_close(actual, expected, 3e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert not flex.fallbacks
 
 
 def test_flash_call_does_not_wait_for_the_device() -> None:

@@ -30,7 +30,7 @@ from prefix_grouper_plugins import (
     disable_prefix_grouper,
     enable_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling import interface, is_enabled, packed_inputs, without_prefix_grouper
+from prefix_grouper_plugins.modeling import interface, is_enabled, packed_inputs, support, without_prefix_grouper
 from tests import tiny
 from tests.modeling import families
 
@@ -118,6 +118,14 @@ def test_an_unknown_backend_is_refused_before_training():
     model = tiny.model()
     with pytest.raises(ValueError, match=r"backend='flash' is unknown: choose one of auto, .*blockwise"):
         enable_prefix_grouper(model, backend="flash")
+    assert not is_enabled(model)
+
+
+def test_an_unknown_backend_in_the_environment_is_refused_before_training(monkeypatch):
+    monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "flash")
+    model = tiny.model()
+    with pytest.raises(ValueError, match=r"PREFIX_GROUPER_BACKEND='flash' is unknown"):
+        enable_prefix_grouper(model)
     assert not is_enabled(model)
 
 
@@ -512,6 +520,28 @@ def test_the_report_says_how_each_layer_is_run():
         ("causal, sinks", "merged_lse"),
         ("sliding window of 5, sinks", "blockwise"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "has_gpu", "expected"),
+    [
+        # multi-head latent attention: 128 + 64 for query and key, 128 for value
+        ("deepseek_v3", torch.float32, True, ("cuda", torch.bfloat16, 192, 128)),
+        ("llama", torch.float16, True, ("cuda", torch.float16, 128, 128)),
+        ("llama", torch.float32, False, ("cpu", torch.float32, 128, 128)),
+    ],
+)
+def test_the_report_asks_for_the_device_the_dtype_and_the_head_dims(monkeypatch, model_type, dtype, has_gpu, expected):
+    """Models without weights, as `doctor` builds them, are described for this machine's GPU if it has one."""
+    asked = set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(
+        support,
+        "auto_backend",
+        lambda device, dtype, head_dim, *, value_dim, **_: asked.add((device.type, dtype, head_dim, value_dim)),
+    )
+    check_support(unbuilt(model_type, num_hidden_layers=2).to(dtype))
+    assert asked == {expected}
 
 
 def test_the_report_names_the_layers_of_a_wrapped_model_too():
