@@ -40,6 +40,7 @@ class GroupedBatch:
         input_ids, position_ids, labels (`LongTensor[T]`): of the packed row; labels are -100 outside of completions.
         positions (`LongTensor[N]`): packed position that predicts each completion token, row by row.
         rows, columns (`LongTensor[N]`): where each of them stands in the completion block.
+        kept (`list[int]`): the rows of the batch that the layout holds, by their index in the batch.
         num_groups (`int`): distinct prompts among the rows.
         num_row_tokens (`int`): real tokens of the whole batch, which an ordinary, unpadded forward would process.
 
@@ -64,7 +65,7 @@ class GroupedBatch:
         completions, completion_mask = completion_ids.cpu(), completion_mask.cpu() != 0
         _check_batch(prompts, prompt_mask, completions, completion_mask, keys)
         prompt_lengths, lengths = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
-        kept = [i for i, length in enumerate(lengths) if length or forward_last]
+        self.kept = kept = [i for i, length in enumerate(lengths) if length or forward_last]
         if not kept:
             raise ValueError("every completion is empty: there is nothing to score")
         self.shape = completions.shape
@@ -90,10 +91,20 @@ class GroupedBatch:
         labels = torch.full((layout.num_tokens,), IGNORE_INDEX)
         labels[positions] = completions[scored]
 
+        block = width + self.shape[1]
+        places = [
+            torch.arange(i * block + width - len(own), i * block + width - len(own) + len(row))
+            for i, own, row in zip(kept, own_prompts, tokens, strict=True)
+        ]
+        self._places = layout.pack(places).to(device)
         self.layout = layout.to(device)
         self.input_ids, self.position_ids = layout.pack(tokens).to(device), layout.pack(columns).to(device)
         self.labels, self.positions = labels.to(device), positions.to(device)
         self.rows, self.columns = (index.to(device) for index in scored)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Values of prompts and completions side by side, ``[B, P + C, ...]``, to packed ``[T, ...]``. Differentiable."""
+        return values.flatten(0, 1)[self._places]
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the completion tokens ``[N]`` to ``[B, C]``, zero where there is no token. Differentiable."""

@@ -6,6 +6,7 @@ The language-model head runs on completion positions alone and in chunks, each r
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from prefix_grouper_plugins.grouping import GroupedBatch
 from prefix_grouper_plugins.modeling import UnsupportedModelError, is_enabled, packed_inputs, transformers_model
+from prefix_grouper_plugins.modeling.multimodal import ImageRows, reason_not_to_pack
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 
@@ -28,6 +30,9 @@ def prefix_grouped_logps(
     *,
     temperature: float = 1.0,
     compute_entropy: bool = False,
+    images: Mapping[str, Tensor] | None = None,
+    num_images: Sequence[int] | None = None,
+    num_tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each completion token, as a row-by-row forward gives it. A drop-in for the ordinary function.
 
@@ -40,6 +45,11 @@ def prefix_grouped_logps(
         completion_ids, completion_mask: ``[B, C]``, right-padded.
         temperature: what the logits are divided by.
         compute_entropy: also return the entropy of each next-token distribution, in nats.
+        images: what the processor of a vision-language model returned for the prompts besides ids and mask
+            (``pixel_values``, ``image_grid_thw``, ``mm_token_type_ids`` and so on). Rows share if prompts and images are
+            equal, and the vision tower sees the images of a group once.
+        num_images: images of each row, by default one.
+        num_tiles: tiles of each row, for models that cut images into tiles.
 
     Returns:
         ``logps [B, C]`` and ``entropy [B, C]`` (or None), in float32 (float64 for a float64 model), zeros where
@@ -47,7 +57,8 @@ def prefix_grouped_logps(
 
     Raises:
         ValueError: the model has not been enabled, ``temperature`` is not positive, or the batch is not padded so.
-        UnsupportedModelError: the model scales its logits in a way that this function does not reproduce.
+        UnsupportedModelError: the model scales its logits in a way that this function does not reproduce, or ``images``
+            holds something that cannot be packed, such as videos.
     """
     if not is_enabled(model):
         raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
@@ -55,8 +66,17 @@ def prefix_grouped_logps(
         raise ValueError(f"temperature is {temperature}: it must be positive")
     if not completion_mask.any():
         return _nothing_to_score(model, completion_ids.shape, compute_entropy)
-    batch = GroupedBatch(prompt_ids, prompt_mask, completion_ids, completion_mask)
-    hidden, head = _hidden_states(model, batch)
+    blocks = (prompt_ids, prompt_mask, completion_ids, completion_mask)
+    if images is None:
+        batch = GroupedBatch(*blocks)
+        inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+    else:
+        if (reason := reason_not_to_pack(model, list(images))) is not None:
+            raise UnsupportedModelError(reason)
+        rows = ImageRows.from_processor(model, *blocks, images, num_images or [1] * len(prompt_ids), num_tiles)
+        batch = GroupedBatch(*blocks, keys=rows.keys)
+        inputs = rows.packed_inputs(batch)
+    hidden, head = _hidden_states(model, batch, inputs)
     targets = batch.labels[batch.positions]
     parts = [
         checkpoint(_score, head, states, labels, temperature, compute_entropy, use_reentrant=False)
@@ -105,7 +125,7 @@ class _Head:
                 )
 
 
-def _hidden_states(model: nn.Module, batch: GroupedBatch) -> tuple[Tensor, _Head]:
+def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]) -> tuple[Tensor, _Head]:
     """Packed forward: last hidden states ``[T, hidden]`` and the head that continues them.
 
     The call goes through ``model`` itself, so that wrappers (PEFT, DDP) do their part; a hook takes the backbone's
@@ -118,7 +138,6 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch) -> tuple[Tensor, _Head
     # Not `base_model`: opt calls the decoder inside of it directly.
     hook = base.get_decoder().register_forward_hook(lambda module, args, output: taken.append(output[0]))
     try:
-        inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
         logits = model(**inputs, logits_to_keep=batch.positions[:1]).logits
     finally:
         hook.remove()

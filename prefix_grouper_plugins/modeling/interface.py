@@ -112,18 +112,22 @@ def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor 
     Args:
         layout: the layout, on the model's device.
         input_ids: ``LongTensor[T]``, packed token ids.
-        position_ids: ``LongTensor[T]``, by default the positions in the rows, counted from 0.
+        position_ids: ``LongTensor[T]``, by default the positions in the rows, counted from 0; ``[3, T]`` or ``[4, T]``
+            for models with multimodal RoPE.
 
     Raises:
         ValueError: ``input_ids`` or ``position_ids`` is not of shape ``[T]``.
     """
     positions = layout.position_ids if position_ids is None else position_ids
-    for name, value in (("input_ids", input_ids), ("position_ids", positions)):
+    for name, value in (
+        ("input_ids", input_ids),
+        ("position_ids", positions[0] if positions.dim() == 2 else positions),
+    ):
         if value.shape != (layout.num_tokens,):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout needs ({layout.num_tokens},)")
     return {
         "input_ids": input_ids[None],
-        "position_ids": positions[None],
+        "position_ids": positions.unsqueeze(-2),
         "use_cache": False,
         **layout_inputs(layout, input_ids.device),
     }

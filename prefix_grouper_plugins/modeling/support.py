@@ -36,6 +36,10 @@ VERIFIED_MODEL_TYPES = frozenset(
     """.split()
 )
 
+# Likewise in tests/modeling/test_multimodal.py, with images. Text parts are types of the list above, or come with these.
+VERIFIED_MULTIMODAL_TYPES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
+_TEXT_PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+
 # Types of which a test has shown, or their code says, that packed rows give something else.
 REFUSED_MODEL_TYPES = {
     "doge": "doge did not give the numbers of single rows where rows are longer than its keep_window_size",
@@ -103,11 +107,11 @@ def check_support(model: nn.Module) -> SupportReport:
     base = transformers_model(model)
     if base is None:
         return SupportReport((f"{type(model).__name__} contains no transformers model",))
-    config = base.config
+    config = text_part(base).config
     layers, mixers = attention_layers(model), foreign_mixers(model)
     reasons = [
-        *_type_reasons(config, layers + mixers),
-        *_code_reasons(base, layers, mixers),
+        *(_multimodal_reasons(base) or _type_reasons(config, layers + mixers)),
+        *_code_reasons(base, config, layers, mixers),
         *_position_reasons(config),
         *_attention_reasons(layers + mixers),
         *_adapter_reasons(model),
@@ -123,10 +127,26 @@ def transformers_model(model: nn.Module) -> Any:
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
+def text_part(base: Any) -> Any:
+    """The part of a multimodal model that mixes tokens; any other transformers model itself."""
+    if base.config.is_encoder_decoder or base.config.get_text_config(decoder=True) is base.config:
+        return base
+    return base.get_decoder() or base
+
+
+def _text_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules under ``model`` by name, without those of a vision tower."""
+    base = transformers_model(model)
+    if base is None or (part := text_part(base)) is base:
+        return list(model.named_modules())
+    start = next(name for name, module in model.named_modules() if module is part)
+    return [(f"{start}.{name}" if name else start, module) for name, module in part.named_modules()]
+
+
 def attention_configs(model: nn.Module) -> list[Any]:
-    """The distinct configs under ``model`` that name an attention implementation."""
+    """The distinct configs under ``model`` that name an attention implementation, for text alone."""
     found = {}
-    for module in model.modules():
+    for _, module in _text_modules(model):
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and config._attn_implementation is not None:
             found[id(config)] = config
@@ -134,10 +154,10 @@ def attention_configs(model: nn.Module) -> list[Any]:
 
 
 def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that look their attention up in transformers' AttentionInterface."""
+    """Modules of text that look their attention up in transformers' AttentionInterface."""
     return [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in _text_modules(model)
         if ("Attention" in type(module).__name__ or type(module).__name__.endswith("MLA"))
         and not type(module).__name__.endswith(("Layer", "Norm"))  # what surrounds attention in some hybrids
         and mixer_of(module) is None
@@ -157,8 +177,6 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     kind = config.model_type
     if config.is_encoder_decoder:
         return [f"{kind} is an encoder-decoder model; only decoder-only models share prefixes"]
-    if config.get_text_config(decoder=True) is not config:
-        return [f"{kind} is a multimodal model, which is not supported yet"]
     if kind in REFUSED_MODEL_TYPES:
         return [REFUSED_MODEL_TYPES[kind]]
     if kind in _STATE_SEES_PADDING:
@@ -173,22 +191,29 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if others:
         return [f"{kind} has layers of type {', '.join(others)}, which mix tokens in a way that is not supported yet"]
-    if kind not in VERIFIED_MODEL_TYPES:
+    if kind not in VERIFIED_MODEL_TYPES and kind not in _TEXT_PARTS:
         return [f"model type {kind!r} has not been verified: no test has compared its packed forward with single rows"]
     return []
 
 
+def _multimodal_reasons(base: PreTrainedModel) -> list[str]:
+    kind = base.config.model_type
+    if text_part(base) is base or kind in VERIFIED_MULTIMODAL_TYPES:
+        return []
+    return [f"{kind} is a multimodal model that no test has compared with single rows"]
+
+
 def _code_reasons(
-    base: PreTrainedModel, layers: list[tuple[str, nn.Module]], mixers: list[tuple[str, nn.Module]]
+    base: PreTrainedModel, config: Any, layers: list[tuple[str, nn.Module]], mixers: list[tuple[str, nn.Module]]
 ) -> list[str]:
     """A verified type may still be run by other code than the one that was verified."""
     if not type(base).__module__.startswith("transformers."):
         return [
             f"{type(base).__name__} is code from outside of transformers, which no test has compared with single rows"
         ]
-    kinds = getattr(base.config, "layer_types", None) or []
-    expected = getattr(base.config, "num_hidden_layers", 0) - sum(kind in _POINTWISE_LAYER_TYPES for kind in kinds)
-    if stack := getattr(base.config, "num_layers_per_stack", None):  # hrm_text runs two stacks again and again
+    kinds = getattr(config, "layer_types", None) or []
+    expected = getattr(config, "num_hidden_layers", 0) - sum(kind in _POINTWISE_LAYER_TYPES for kind in kinds)
+    if stack := getattr(config, "num_layers_per_stack", None):  # hrm_text runs two stacks again and again
         expected = 2 * stack
     known = len(layers) + len(mixers)
     if known and known < expected:

@@ -1,0 +1,257 @@
+"""Rows with images: what makes their groups, and what a packed forward of a vision-language model is called with.
+
+Images are shared as prompts are: the vision tower sees those of one row of each group, in the order in which the prompts
+stand in the packed row, since models put image features at the placeholder tokens one after the other. Two rules make
+that exact. Rows share only if their prompts *and* their images are equal: equal placeholder tokens may stand for
+different pictures. And they share only if all of their placeholders lie in the part that is shared: a branch repeats
+the prompt's last token, and a placeholder that stands twice would need its feature twice.
+
+Positions are those that the model's own rope index gives to the rows (multimodal RoPE, Qwen2-VL, arXiv 2409.12191,
+section 2.1), laid out as the tokens are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.interface import packed_inputs
+from prefix_grouper_plugins.modeling.support import transformers_model
+
+# What processors return for images, and what they return for each token.
+IMAGE_TENSORS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "image_sizes",
+    "spatial_shapes",
+    "image_position_ids",
+)
+TOKEN_TENSORS = ("token_type_ids", "mm_token_type_ids")
+
+RowTensors = Mapping[str, Tensor]  # image tensors of one row; empty for a row without images
+
+
+def reason_not_to_pack(model: nn.Module, names: Sequence[str]) -> str | None:
+    """Why rows that bring the tensors ``names`` cannot be packed; None where they can."""
+    if videos := [name for name in names if "video" in name]:
+        return f"`{videos[0]}` belongs to rows with videos, which are not packed"
+    if unknown := [name for name in names if name not in IMAGE_TENSORS + TOKEN_TENSORS]:
+        return f"`{unknown[0]}` is an input that packed rows of images do not know"
+    if "image_grid_thw" in names and "mm_token_type_ids" not in names and _rope_index(model) is not None:
+        return "`mm_token_type_ids` is missing, without which the positions of images cannot be told"
+    return None
+
+
+def split_images(
+    tensors: Mapping[str, Tensor], num_images: Sequence[int], num_tiles: Sequence[int] | None = None
+) -> list[dict[str, Tensor]]:
+    """Each row's share of the image tensors of a batch.
+
+    Args:
+        tensors: what the processor returned, by the names in :data:`IMAGE_TENSORS`. The leading axis of each counts
+            patches (``pixel_values`` beside ``image_grid_thw``), tiles, images or rows.
+        num_images: images of each row.
+        num_tiles: tiles of each row, for models that cut images into tiles (InternVL, LFM2-VL).
+
+    Raises:
+        ValueError: the leading axis of a tensor counts none of these.
+    """
+    rows: list[dict[str, Tensor]] = [{} for _ in num_images]
+    for name, tensor in tensors.items():
+        sizes = _sizes(name, tensors, list(num_images), None if num_tiles is None else list(num_tiles))
+        for row, images, (start, end) in zip(rows, num_images, pairwise(accumulate(sizes, initial=0)), strict=True):
+            if images:
+                row[name] = tensor[start:end]
+    return rows
+
+
+def _sizes(name: str, tensors: Mapping[str, Tensor], images: list[int], tiles: list[int] | None) -> list[int]:
+    """Entries of each row along the leading axis of ``tensors[name]``."""
+    length, rows = len(tensors[name]), [1] * len(images)
+    if name == "pixel_values" and "image_grid_thw" in tensors:
+        patches = tensors["image_grid_thw"].prod(-1).tolist()
+        candidates = [[sum(patches[start:end]) for start, end in pairwise(accumulate(images, initial=0))]]
+    elif "pixel_attention_mask" in tensors and "spatial_shapes" not in tensors:
+        candidates = [rows]  # Idefics pads to the most images of a row
+    else:
+        candidates = [images, rows] if tiles is None else [tiles, images]
+    for sizes in candidates:
+        if sum(sizes) == length:
+            return sizes
+    raise ValueError(
+        f"{name} has {length} entries for {len(images)} rows of {images} images"
+        + (f" and {tiles} tiles" if tiles else "")
+        + ": they cannot be told apart by row"
+    )
+
+
+def merge_images(rows: Sequence[RowTensors]) -> dict[str, Tensor]:
+    """The image tensors of ``rows``, one row after the other: the opposite of :func:`split_images`."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
+
+
+def image_key(row: RowTensors) -> bytes | None:
+    """Equal for equal images, grids, sizes and masks, and (but for collisions of SHA-256) for no others."""
+    if not row:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(row):
+        tensor = row[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def image_token_id(model: nn.Module) -> int | None:
+    """The placeholder token of an image; None for a model that knows none."""
+    config: Any = transformers_model(model).config
+    found = getattr(config, "image_token_id", None)
+    return getattr(config, "image_token_index", None) if found is None else found
+
+
+def row_positions(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    images: RowTensors,
+    mm_token_type_ids: Tensor | None,
+) -> Tensor | None:
+    """The positions that the model gives to padded rows with images, ``LongTensor[3, B, L]``.
+
+    None where it numbers tokens as for text: models without a rope index, and batches without images.
+
+    Args:
+        model: the vision-language model.
+        input_ids, attention_mask, mm_token_type_ids: ``[B, L]``.
+        images: the image tensors of all rows.
+
+    Raises:
+        ValueError: there are images, but no ``mm_token_type_ids``.
+    """
+    rope_index, grid = _rope_index(model), images.get("image_grid_thw")
+    if rope_index is None or grid is None:
+        return None
+    if mm_token_type_ids is None:
+        raise ValueError("rows with images need `mm_token_type_ids`, which the processor returns beside `input_ids`")
+    positions: Tensor = rope_index(
+        input_ids, image_grid_thw=grid, attention_mask=attention_mask, mm_token_type_ids=mm_token_type_ids
+    )[0]
+    return positions
+
+
+def _rope_index(model: nn.Module) -> Any:
+    base = transformers_model(model)
+    return getattr(getattr(base, "model", base), "get_rope_index", None)
+
+
+def first_rows(layout: PrefixLayout) -> list[int]:
+    """For each tree of the layout, in packed order, the row that its images are taken from."""
+    real = layout.segments[layout.segments[:, 0] < layout.num_tokens - layout.num_padding]
+    starts = real[real[:, 2] < 0, 0].long()
+    ends = torch.tensor(list(accumulate(layout.row_lengths)))
+    return torch.searchsorted(ends, layout.source_index.cpu()[starts], right=True).tolist()  # type: ignore[no-any-return]
+
+
+def image_group(index: int, key: Hashable, prompt: Tensor, response: Tensor, token: int | None) -> Hashable:
+    """What a row with images has in common with the rows that it shares with.
+
+    Args:
+        index: of the row; its own where its images cannot be shared.
+        key: of its images, see :func:`image_key`, and of whatever else must be equal.
+        prompt, response: token ids on the CPU, without padding.
+        token: the placeholder, see :func:`image_token_id`.
+    """
+    if token is None or bool((response == token).any()) or int(prompt[-1]) == token:
+        return index
+    # The whole prompt, so that prompts which only begin alike do not share some of their images.
+    return key, prompt.numpy().tobytes()
+
+
+class ImageRows:
+    """Padded rows with images, and what their packed forward takes.
+
+    Args:
+        model: the vision-language model.
+        prompt_ids, prompt_mask: ``[B, P]``, left-padded.
+        completion_ids, completion_mask: ``[B, C]``, right-padded.
+        images: the image tensors of each row, see :func:`split_images`.
+        token_tensors: by the names in :data:`TOKEN_TENSORS`, ``[B, P]`` or ``[B, P + C]``; zero in completions where
+            not given.
+
+    Attributes:
+        keys: one for each row, for :class:`~prefix_grouper_plugins.grouping.GroupedBatch`.
+        positions (`LongTensor[3, B, P + C]`): the model's own, or None, see :func:`row_positions`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        images: Sequence[RowTensors],
+        token_tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        mask = torch.cat([prompt_mask, completion_mask], dim=1)
+        self.images = list(images)
+        self.token_tensors = {name: _fill(x, input_ids.shape[1]) for name, x in (token_tensors or {}).items()}
+        self.positions = row_positions(
+            model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
+        )
+        self.keys = self._keys(image_token_id(model), input_ids.cpu(), mask.cpu() != 0, prompt_ids.shape[1])
+
+    @classmethod
+    def from_processor(
+        cls,
+        model: nn.Module,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        tensors: Mapping[str, Tensor],
+        num_images: Sequence[int],
+        num_tiles: Sequence[int] | None = None,
+    ) -> ImageRows:
+        """Of rows whose tensors, those of images and those of tokens, are still in one batch."""
+        images = split_images({k: v for k, v in tensors.items() if k in IMAGE_TENSORS}, num_images, num_tiles)
+        per_token = {k: v for k, v in tensors.items() if k in TOKEN_TENSORS}
+        return cls(model, prompt_ids, prompt_mask, completion_ids, completion_mask, images, per_token)
+
+    def _keys(self, token: int | None, ids: Tensor, mask: Tensor, width: int) -> list[Hashable]:
+        keys: list[Hashable] = []
+        per_token = [x.cpu() for x in self.token_tensors.values()]
+        positions = [] if self.positions is None else list(self.positions.cpu())
+        for i, row in enumerate(self.images):
+            if not row:
+                keys.append(None)
+                continue
+            prompt, response = mask[i, :width], mask[i, width:]
+            # Equal by construction; where they were not, rows would not share.
+            along = [x[i, :width][prompt].numpy().tobytes() for x in per_token + positions]
+            key = (image_key(row), *along)
+            keys.append(image_group(i, key, ids[i, :width][prompt], ids[i, width:][response], token))
+        return keys
+
+    def packed_inputs(self, batch: GroupedBatch) -> dict[str, Any]:
+        """Keyword arguments of the packed forward of ``batch``, which was made of these rows with :attr:`keys`."""
+        positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
+        return {
+            **packed_inputs(batch.layout, batch.input_ids, positions),
+            **{name: batch.pack(x)[None] for name, x in self.token_tensors.items()},
+            **merge_images([self.images[batch.kept[row]] for row in first_rows(batch.layout)]),
+        }
+
+
+def _fill(values: Tensor, length: int) -> Tensor:
+    return nn.functional.pad(values, (0, length - values.shape[1]))

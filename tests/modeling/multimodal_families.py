@@ -1,0 +1,195 @@
+"""A tiny vision-language model of each family, and rows with images for it: no hub, no image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+IMAGE = 5  # the placeholder token
+FIRST_WORD = 12  # smaller ids are kept for special tokens
+VOCABULARY = 40
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+@dataclass
+class Image:
+    """One image: its placeholder tokens and its tensors with a leading axis."""
+
+    tokens: int
+    tensors: dict[str, Tensor]
+    tiles: int = 1
+
+
+@dataclass
+class Family:
+    """How a model of the family is built, and what an image is to it.
+
+    Attributes:
+        config: of the whole model.
+        image: ``(generator, large) -> Image``.
+        tiled: whether images are cut into tiles, which the processor counts.
+        token_tensor: which name the per-token kinds go by, if any.
+        row_tensors: how the images of one row become the row's tensors, by default end to end.
+    """
+
+    config: dict[str, Any]
+    image: Callable[[torch.Generator, bool], Image]
+    token_tensor: str | None = None
+    tiled: bool = False
+    row_tensors: Callable[[list[Image]], dict[str, Tensor]] = field(default=lambda images: _end_to_end(images))
+
+
+def _end_to_end(images: list[Image]) -> dict[str, Tensor]:
+    return {name: torch.cat([image.tensors[name] for image in images]) for name in images[0].tensors}
+
+
+def _qwen_image(generator: torch.Generator, large: bool) -> Image:
+    height, width = (4, 8) if large else (4, 4)
+    return Image(
+        height * width // 4,
+        {
+            "pixel_values": torch.randn(height * width, 3 * 2 * 4 * 4, generator=generator),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+        },
+    )
+
+
+def _qwen(rope: dict[str, Any], vision: dict[str, Any]) -> Family:
+    return Family(
+        {
+            "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **rope}},
+            "vision_config": {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, **vision},
+            "image_token_id": IMAGE,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+        },
+        _qwen_image,
+        "mm_token_type_ids",
+    )
+
+
+_SECTIONS = {"mrope_section": [2, 1, 1]}
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": _qwen(_SECTIONS, {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),
+    "qwen2_5_vl": _qwen(
+        _SECTIONS,
+        {
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "intermediate_size": 24,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+    ),
+    "qwen3_vl": _qwen(
+        {**_SECTIONS, "mrope_interleaved": True},
+        {
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "intermediate_size": 24,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    ),
+}
+
+
+def build(model_type: str, **text: Any) -> PreTrainedModel:
+    """In float64, with weights large enough that positions, masks and images matter."""
+    settings = {**FAMILIES[model_type].config}
+    settings["text_config"] = {**settings["text_config"], **text}
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.3, generator=generator)
+    return model.double().eval()
+
+
+@dataclass
+class Row:
+    """Token ids of a prompt and of a response, and the prompt's images."""
+
+    prompt: Tensor
+    response: Tensor
+    images: list[Image]
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.cat([self.prompt, self.response])
+
+
+def _words(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(FIRST_WORD, VOCABULARY, (count,), generator=generator)
+
+
+def prompt(images: list[Image], generator: torch.Generator, words: int = 4) -> Tensor:
+    parts = [_words(2, generator)]
+    for image in images:
+        parts += [torch.full((image.tokens,), IMAGE), _words(2, generator)]
+    return torch.cat([*parts, _words(words, generator)])
+
+
+def rows(model_type: str, dtype: torch.dtype = torch.float64) -> list[Row]:
+    """Two groups with equal token ids and different images, one with two images, one without any; not in order."""
+    generator = torch.Generator().manual_seed(1)
+    make = FAMILIES[model_type].image
+    one, other, third = (make(generator, large) for large in (False, False, True))
+    for image in (one, other, third):
+        image.tensors["pixel_values"] = image.tensors["pixel_values"].to(dtype)
+    same = prompt([one], generator)
+    groups = [
+        (same, [one], [3, 5]),
+        (same, [other], [4, 2]),
+        (prompt([third, one], generator, words=1), [third, one], [2, 3]),
+        (prompt([], generator), [], [4, 1]),
+    ]
+    made = [Row(ids, _words(length, generator), images) for ids, images, lengths in groups for length in lengths]
+    return made[::2] + made[1::2]
+
+
+def model_inputs(model_type: str, row: Row) -> dict[str, Tensor]:
+    """An ordinary forward of one row."""
+    family = FAMILIES[model_type]
+    inputs = {"input_ids": row.ids[None], **(family.row_tensors(row.images) if row.images else {})}
+    if family.token_tensor:
+        inputs[family.token_tensor] = (row.ids == IMAGE).int()[None]
+    return inputs
+
+
+def batch_inputs(
+    model_type: str, made: list[Row]
+) -> tuple[list[Tensor], dict[str, Tensor], list[int], list[int] | None]:
+    """``[prompt_ids, prompt_mask, completion_ids, completion_mask]``, processor outputs, images and tiles by row."""
+    family = FAMILIES[model_type]
+
+    def padded(parts: list[Tensor], side: str) -> list[Tensor]:
+        pad = torch.nn.utils.rnn.pad_sequence
+        return [pad(x, batch_first=True, padding_side=side) for x in (parts, [torch.ones_like(part) for part in parts])]
+
+    blocks = [*padded([row.prompt for row in made], "left"), *padded([row.response for row in made], "right")]
+    tensors = family.row_tensors([image for row in made for image in row.images])
+    if family.token_tensor:
+        tensors[family.token_tensor] = (blocks[0] == IMAGE).int()
+    counts = [len(row.images) for row in made]
+    tiles = [sum(image.tiles for image in row.images) for row in made]
+    return blocks, tensors, counts, tiles if family.tiled else None

@@ -1,0 +1,204 @@
+"""Vision-language models: packed log-probs and gradients, the vision tower's included, are those of single rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefix_grouper_plugins import (
+    UnsupportedModelError,
+    check_support,
+    disable_prefix_grouper,
+    enable_prefix_grouper,
+    prefix_grouped_logps,
+)
+from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.modeling.multimodal import ImageRows, reason_not_to_pack, split_images
+from prefix_grouper_plugins.modeling.support import VERIFIED_MULTIMODAL_TYPES
+from tests.modeling import multimodal_families as families
+
+
+def single_rows(model, model_type, rows):
+    """Log-probabilities of each row's response."""
+    scores = []
+    for row in rows:
+        logits = model(**families.model_inputs(model_type, row), use_cache=False).logits[0, len(row.prompt) - 1 : -1]
+        scores.append(logits.log_softmax(-1).gather(-1, row.response[:, None])[:, 0])
+    return scores
+
+
+def grouped(model, model_type, rows):
+    """The batch of the rows, and the inputs of its packed forward."""
+    blocks, tensors, counts, tiles = families.batch_inputs(model_type, rows)
+    made = ImageRows.from_processor(model, *blocks, tensors, counts, tiles)
+    batch = GroupedBatch(*blocks, keys=made.keys)
+    return batch, made.packed_inputs(batch)
+
+
+def packed(model, model_type, rows):
+    batch, inputs = grouped(model, model_type, rows)
+    logits = model(**inputs).logits[0, batch.positions]
+    logps = batch.scatter(logits.log_softmax(-1).gather(-1, batch.labels[batch.positions][:, None])[:, 0])
+    return [logp[: len(row.response)] for logp, row in zip(logps, rows, strict=True)]
+
+
+def gradients(model, scores):
+    """Of a sum in which every token has a weight of its own."""
+    model.zero_grad()
+    sum(((i + 1) * torch.arange(1, len(x) + 1) * x).sum() for i, x in enumerate(scores)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, got_gradients, expected, expected_gradients):
+    for row, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+    assert got_gradients.keys() == expected_gradients.keys()
+    for name, wanted in expected_gradients.items():
+        scale = wanted.abs().max().clamp(min=1e-6)
+        assert (got_gradients[name] - wanted).abs().max() <= 1e-3 * scale, name
+
+
+def vision_names(model):
+    return [name for name, _ in model.named_parameters() if "language_model" not in name and "lm_head" not in name]
+
+
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES))
+def test_packed_rows_with_images_equal_single_rows(model_type):
+    model = families.build(model_type)
+    assert check_support(model).supported, check_support(model).reasons
+    rows = families.rows(model_type)
+    expected = single_rows(model, model_type, rows)
+    expected_gradients = gradients(model, expected)
+    assert any(
+        expected_gradients[name].abs().max() > 1e-6 for name in vision_names(model) if name in expected_gradients
+    )
+
+    enable_prefix_grouper(model)
+    for before, after in zip(expected, single_rows(model, model_type, rows), strict=True):
+        assert torch.equal(before, after), "an ordinary forward changed"
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        scores = packed(model, model_type, rows)
+        assert_same(scores, gradients(model, scores), expected, expected_gradients)
+
+    model.eval()
+    disable_prefix_grouper(model)
+    assert ":" not in str([m.config._attn_implementation for m in model.modules() if hasattr(m, "config")])
+
+
+def vision_calls(model, run):
+    """What the vision tower is called with during ``run``: the leading size of each call's pixels."""
+    sizes = []
+    tower = next(m for name, m in model.named_modules() if name.endswith(("visual", "vision_tower", "vision_model")))
+
+    def note(module, args, kwargs):
+        sizes.append(len(args[0] if args else kwargs["pixel_values"]))
+
+    hook = tower.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        hook.remove()
+    return sizes
+
+
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES))
+def test_the_vision_tower_sees_the_images_of_a_group_once(model_type):
+    model = enable_prefix_grouper(families.build(model_type))
+    rows = families.rows(model_type)
+    batch, inputs = grouped(model, model_type, rows)
+    assert (batch.num_rows, batch.num_groups) == (8, 4), "equal ids with different images are two groups"
+    one_of_each = [rows[i] for i in (0, 1, 2, 3)]  # the first half holds one row of each group
+    expected = vision_calls(
+        model, lambda: [model(**families.model_inputs(model_type, row)) for row in one_of_each if row.images]
+    )
+    assert vision_calls(model, lambda: model(**inputs)) == [sum(expected)]
+
+
+def test_log_probs_by_the_public_function_equal_single_rows():
+    model = enable_prefix_grouper(families.build("qwen2_5_vl"))
+    rows = families.rows("qwen2_5_vl")
+    expected = single_rows(model, "qwen2_5_vl", rows)
+    blocks, tensors, counts, _ = families.batch_inputs("qwen2_5_vl", rows)
+    logps, entropy = prefix_grouped_logps(model, *blocks, images=tensors, num_images=counts, compute_entropy=True)
+    for row, wanted in zip(logps, expected, strict=True):
+        torch.testing.assert_close(row[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
+        assert not row[len(wanted) :].any()
+    assert entropy is not None
+    assert (entropy > 0).sum() == sum(map(len, expected))
+
+
+def test_swapped_images_are_noticed():
+    """What the comparison above would miss if images did not matter to the model."""
+    model = families.build("qwen2_5_vl")
+    rows = families.rows("qwen2_5_vl")
+    before = single_rows(model, "qwen2_5_vl", rows[:2])
+    assert torch.equal(rows[0].prompt, rows[1].prompt)
+    rows[0].images, rows[1].images = rows[1].images, rows[0].images
+    after = single_rows(model, "qwen2_5_vl", rows[:2])
+    assert all((x - y).abs().max() > 1e-2 for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("where", ["at the end of the prompt", "in the response"])
+def test_an_image_that_a_branch_would_repeat_is_not_shared(where):
+    model = enable_prefix_grouper(families.build("qwen2_5_vl"))
+    rows = [row for row in families.rows("qwen2_5_vl") if len(row.images) == 1]
+    for row in rows:
+        text = row.prompt[row.prompt != families.IMAGE]
+        image = torch.full((row.images[0].tokens,), families.IMAGE)
+        if where == "in the response":
+            row.prompt, row.response = text, torch.cat([row.response[:1], image, row.response[1:]])
+        else:
+            row.prompt = torch.cat([text, image])
+    blocks, tensors, counts, _ = families.batch_inputs("qwen2_5_vl", rows)
+    ids, mask = (torch.cat([blocks[i], blocks[i + 2]], dim=1) for i in (0, 1))
+    tensors["mm_token_type_ids"] = ((ids == families.IMAGE) & (mask != 0)).int()
+    made = ImageRows.from_processor(model, *blocks, tensors, counts)
+    batch = GroupedBatch(*blocks, keys=made.keys)
+    assert batch.num_groups == len(rows)
+    logits = model(**made.packed_inputs(batch)).logits[0, batch.positions]
+    logps = batch.scatter(logits.log_softmax(-1).gather(-1, batch.labels[batch.positions][:, None])[:, 0])
+    for row, wanted in zip(logps, single_rows(model, "qwen2_5_vl", rows), strict=True):
+        torch.testing.assert_close(row[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_ordinary_generation_does_not_notice():
+    model = families.build("qwen2_5_vl")
+    row = families.rows("qwen2_5_vl")[0]
+    row.response = row.response[:0]
+    inputs = families.model_inputs("qwen2_5_vl", row)
+    before = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(before, enable_prefix_grouper(model).generate(**inputs, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["pixel_values_videos"], "`pixel_values_videos` belongs to rows with videos, which are not packed"),
+        (["input_features"], "`input_features` is an input that packed rows of images do not know"),
+        (["pixel_values", "image_grid_thw"], "`mm_token_type_ids` is missing"),
+        (["pixel_values", "image_grid_thw", "mm_token_type_ids"], None),
+    ],
+)
+def test_inputs_that_cannot_be_packed_are_refused(names, reason):
+    model = enable_prefix_grouper(families.build("qwen2_5_vl"))
+    found = reason_not_to_pack(model, names)
+    assert found is None if reason is None else found.startswith(reason)
+    if reason:
+        blocks, *_ = families.batch_inputs("qwen2_5_vl", families.rows("qwen2_5_vl"))
+        with pytest.raises(UnsupportedModelError, match=reason):
+            prefix_grouped_logps(model, *blocks, images=dict.fromkeys(names, torch.zeros(1)))
+
+
+def test_tensors_that_cannot_be_told_apart_by_row_are_an_error():
+    with pytest.raises(ValueError, match=r"pixel_values has 5 entries for 2 rows of \[1, 1\] images"):
+        split_images({"pixel_values": torch.zeros(5, 3, 8, 8)}, [1, 1])
+
+
+def test_a_text_part_that_is_not_verified_is_refused():
+    model = families.build("qwen2_5_vl")
+    model.config.text_config.model_type = model.model.language_model.config.model_type = "qwen2_5_vl_novel"
+    (reason,) = check_support(model).reasons
+    assert "'qwen2_5_vl_novel' has not been verified" in reason
