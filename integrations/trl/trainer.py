@@ -25,6 +25,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from prefix_grouper_plugins.grouping import GroupedBatch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
+from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, reason_not_to_share
 from prefix_grouper_plugins.integrations.trl.regroup import regroup, rows_mix_freely, window_size
 from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
 from prefix_grouper_plugins.metrics import SharingMeter, logger
@@ -36,6 +37,7 @@ from prefix_grouper_plugins.modeling import (
     packed_inputs,
     without_prefix_grouper,
 )
+from prefix_grouper_plugins.modeling.multimodal import ImageRows
 
 _HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 _DEFAULTS = {option.name: option.default for option in fields(PrefixGrouperArguments)} | {"use_prefix_grouper": True}
@@ -168,7 +170,8 @@ class PrefixGrouperMixin:
 
         Rows are cut into the stock method's chunks, so that every process makes the same number of forwards.
         """
-        reason = self._reason_not_to_share(kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        reason = self._reason_not_to_share(model, given)
         if reason is not None:
             if self._shares:
                 self._log_sharing(self.sharing.count_fallback(reason))
@@ -181,11 +184,19 @@ class PrefixGrouperMixin:
                 compute_entropy=compute_entropy,
                 **kwargs,
             )
+        images, aux_loss = RowsOfImages(given, len(input_ids)), given.get("compute_aux_loss", False)
+        size = batch_size or len(input_ids)
         scores = [
-            self._score(model, ids, mask, logits_to_keep, compute_entropy, **kwargs)
-            for ids, mask in zip(
-                *(x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)), strict=True
+            self._score(
+                model,
+                input_ids[start : start + size],
+                attention_mask[start : start + size],
+                logits_to_keep,
+                compute_entropy,
+                aux_loss,
+                images[start : start + size],
             )
+            for start in range(0, len(input_ids), size)
         ]
         logps, entropies, router_losses = zip(*scores, strict=True)
         result = (
@@ -200,13 +211,12 @@ class PrefixGrouperMixin:
         stock = super()._get_per_token_logps_and_entropies
         return 3 if "compute_aux_loss" in inspect.signature(stock).parameters else 2
 
-    def _reason_not_to_share(self, kwargs: dict[str, Any]) -> str | None:
+    def _reason_not_to_share(self, model: Any, given: dict[str, Any]) -> str | None:
         if not self._shares:
             return "use_prefix_grouper is off"
         if self._standing_reason is not None:
             return self._standing_reason
-        given = [name for name, value in kwargs.items() if value is not None and name != "compute_aux_loss"]
-        return f"`{given[0]}` belongs to multimodal rows, which are not packed yet" if given else None
+        return reason_not_to_share(model, given)
 
     def _score(
         self,
@@ -215,27 +225,32 @@ class PrefixGrouperMixin:
         attention_mask: Tensor,
         logits_to_keep: int,
         compute_entropy: bool,
-        compute_aux_loss: bool = False,
-        **kwargs: Any,
+        compute_aux_loss: bool,
+        images: RowsOfImages,
     ) -> Scores:
         """One chunk of rows, packed into one row and brought back."""
         if not attention_mask[:, -logits_to_keep:].any() and not compute_aux_loss:
             # Every completion is masked. The stock method yields zeros that are still connected to the model.
             self._log_sharing(self.sharing.count_fallback("every completion of a micro-batch is masked"))
             stock = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy
+                model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **images.arguments()
             )
             return stock[0], stock[1], None
-        batch = GroupedBatch(
+        blocks = (
             input_ids[:, :-logits_to_keep],
             attention_mask[:, :-logits_to_keep],
             input_ids[:, -logits_to_keep:],
             attention_mask[:, -logits_to_keep:],
+        )
+        rows = images.image_rows(model, blocks)
+        batch = GroupedBatch(
+            *blocks,
+            keys=None if rows is None else rows.keys,
             padded_positions=numbers_padded_columns(model),  # TRL passes no position_ids
             forward_last=compute_aux_loss,
         )
         with capture_router_logits(model, enabled=compute_aux_loss) as router_logits:
-            logps, entropies = self._forward_packed(model, batch, compute_entropy)
+            logps, entropies = self._forward_packed(model, batch, rows, compute_entropy)
         loss = load_balancing_loss(model, router_logits, batch.layout.rows_per_position) if compute_aux_loss else None
         self._log_sharing(
             self.sharing.count_packed(
@@ -247,9 +262,14 @@ class PrefixGrouperMixin:
         )
         return batch.scatter(logps), batch.scatter(entropies) if entropies is not None else None, loss
 
-    def _forward_packed(self, model: Any, batch: GroupedBatch, compute_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _forward_packed(
+        self, model: Any, batch: GroupedBatch, rows: ImageRows | None, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies ``[N]`` of the completion tokens, by the head that the installed TRL uses."""
-        inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+        if rows is None:
+            inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+        else:
+            inputs = rows.packed_inputs(batch)
         if hasattr(self.accelerator.unwrap_model(model).config.get_text_config(), "output_router_logits"):
             inputs["output_router_logits"] = False  # else the model's config could ask for a loss over packed tokens
         if _HAS_FUSED_HEAD:

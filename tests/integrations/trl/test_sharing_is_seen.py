@@ -135,20 +135,6 @@ def test_prompt_learning_adapters_are_refused(llama):
         )
 
 
-def test_multimodal_rows_fall_back_to_the_stock_method(monkeypatch, llama):
-    trainer = make_trainer(llama, shared=True, **GROUPED)
-    calls = []
-    monkeypatch.setattr(
-        GRPOTrainer, "_get_per_token_logps_and_entropies", lambda self, *args, **kwargs: calls.append(kwargs)
-    )
-    ids = torch.full((8, 6), 7)
-    trainer._get_per_token_logps_and_entropies(
-        trainer.model, ids, torch.ones_like(ids), 3, pixel_values=torch.zeros(8, 3)
-    )
-    assert "pixel_values" in calls[0]
-    assert trainer.sharing.fallbacks == {"`pixel_values` belongs to multimodal rows, which are not packed yet": 1}
-
-
 def test_a_micro_batch_without_completions_is_left_to_the_stock_method(llama):
     trainer = make_trainer(llama, shared=True, **GROUPED)
     ids = torch.full((4, 6), 7)

@@ -46,6 +46,8 @@ def make_trainer(
     output_dir: str | Path | None = None,
     trainer_class: Any = None,
     config_class: Any = None,
+    train_dataset: Any = None,
+    processing_class: Any = None,
     longest_prompt: int = 12,
     **settings: Any,
 ) -> Any:
@@ -74,8 +76,8 @@ def make_trainer(
         model=path,
         reward_funcs=reward,
         args=config_class(**{**arguments, **settings}),
-        train_dataset=tiny.prompts(longest=longest_prompt),
-        processing_class=tiny.tokenizer(),
+        train_dataset=train_dataset or tiny.prompts(longest=longest_prompt),
+        processing_class=processing_class or tiny.tokenizer(),
         peft_config=adapter if lora else None,
     )
     for model in (trainer.model, trainer.ref_model):
