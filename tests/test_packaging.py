@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"attention", "grouping", "cost"},
     {"modeling"},
     {"scoring"},
-    {"verify"},
+    {"verify", "bench"},
     {"integrations"},
     {"cli"},
 ]

@@ -1,0 +1,161 @@
+"""How fast is attention over a group, forward and backward, and what does it take? Ours against what others run.
+
+    python benchmarks/attention.py                  CPU, one thread, float32: the cases of the project's targets
+    python benchmarks/attention.py --device cuda    bfloat16, the head shapes of Qwen2.5-7B
+
+Methods take turns. `times_as_fast_as_rows` is the median, turn by turn, of the time of `rows` (causal flash attention over
+each row, the prompt repeated) divided by the method's; its bound is `pair_ratio`, the ratio of visible pairs of query and
+key. On the CPU times are those of the process (one thread), for other programs may be running. Peak memory holds inputs,
+outputs and gradients, each method in a fresh process (CUDA: max_memory_allocated).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from harness import RESULTS, in_a_fresh_process, number, peak_mib, write_csv
+from methods import OTHERS, other_step
+
+from prefix_grouper_plugins.attention import available_backends
+from prefix_grouper_plugins.bench import Case, Step, Timing, row_step, shared_step, take_turns, times_as_fast
+from prefix_grouper_plugins.layout import visible_pairs
+
+CPU_CASES = ((64, 512, 8), (1024, 128, 8), (4096, 128, 8), (4096, 128, 16), (4096, 512, 8))
+CUDA_CASES = ((64, 512, 8), (8192, 1024, 8), (16384, 1024, 16), (4096, 2048, 28), (16384, 2048, 28), (32768, 2048, 28))
+TOO_LARGE_FOR_A_MASK = 40_000  # tokens: the T x T mask and its score matrix
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what is left open depends on the device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--cases", nargs="+", help="prompt,response,group in tokens and rows, e.g. 1024,128,8")
+    parser.add_argument("--methods", nargs="+", help="of: rows, ours:BACKEND, " + ", ".join(OTHERS))
+    parser.add_argument("--repeats", type=int, default=3, help="turns at least (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="go on until this much time is over, for short cases"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # one method of one case, in a process of its own
+    args = parser.parse_args(arguments)
+    args.output = args.output or RESULTS / f"attention-{args.device}.csv"
+    cases = CPU_CASES if args.device == "cpu" else CUDA_CASES
+    args.cases = [tuple(map(int, case.split(","))) for case in args.cases] if args.cases else list(cases)
+    return args
+
+
+def case_of(sizes: tuple[int, int, int], device: str) -> Case:
+    """The layer that the figures are about: small heads on the CPU, those of Qwen2.5-7B on a GPU."""
+    if device == "cpu":
+        return Case(*sizes)
+    return Case(*sizes, num_heads=28, num_kv_heads=4, head_dim=128, device=device, dtype=torch.bfloat16)
+
+
+def makers(case: Case, wanted: Sequence[str] | None) -> dict[str, Callable[[], Step]]:
+    """For each method that can run here a function that makes its step; says which are left out and why."""
+    backends = available_backends(case.device, case.dtype, case.head_dim)
+    found: dict[str, Callable[[], Step]] = {"rows": lambda: row_step(case), "ours:auto": lambda: shared_step(case)}
+    for name, reason in backends.items():
+        if reason is None:
+            found[f"ours:{name}"] = lambda name=name: shared_step(case, name)  # type: ignore[misc]
+        else:
+            print(f"  ours:{name} left out: {reason}", flush=True)
+    for name in OTHERS:
+        reason = why_not(name, case)
+        if reason is None:
+            found[name] = lambda name=name: other_step(name, case)  # type: ignore[misc]
+        elif wanted is None or name in wanted:
+            print(f"  {name} left out: {reason}", flush=True)
+    if wanted is not None and (unknown := set(wanted) - found.keys()):
+        raise SystemExit(f"{', '.join(sorted(unknown))} cannot run here; there are {', '.join(found)}")
+    return found if wanted is None else {name: found[name] for name in wanted}
+
+
+def why_not(name: str, case: Case) -> str | None:
+    """Why a method of others cannot run here."""
+    if name == "dense_mask" and case.layout.num_tokens > TOO_LARGE_FOR_A_MASK:
+        return f"a mask of {case.layout.num_tokens} x {case.layout.num_tokens} does not fit"
+    if name == "tree_attention" and case.device == "cpu":
+        return "FlashAttention 3 needs a GPU; `gathered` does the same with torch's own attention"
+    if name == "tree_attention":
+        try:
+            other_step(name, Case(8, 8, 2, 28, 4, 128, case.device, case.dtype))()
+        except Exception as error:  # no `kernels`, no network, no kernel for this GPU: whatever it is, say it
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def measure(sizes: tuple[int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row of the CSV for each method."""
+    case = case_of(sizes, args.device)
+    print(f"{sizes[0]:>6} {sizes[1]:>5} {sizes[2]:>3}  pair ratio {case.pair_ratio:.2f}", flush=True)
+    steps = makers(case, args.methods)
+    memory = {} if args.no_memory else {name: memory_of(name, sizes, args.device) for name in steps}
+    timings = take_turns(
+        {name: make() for name, make in steps.items()}, repeats=args.repeats, seconds=args.seconds, device=args.device
+    )
+    return [row(name, case, timings, memory.get(name, math.nan)) for name in steps]
+
+
+def memory_of(name: str, sizes: tuple[int, int, int], device: str) -> float:
+    """Peak MiB of one method."""
+    if device != "cpu":
+        return peak_mib(makers(case_of(sizes, device), [name])[name], device)
+    return in_a_fresh_process(["attention.py", "--memory-of", name, "--cases", ",".join(map(str, sizes))])
+
+
+def row(name: str, case: Case, timings: dict[str, list[Timing]], memory: float) -> dict[str, Any]:
+    """What the CSV holds about one method, printed too."""
+    seconds = median(timing.cpu for timing in timings[name])
+    ratio = times_as_fast(timings[name], timings["rows"]) if "rows" in timings else math.nan
+    flops = 14 * case.num_heads * case.head_dim * visible_pairs(case.layout.segments)
+    print(f"    {name:18}{seconds:9.3f} s {ratio:7.2f} times as fast as rows {memory:9.0f} MiB", flush=True)
+    return {
+        "prompt": case.prompt,
+        "response": case.response,
+        "group": case.group,
+        "method": name,
+        "seconds": number(seconds),
+        "wall_seconds": number(median(timing.wall for timing in timings[name])),
+        "turns": len(timings[name]),
+        "times_as_fast_as_rows": number(ratio),
+        "pair_ratio": number(case.pair_ratio),
+        "peak_mib": number(memory),
+        "gflops_per_second_of_visible_pairs": number(flops / seconds / 1e9),
+    }
+
+
+def print_memory_of(args: argparse.Namespace) -> None:
+    """In a process of its own: run a tiny case, so that libraries are loaded, then the case itself."""
+    tiny = case_of((8, 8, 2), args.device)
+    makers(tiny, [args.memory_of])[args.memory_of]()()
+    make = makers(case_of(args.cases[0], args.device), [args.memory_of])[args.memory_of]
+    print(json.dumps(peak_mib(make, args.device)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if args.memory_of:
+        print_memory_of(args)
+        return
+    rows = [row for sizes in args.cases for row in measure(sizes, args)]
+    note = (
+        f"forward and backward, {'float32, 8:2 heads of 64' if args.device == 'cpu' else 'bfloat16, 28:4 heads of 128'}"
+    )
+    write_csv(args.output, rows, args.device, note)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
