@@ -1,0 +1,223 @@
+"""What does one actor update cost, forward and backward with log-probabilities, gradient checkpointing on?
+
+    python benchmarks/actor_update.py --device cuda               Qwen2.5-0.5B, 1.5B and 7B shapes, full and LoRA
+    python benchmarks/actor_update.py --models tiny               a smoke run on the CPU
+
+Weights are random, in bfloat16 on a GPU. Four ways, in turns:
+
+    stock       TRL's: padded rows, logits of the completion and log-softmax on them in full
+    rows        each row on its own, without padding (varlen flash attention), head in chunks: packed ordinary
+    published   the package `prefix-grouper`, head in chunks
+    ours        `prefix_grouped_logps`
+
+A way that runs out of memory gets no time. Peak memory is that of the update above weights (CPU: not measured).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from harness import RESULTS, number, peak_mib, write_csv
+from models import MODELS, build, published_inputs, shape_of, use_published_attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prefix_grouper_plugins import PrefixLayout, disable_prefix_grouper, enable_prefix_grouper, prefix_grouped_logps
+from prefix_grouper_plugins.bench import Step, Timing, take_turns, times_as_fast
+from prefix_grouper_plugins.cost import compare
+from prefix_grouper_plugins.scoring import CHUNK_SIZE
+
+CASES = {"cpu": ((24, 6, 3),), "cuda": ((8192, 1024, 8), (4096, 512, 8), (4096, 4096, 4))}
+
+
+class Batch(NamedTuple):
+    """A group as a trainer has it: ``prompt_ids [G, P]`` and ``completion_ids [G, R]``, nothing padded."""
+
+    prompt_ids: Tensor
+    completion_ids: Tensor
+
+
+def make_batch(sizes: tuple[int, int, int], vocabulary: int, device: str) -> Batch:
+    prompt, response, group = sizes
+    generator = torch.Generator().manual_seed(0)
+    prompt_ids = torch.randint(vocabulary, (1, prompt), generator=generator).expand(group, -1)
+    completion_ids = torch.randint(vocabulary, (group, response), generator=generator)
+    return Batch(prompt_ids.to(device), completion_ids.to(device))
+
+
+def stock(model: nn.Module, batch: Batch) -> Tensor:
+    """As `GRPOTrainer._get_per_token_logps_and_entropies` (TRL 1.16) without its fused head."""
+    from trl.trainer.utils import selective_log_softmax
+
+    ids, length = torch.cat(batch, dim=1), batch.completion_ids.shape[1]
+    mask = torch.ones_like(ids)
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1, use_cache=False).logits
+    return selective_log_softmax(logits[:, :-1], batch.completion_ids)
+
+
+def ours(model: nn.Module, batch: Batch) -> Tensor:
+    masks = (torch.ones_like(ids) for ids in batch)
+    prompt_mask, completion_mask = masks
+    return prefix_grouped_logps(model, batch.prompt_ids, prompt_mask, batch.completion_ids, completion_mask)[0]
+
+
+def rows(model: nn.Module, batch: Batch) -> Tensor:
+    """The same code on prompts that differ in their first token, so that nothing is shared."""
+    prompt_ids = batch.prompt_ids.clone()
+    prompt_ids[:, 0] = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    return ours(model, Batch(prompt_ids, batch.completion_ids))
+
+
+def published(model: nn.Module, batch: Batch) -> Tensor:
+    """One grouped pass, then the responses and the prompt's last position split off, as in the package's README."""
+    from prefix_grouper import PrefixGrouper
+
+    (group, response), prompt = batch.completion_ids.shape, batch.prompt_ids.shape[1]
+    device = str(batch.prompt_ids.device)
+    grouper = PrefixGrouper([[prompt] + [response] * group], device=device)
+    ids = torch.cat([batch.prompt_ids[0], batch.completion_ids.flatten()])[None]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.model(ids, **published_inputs(grouper, prompt, response, group, device)).last_hidden_state
+    states = grouper.split_output(hidden, include_prefix_last=1)[2][:, :-1].flatten(0, 1)
+    parts = [
+        checkpoint(_chunk, base.lm_head, x, y, use_reentrant=False)
+        for x, y in zip(states.split(CHUNK_SIZE), batch.completion_ids.flatten().split(CHUNK_SIZE), strict=True)
+    ]
+    return torch.cat(parts).view(group, response)
+
+
+def _chunk(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    logits = head(hidden).float()
+    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+WAYS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
+    "stock": stock,
+    "rows": rows,
+    "published": published,
+    "ours": ours,
+}
+
+
+def prepare(model: nn.Module, way: str) -> None:
+    """Give the model the attention that ``way`` runs on."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    disable_prefix_grouper(base)
+    base.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+    if way == "published":
+        use_published_attention(base)
+    elif way != "stock":
+        enable_prefix_grouper(base)
+
+
+def step_of(model: nn.Module, batch: Batch, way: str) -> Step:
+    """An update without the optimizer: policy gradient with random advantages."""
+    advantages = torch.linspace(-1, 1, len(batch.prompt_ids), device=batch.prompt_ids.device)[:, None]
+
+    def run() -> None:
+        prepare(model, way)
+        (WAYS[way](model, batch) * advantages).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def make_model(name: str, layers: int | None, lora: bool, device: str) -> nn.Module:
+    """A model of this shape with gradient checkpointing, all weights or a LoRA on all linear layers trained."""
+    model: Any = build(shape_of(name, layers), device, torch.float32 if device == "cpu" else torch.bfloat16)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model.enable_input_require_grads()
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return model
+
+
+def measure(name: str, lora: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row of the CSV for each case and way."""
+    model = make_model(name, args.layers, lora, args.device)
+    shape = shape_of(name, args.layers)
+    found = []
+    for sizes in args.cases:
+        batch = make_batch(sizes, shape.vocab_size, args.device)
+        layout = PrefixLayout.from_groups([sizes[0]], [[sizes[1]] * sizes[2]])
+        bound = compare(shape, layout, scored=sizes[1] * sizes[2]).checkpointed_speedup
+        print(
+            f"{name} {'lora' if lora else 'full'} {sizes}: ours at most {bound:.2f} times as fast as rows", flush=True
+        )
+        steps = {way: step_of(model, batch, way) for way in args.ways}
+        memory = {way: memory_of(step, args.device) for way, step in steps.items()}
+        fitting = {way: step for way, step in steps.items() if memory[way] is not None}
+        timings = take_turns(fitting, repeats=args.repeats, seconds=args.seconds, device=args.device)
+        found += [row(name, lora, sizes, way, timings, memory[way], bound) for way in args.ways]
+    return found
+
+
+def memory_of(step: Step, device: str) -> float | None:
+    """Peak MiB of a step; None where it does not fit, not a number on the CPU."""
+    if device == "cpu":
+        return math.nan
+    try:
+        return peak_mib(lambda: step, device)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def row(
+    name: str,
+    lora: bool,
+    sizes: tuple[int, int, int],
+    way: str,
+    timings: dict[str, list[Timing]],
+    memory: float | None,
+    bound: float,
+) -> dict[str, Any]:
+    seconds = median(timing.cpu for timing in timings[way]) if way in timings else math.nan
+    ratio = times_as_fast(timings[way], timings["rows"]) if {way, "rows"} <= timings.keys() else math.nan
+    print(f"    {way:12}{seconds:9.3f} s {ratio:7.2f} times as fast as rows {memory or math.nan:10.0f} MiB", flush=True)
+    return {
+        "model": name,
+        "training": "lora" if lora else "full",
+        **dict(zip(("prompt", "response", "group"), sizes, strict=True)),
+        "way": way,
+        "seconds": number(seconds),
+        "times_as_fast_as_rows": number(ratio),
+        "flop_bound": number(bound),
+        "peak_mib": "out of memory" if memory is None else number(memory),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=tuple(CASES))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="default: tiny on the CPU, else the three")
+    parser.add_argument("--layers", type=int, help="other than the model's own: a part of the model")
+    parser.add_argument("--cases", nargs="+", help="prompt,response,group, e.g. 8192,1024,8")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--training", nargs="+", choices=("full", "lora"), default=("full", "lora"))
+    parser.add_argument("--repeats", type=int, default=3, help="turns at least (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="go on until this much time is over, for short cases"
+    )
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(arguments)
+    given = args.cases or []
+    args.cases = [tuple(map(int, case.split(","))) for case in given] or list(CASES[args.device])
+    names = args.models or (["tiny"] if args.device == "cpu" else [name for name in MODELS if name != "tiny"])
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    found = [row for name in names for kind in args.training for row in measure(name, kind == "lora", args)]
+    note = "gradient checkpointing; prompt and responses of equal lengths, so nothing is padded"
+    write_csv(args.output or RESULTS / f"actor-update-{args.device}.csv", found, args.device, note)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
