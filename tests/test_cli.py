@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import T5Config
+from transformers import AutoConfig, T5Config
 
 from prefix_grouper_plugins import __version__, cli
 from prefix_grouper_plugins.attention import merged_lse
@@ -29,7 +30,7 @@ def test_without_a_subcommand_it_says_which_there_are(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
     assert stopped.value.code == 2
-    assert "{trl,doctor}" in capsys.readouterr().err
+    assert "{trl,doctor,plan,bench}" in capsys.readouterr().err
 
 
 def test_doctor_tells_versions_and_backends(capsys):
@@ -116,3 +117,58 @@ def test_trl_without_trl_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SystemExit, match=r"pip install 'prefix-grouper-plugins\[trl\]'"):
         cli.main(["trl", "--help"])
+
+
+def figures(output: str) -> dict[str, list[str]]:
+    """The numbers at the end of each line, by its label."""
+    rows = (re.fullmatch(r"(\S.*?|  \S.*?) +((?:[\d,.]+ *){2,3})", line) for line in output.splitlines())
+    return {row[1].strip(): row[2].split() for row in rows if row}
+
+
+def test_plan_tells_tokens_flops_and_memory_of_a_group(capsys):
+    cli.main(["plan", "--prompt", "8192", "--responses", "1024", "--group", "8", "--shape", "qwen2.5-7b"])
+    output = capsys.readouterr().out
+    table = figures(output)
+    assert table["Tokens forwarded"] == ["16,383", "73,728", "4.50"]
+    # By hand from the paper's formula, see tests/test_cost.py
+    assert table["Training step, TFLOP"] == ["815.52", "3,390.73", "4.16"]
+    assert table["Keys and values of all layers, GiB"] == ["0.87", "3.94", "4.50"]
+    assert "Token ratio 0.222. A training step is at most 4.16 times as fast" in output
+
+
+def test_plan_takes_a_length_for_each_response_and_the_config_of_a_model(tmp_path, capsys):
+    path = tiny.saved_model(tmp_path, "qwen3")
+    cli.main(["plan", "--prompt", "10", "--responses", "3", "4", "5", "--model", path])
+    output = capsys.readouterr().out
+    assert f"{path}, a prompt of 10 tokens, 3 responses of 12 in all" in output
+    assert figures(output)["Tokens forwarded"] == ["21", "42", "2.00"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "gpt-9"], "there is no shape 'gpt-9': choose one of qwen2.5-0.5b"),
+        (["--responses", "1", "2", "--group", "8"], "--group goes with one length for all responses"),
+        (["--prompt", "0"], "prompt_lengths\\[0\\] is 0"),
+    ],
+)
+def test_plan_says_what_is_wrong_in_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["plan", "--prompt", "8", "--responses", "4", *arguments])
+
+
+def test_plan_says_which_model_types_it_does_not_know(tmp_path):
+    AutoConfig.for_model("mamba").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="the cost of model type 'mamba' is not known"):
+        cli.main(["plan", "--prompt", "8", "--responses", "4", "--model", str(tmp_path)])
+
+
+def test_bench_times_each_backend_against_row_by_row(tmp_path, capsys):
+    sizes = ["--prompt", "96", "--response", "8", "--group", "4", "--repeats", "1"]
+    cli.main(["bench", *sizes, "--device", "cpu", "--model", tiny.saved_model(tmp_path, "qwen3")])
+    output = capsys.readouterr().out
+    table = figures(output)
+    assert table["row by row"][1] == "1.00"
+    assert {"merged_lse", "blockwise"} <= table.keys() and all(float(row[0]) > 0 for row in table.values())
+    pairs = 4 * 104 * 105 / 2, 95 * 96 / 2 + 4 * (95 * 8 + 8 * 9 / 2)
+    assert f"visible pairs of query and key, {pairs[0] / pairs[1]:.2f}," in output
