@@ -218,15 +218,17 @@ def _in_words(layers: dict[str, list[int]]) -> str:
 def print_model(name: str, trust_remote_code: bool) -> None:
     """How each attention layer of a model would be run, or why it is refused. Builds it without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from prefix_grouper_plugins.modeling import check_support
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with_images = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:  # an encoder-decoder or multimodal model
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # an encoder-decoder
         print(f"\n{name} ({config.model_type}): refused\n  {str(error).splitlines()[0]}")
         return
     report = check_support(model)

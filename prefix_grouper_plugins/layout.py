@@ -18,6 +18,7 @@ Visibility needs one integer per key: query ``q`` sees key ``k`` iff ``k <= q < 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,9 +83,12 @@ class PrefixLayout:
         source_index (`LongTensor[T]`): index of each packed token in the rows laid end to end.
         row_index (`LongTensor[sum(L_i - 1)]`): packed position of each transition of the rows laid end to end.
         num_padding (`int`): tokens at the end that belong to no row, see :meth:`pad_to`.
+        blocks (`attention.blocks.Blocks`): tokens that see each other in both directions, or None. Set it last: :meth:`to` and
+            :meth:`pad_to` refuse such a layout.
     """
 
     num_padding: int = 0
+    blocks: Any = None
 
     def __init__(self, roots: Sequence[_Node], row_lengths: Sequence[int], device: torch.device | None = None) -> None:
         self.row_lengths = tuple(row_lengths)
@@ -195,6 +199,8 @@ class PrefixLayout:
 
     def to(self, device: torch.device | str) -> PrefixLayout:
         """The same layout with its tensors on ``device`` (``segments`` stays on the CPU)."""
+        if self.blocks is not None:
+            raise ValueError("a layout with blocks cannot be moved or padded: set `blocks` afterwards")
         moved = object.__new__(PrefixLayout)
         moved.row_lengths, moved.segments, moved.num_padding = self.row_lengths, self.segments, self.num_padding
         for name in ("position_ids", "subtree_end", "source_index", "row_index"):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, T5Config
 from prefix_grouper_plugins import __version__, cli
 from prefix_grouper_plugins.attention import merged_lse
 from tests import tiny
+from tests.modeling import multimodal_families
 
 
 def test_the_installed_command_shows_its_subcommands():
@@ -84,6 +85,14 @@ def test_doctor_says_how_each_layer_of_a_model_would_be_run(tmp_path, capsys):
         "model.layers.1.self_attn sliding window of 5, sinks blockwise",
         "model.layers.2.self_attn sliding window of 5, sinks blockwise",
     ]
+
+
+def test_doctor_shows_the_text_part_of_a_vision_language_model(tmp_path, capsys):
+    multimodal_families.build("qwen2_5_vl").config.save_pretrained(tmp_path)
+    cli.main(["doctor", "--model", str(tmp_path)])
+    lines = capsys.readouterr().out.split("(qwen2_5_vl): ")[1].splitlines()
+    assert lines[0] == "supported"
+    assert [line.split()[0] for line in lines[1:]] == [f"model.language_model.layers.{i}.self_attn" for i in (0, 1)]
 
 
 def test_doctor_says_why_a_model_is_refused(tmp_path, capsys):

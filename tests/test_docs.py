@@ -35,7 +35,7 @@ from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArgument
 from prefix_grouper_plugins.integrations.trl.launch import split_arguments
 from prefix_grouper_plugins.integrations.trl.regroup import regroup
 from prefix_grouper_plugins.metrics import SharingMeter
-from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
+from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -363,6 +363,8 @@ def test_public_names_of_the_pages_exist() -> None:
 def test_the_list_of_models_is_that_of_the_code() -> None:
     listed = re.search(r"<!-- types -->(.*)<!-- /types -->", README, re.S)[1]  # type: ignore[index]
     assert set(re.findall(r"[\w-]+", listed)) == VERIFIED_MODEL_TYPES
+    multimodal = re.search(r"<!-- multimodal -->(.*)<!-- /multimodal -->", README, re.S)[1]  # type: ignore[index]
+    assert set(re.findall(r"\w+", multimodal)) == VERIFIED_MULTIMODAL_TYPES
     for page in PAGES:
         for count in re.findall(r"(\d+) (?:model )?types", page.read_text()):
             assert int(count) == len(VERIFIED_MODEL_TYPES), page.name

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prefix_grouper_plugins.attention.blocks import attend_within_blocks
 from prefix_grouper_plugins.attention.dense import dense_attention
 from prefix_grouper_plugins.attention.ops import attention_op
 from prefix_grouper_plugins.attention.plan import forest_of
@@ -37,7 +38,8 @@ def shared_prefix_attention(
         query (`Tensor[T, H, D]`): packed queries, positions (rotary or other) already applied.
         key (`Tensor[T, H_kv, D]`): packed keys; ``H % H_kv == 0``, query head ``h`` reads key head ``h * H_kv // H``.
         value (`Tensor[T, H_kv, D_v]`): packed values; ``D_v`` may differ from ``D`` (multi-head latent attention).
-        layout (`PrefixLayout`): which token lies where; ``layout.num_tokens == T``.
+        layout (`PrefixLayout`): which token lies where; ``layout.num_tokens == T``. Tokens of one of ``layout.blocks``
+            see each other in both directions.
         scale: factor of the scores, by default ``D ** -0.5``.
         sliding_window: a query sees the last ``sliding_window`` tokens of its row only, itself included.
         softcap: scores become ``softcap * tanh(score / softcap)``, after scaling (Gemma 2, arXiv 2408.00118).
@@ -62,10 +64,17 @@ def shared_prefix_attention(
     if backend == "dense":
         window = forest_of(layout.segments).effective_window(sliding_window)
         options = {"window": window, "softcap": softcap, "sinks": sinks}
-        return dense_attention(query, key, value, layout.segments, scale=scale, **options)  # type: ignore[arg-type]
-    segments = layout.segments
-    out, _ = attention_op(query, key, value, segments, sinks, float(scale), sliding_window, softcap, backend)
-    return out
+        out = dense_attention(query, key, value, layout.segments, scale=scale, **options)  # type: ignore[arg-type]
+    else:
+        segments = layout.segments
+        out, _ = attention_op(query, key, value, segments, sinks, float(scale), sliding_window, softcap, backend)
+    if layout.blocks is None:
+        return out
+    if softcap is not None or sinks is not None:
+        raise ValueError(f"softcap={softcap} and sinks={sinks} do not go together with blocks: set both to None")
+    return attend_within_blocks(
+        out, query, key, value, layout, layout.blocks, scale=float(scale), window=sliding_window
+    )
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.gemma3 import modeling_gemma3
 
+from prefix_grouper_plugins.attention.blocks import Blocks
 from prefix_grouper_plugins.grouping import GroupedBatch
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.interface import packed_inputs
 from prefix_grouper_plugins.modeling.support import transformers_model
 
@@ -35,6 +38,9 @@ IMAGE_TENSORS = (
     "image_position_ids",
 )
 TOKEN_TENSORS = ("token_type_ids", "mm_token_type_ids")
+
+# Image tokens see all others of their image.
+_BIDIRECTIONAL_IMAGES = {"gemma3"}
 
 RowTensors = Mapping[str, Tensor]  # image tensors of one row; empty for a row without images
 
@@ -190,6 +196,10 @@ class ImageRows:
     Attributes:
         keys: one for each row, for :class:`~prefix_grouper_plugins.grouping.GroupedBatch`.
         positions (`LongTensor[3, B, P + C]`): the model's own, or None, see :func:`row_positions`.
+        block_ids (`LongTensor[B, P + C]`): images that see themselves in both directions, or None.
+
+    Raises:
+        UnsupportedModelError: a row ends within such an image.
     """
 
     def __init__(
@@ -208,6 +218,10 @@ class ImageRows:
         self.token_tensors = {name: _fill(x, input_ids.shape[1]) for name, x in (token_tensors or {}).items()}
         self.positions = row_positions(
             model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
+        )
+        columns = torch.arange(input_ids.shape[1], device=mask.device)
+        self.block_ids = _image_blocks(
+            model, self.token_tensors.get("token_type_ids"), torch.where(mask != 0, columns, 0).amax(1)
         )
         self.keys = self._keys(image_token_id(model), input_ids.cpu(), mask.cpu() != 0, prompt_ids.shape[1])
 
@@ -246,11 +260,45 @@ class ImageRows:
     def packed_inputs(self, batch: GroupedBatch) -> dict[str, Any]:
         """Keyword arguments of the packed forward of ``batch``, which was made of these rows with :attr:`keys`."""
         positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
+        if self.block_ids is not None:
+            batch.layout.blocks = self._blocks(batch)
         return {
             **packed_inputs(batch.layout, batch.input_ids, positions),
             **{name: batch.pack(x)[None] for name, x in self.token_tensors.items()},
             **merge_images([self.images[batch.kept[row]] for row in first_rows(batch.layout)]),
         }
+
+    def _blocks(self, batch: GroupedBatch) -> Blocks:
+        """The blocks of the rows, numbered anew so that those of different trees differ."""
+        assert self.block_ids is not None
+        segments = batch.layout.segments
+        tree = torch.zeros(batch.layout.num_tokens, dtype=torch.long)
+        tree[segments[segments[:, 2] < 0, 0].long()] = 1
+        own = batch.pack(self.block_ids)
+        numbered = own + tree.cumsum(0).to(own.device) * self.block_ids.shape[1]
+        return Blocks(numbered.where(own >= 0, -1), batch.layout, cut_by_window=_window_cuts_blocks())
+
+
+def _image_blocks(model: nn.Module, token_type_ids: Tensor | None, last_tokens: Tensor) -> Tensor | None:
+    """``LongTensor[B, L]``: images of each row that the model lets see themselves in both directions, -1 elsewhere.
+
+    Args:
+        model: the vision-language model.
+        token_type_ids: ``[B, L]``, 1 on images. Without them such a model is causal.
+        last_tokens: the column of each row's last token.
+    """
+    if token_type_ids is None or transformers_model(model).config.model_type not in _BIDIRECTIONAL_IMAGES:
+        return None
+    image = token_type_ids == 1
+    if bool(image.gather(1, last_tokens[:, None]).any()):
+        raise UnsupportedModelError("a row ends within an image, whose last token is not forwarded but would be seen")
+    first = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
+    return (first.long().cumsum(1) - 1).where(image, -1)
+
+
+def _window_cuts_blocks() -> bool:
+    """Whether the installed transformers hides what lies behind the sliding window in blocks too."""
+    return hasattr(modeling_gemma3, "create_masks_for_vision_model")
 
 
 def _fill(values: Tensor, length: int) -> Tensor:

@@ -37,7 +37,11 @@ VERIFIED_MODEL_TYPES = frozenset(
 )
 
 # Likewise in tests/modeling/test_multimodal.py, with images. Text parts are types of the list above, or come with these.
-VERIFIED_MULTIMODAL_TYPES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
+VERIFIED_MULTIMODAL_TYPES = frozenset(
+    """
+    gemma3 idefics3 internvl llava llava_next llava_onevision qwen2_5_vl qwen2_vl qwen3_vl smolvlm
+    """.split()
+)
 _TEXT_PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
 
 # Types of which a test has shown, or their code says, that packed rows give something else.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,102 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def _square(tokens: int, size: int = 8) -> Callable[[torch.Generator, bool], Image]:
+    """One square picture; nothing is larger."""
+    return lambda generator, large: Image(tokens, {"pixel_values": torch.randn(1, 3, size, size, generator=generator)})
+
+
+def _tiles(generator: torch.Generator, large: bool) -> Image:
+    """InternVL: a larger picture is more tiles."""
+    tiles = 3 if large else 1
+    return Image(4 * tiles, {"pixel_values": torch.randn(tiles, 3, 16, 16, generator=generator)}, tiles)
+
+
+def _anyres(newlines: int, generator: torch.Generator, large: bool) -> Image:
+    """LLaVA-NeXT: an overview of 2x2 patches, then a grid of pictures that is cut to the image's true shape."""
+    height, width = (16, 16) if large else (8, 16)  # of pictures of 8x8 pixels
+    rows, columns = height // 4, width // 4
+    pictures = 1 + (height // 8) * (width // 8)
+    pixels = torch.zeros(1, 5, 3, 8, 8)
+    pixels[:, :pictures] = torch.randn(1, pictures, 3, 8, 8, generator=generator)
+    return Image(
+        4 + rows * (columns + newlines), {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+    )
+
+
+def _idefics(images: list[Image]) -> dict[str, Tensor]:
+    """All images of a row along a second axis."""
+    return {name: torch.cat([image.tensors[name] for image in images])[None] for name in images[0].tensors}
+
+
+def _idefics_image(generator: torch.Generator, large: bool) -> Image:
+    mask = torch.ones(1, 16, 16, dtype=torch.bool)
+    mask[:, 8:] = not large  # a flat picture, padded below
+    return Image(4, {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator), "pixel_attention_mask": mask})
+
+
+def _vision(model_type: str, **changes: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {"model_type": model_type, **sizes, "image_size": 8, "patch_size": 4, **changes}
+
+
+_LLAVA = {"text_config": {"model_type": "llama", **TEXT}, "image_token_index": IMAGE}
+_PINPOINTS = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
+_IDEFICS = {
+    "vision_config": _vision("idefics3_vision", image_size=16),
+    "text_config": {"model_type": "llama", **TEXT},
+    "scale_factor": 2,
+    "image_token_id": IMAGE,
+    "pad_token_id": 0,
+}
+FAMILIES |= {
+    "llava": Family({**_LLAVA, "vision_config": _vision("clip_vision_model"), "vision_feature_layer": -2}, _square(4)),
+    "llava_next": Family(
+        {**_LLAVA, **_PINPOINTS, "vision_config": _vision("clip_vision_model"), "vision_feature_layer": -2},
+        functools.partial(_anyres, 1),
+    ),
+    "llava_onevision": Family(
+        {
+            **_LLAVA,
+            **_PINPOINTS,
+            "text_config": {"model_type": "qwen2", **TEXT},
+            "vision_config": _vision("siglip_vision_model", vision_use_head=False),
+            "vision_feature_layer": -1,
+        },
+        functools.partial(_anyres, 1),
+    ),
+    "internvl": Family(
+        {
+            "vision_config": _vision("internvl_vision", image_size=[16, 16], patch_size=[4, 4]),
+            "text_config": {"model_type": "qwen2", **TEXT},
+            "image_token_id": IMAGE,
+            "image_seq_length": 4,
+        },
+        _tiles,
+        tiled=True,
+    ),
+    "gemma3": Family(
+        {
+            "text_config": {
+                **TEXT,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 3,  # shorter than an image
+                "query_pre_attn_scalar": 8,
+            },
+            "vision_config": _vision("siglip_vision_model", image_size=16, vision_use_head=False),
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+        },
+        _square(4, 16),
+        "token_type_ids",
+    ),
+    "idefics3": Family(_IDEFICS, _idefics_image, row_tensors=_idefics),
+    "smolvlm": Family(
+        {**_IDEFICS, "vision_config": _vision("smolvlm_vision", image_size=16)}, _idefics_image, row_tensors=_idefics
+    ),
+}
+
+
 def build(model_type: str, **text: Any) -> PreTrainedModel:
     """In float64, with weights large enough that positions, masks and images matter."""
     settings = {**FAMILIES[model_type].config}
@@ -176,6 +273,20 @@ def model_inputs(model_type: str, row: Row) -> dict[str, Tensor]:
     return inputs
 
 
+def _batched(family: Family, made: list[Row]) -> dict[str, Tensor]:
+    """What a processor returns for all rows: images end to end, or rows padded to the most images."""
+    if family.row_tensors is not _idefics:
+        return family.row_tensors([image for row in made for image in row.images])
+    rows = [family.row_tensors(row.images) if row.images else {} for row in made]
+    example, most = next(row for row in rows if row), max(len(row.images) for row in made)
+    shapes = {name: (1, most, *tensor.shape[2:]) for name, tensor in example.items()}
+    batch = {name: torch.zeros(len(rows), *shape[1:], dtype=example[name].dtype) for name, shape in shapes.items()}
+    for i, row in enumerate(rows):
+        for name, tensor in row.items():
+            batch[name][i, : tensor.shape[1]] = tensor[0]
+    return batch
+
+
 def batch_inputs(
     model_type: str, made: list[Row]
 ) -> tuple[list[Tensor], dict[str, Tensor], list[int], list[int] | None]:
@@ -187,7 +298,7 @@ def batch_inputs(
         return [pad(x, batch_first=True, padding_side=side) for x in (parts, [torch.ones_like(part) for part in parts])]
 
     blocks = [*padded([row.prompt for row in made], "left"), *padded([row.response for row in made], "right")]
-    tensors = family.row_tensors([image for row in made for image in row.images])
+    tensors = _batched(family, made)
     if family.token_tensor:
         tensors[family.token_tensor] = (blocks[0] == IMAGE).int()
     counts = [len(row.images) for row in made]

@@ -66,7 +66,7 @@ def compare(monkeypatch, path, **given):
     shared, trainer = train(path, shared=True, trainer_class=SHARED, **given)
     assert logged(trainer, "reward") == logged(stock_trainer, "reward")
     # Rotary angles and some norms are computed in float32.
-    assert largest_difference(stock, shared) <= 1e-7
+    assert largest_difference(stock, shared) <= 1e-6
     initial = dict(make_trainer(path, shared=False, **given).model.named_parameters())
     moved = [name for name in stock if (stock[name] - initial[name]).abs().max() > 1e-5]
     assert any(tower in name for name in moved for tower in TOWERS), "the vision tower did not learn"
@@ -101,7 +101,7 @@ def test_rloo_with_images_gives_the_stock_weights(monkeypatch, tmp_path):
     shared, trainer = train(
         path, shared=True, trainer_class=PrefixGrouperRLOOTrainer, config_class=PrefixGrouperRLOOConfig, **given
     )
-    assert largest_difference(stock, shared) <= 1e-7
+    assert largest_difference(stock, shared) <= 1e-6
     assert trainer.sharing.rows_per_group == 4
 
 

@@ -12,6 +12,8 @@ from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchFeature, GenerationConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.modeling import multimodal_families as families
@@ -34,7 +36,23 @@ def _qwen(image_processor: Any, images: list[Any]) -> tuple[dict[str, torch.Tens
 
 
 _QWEN = (lambda: Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=256), _qwen)
-IMAGES = {"qwen2_vl": _QWEN, "qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN}
+
+
+def _four_tokens(image_processor: Any, images: list[Any]) -> tuple[dict[str, torch.Tensor], list[int]]:
+    made = image_processor(images=images, return_tensors="pt")
+    return {"pixel_values": made["pixel_values"]}, [4] * len(images)
+
+
+IMAGES = {
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "llava": (
+        lambda: LlavaImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        _four_tokens,
+    ),
+    "gemma3": (lambda: Gemma3ImageProcessorPil(size={"height": 16, "width": 16}), _four_tokens),
+}
 
 
 class TinyProcessor(ProcessorMixin):
