@@ -100,11 +100,13 @@ class _Head:
     def __init__(self, base: PreTrainedModel) -> None:
         config: Any = base.config.get_text_config(decoder=True)
         self.projection = base.get_output_embeddings()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.softcap: float | None = None
+        self.scale = 1.0
+        if config is not base.config:  # vision-language models leave scale and cap of their text model out
+            return
+        self.softcap = getattr(config, "final_logit_softcapping", None)
         # cohere multiplies its logits by `logit_scale`, granite divides them by `logits_scaling`
-        self.scale: float = getattr(config, "logit_scale", None) or 1.0 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""

@@ -39,10 +39,11 @@ VERIFIED_MODEL_TYPES = frozenset(
 # Likewise in tests/modeling/test_multimodal.py, with images. Text parts are types of the list above, or come with these.
 VERIFIED_MULTIMODAL_TYPES = frozenset(
     """
-    gemma3 idefics3 internvl llava llava_next llava_onevision qwen2_5_vl qwen2_vl qwen3_vl smolvlm
+    aya_vision cohere2_vision gemma3 glm4v idefics2 idefics3 internvl llava llava_next llava_onevision mistral3
+    qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm vipllava
     """.split()
 )
-_TEXT_PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+_TEXT_PARTS = {"glm4v_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
 
 # Types of which a test has shown, or their code says, that packed rows give something else.
 REFUSED_MODEL_TYPES = {

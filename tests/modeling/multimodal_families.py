@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -208,12 +209,91 @@ FAMILIES |= {
     ),
 }
 
+_QWEN3 = FAMILIES["qwen3_vl"].config
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_HYBRID = {
+    **TEXT,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 16,
+    "rope_parameters": {**_QWEN3["text_config"]["rope_parameters"], "partial_rotary_factor": 0.5},
+}
+_QWEN3_5 = {**_QWEN3, "vision_config": {k: v for k, v in _QWEN3["vision_config"].items() if "deepstack" not in k}}
+_COHERE = {
+    "text_config": {"model_type": "cohere2", **TEXT, "sliding_window": 5},
+    "vision_config": _vision("siglip_vision_model", image_size=16, vision_use_head=False),
+    "downsample_factor": 2,
+}
+
+
+def _with_size(generator: torch.Generator, large: bool) -> Image:
+    image = _square(4, 16)(generator, large)
+    image.tensors["image_sizes"] = torch.tensor([[16, 16]])
+    return image
+
+
+FAMILIES |= {
+    "qwen3_vl_moe": dataclasses.replace(
+        FAMILIES["qwen3_vl"],
+        config={**_QWEN3, "text_config": {**_QWEN3["text_config"], **_EXPERTS, "decoder_sparse_step": 1}},
+    ),
+    "qwen3_5": dataclasses.replace(FAMILIES["qwen3_vl"], config={**_QWEN3_5, "text_config": _HYBRID}),
+    "qwen3_5_moe": dataclasses.replace(
+        FAMILIES["qwen3_vl"],
+        config={**_QWEN3_5, "text_config": {**_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 16}},
+    ),
+    "glm4v": _qwen(_SECTIONS, {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "image_size": 16}),
+    "mistral3": Family(
+        {
+            "text_config": {"model_type": "mistral", **TEXT},
+            "vision_config": _vision("pixtral", image_size=16, head_dim=8),
+            "spatial_merge_size": 2,
+            "image_token_index": IMAGE,
+            "vision_feature_layer": -1,
+        },
+        _with_size,
+    ),
+    "vipllava": Family(
+        {
+            **_LLAVA,
+            "vision_config": _vision("clip_vision_model", num_hidden_layers=3),
+            "vision_feature_layers": [-2, -3],
+        },
+        _square(4),
+    ),
+    "idefics2": Family(
+        {
+            "vision_config": _vision("idefics2_vision", image_size=16),
+            "text_config": {"model_type": "mistral", **TEXT},
+            "perceiver_config": {
+                "resampler_n_latents": 4,
+                "resampler_depth": 1,
+                "resampler_n_heads": 2,
+                "resampler_head_dim": 8,
+                "num_key_value_heads": 2,
+                "hidden_size": 32,
+            },
+            "image_token_id": IMAGE,
+        },
+        _idefics_image,
+        row_tensors=_idefics,
+    ),
+    "aya_vision": Family({**_COHERE, "image_token_index": IMAGE, "vision_feature_layer": -1}, _square(4, 16)),
+    "cohere2_vision": Family({**_COHERE, "image_token_id": IMAGE, "alignment_intermediate_size": 32}, _square(4, 16)),
+}
+
 
 def build(model_type: str, **text: Any) -> PreTrainedModel:
     """In float64, with weights large enough that positions, masks and images matter."""
     settings = {**FAMILIES[model_type].config}
     settings["text_config"] = {**settings["text_config"], **text}
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings))
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped matrix product takes no float64
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():

@@ -337,10 +337,10 @@ def unbuilt(model_type: str, auto: Any = AutoModelForCausalLM, **changes: Any):
     [
         ("t5", AutoModelForSeq2SeqLM, {"num_layers": 1}, "t5 is an encoder-decoder model"),
         (
-            "glm4v",
+            "paligemma",
             AutoModelForImageTextToText,
-            {"text_config": {"num_hidden_layers": 1}, "vision_config": {"depth": 1}},
-            "glm4v is a multimodal model that no test has compared with single rows",
+            {"text_config": {"num_hidden_layers": 1}, "vision_config": {"num_hidden_layers": 1}},
+            "paligemma is a multimodal model that no test has compared with single rows",
         ),
         ("big_bird", AutoModelForCausalLM, {"num_hidden_layers": 1}, "mixes tokens by code of its own"),
         ("deepseek_v32", AutoModelForCausalLM, {"num_hidden_layers": 1}, "layers of type indexed_attention"),

@@ -74,9 +74,9 @@ def test_packed_rows_with_images_equal_single_rows(model_type):
     enable_prefix_grouper(model)
     for before, after in zip(expected, single_rows(model, model_type, rows), strict=True):
         assert torch.equal(before, after), "an ordinary forward changed"
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.train()
         scores = packed(model, model_type, rows)
         assert_same(scores, gradients(model, scores), expected, expected_gradients)
@@ -115,12 +115,16 @@ def test_the_vision_tower_sees_the_images_of_a_group_once(model_type):
     assert vision_calls(model, lambda: model(**inputs)) == [sum(expected)]
 
 
-def test_log_probs_by_the_public_function_equal_single_rows():
-    model = enable_prefix_grouper(families.build("qwen2_5_vl"))
-    rows = families.rows("qwen2_5_vl")
-    expected = single_rows(model, "qwen2_5_vl", rows)
-    blocks, tensors, counts, _ = families.batch_inputs("qwen2_5_vl", rows)
-    logps, entropy = prefix_grouped_logps(model, *blocks, images=tensors, num_images=counts, compute_entropy=True)
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES))
+def test_log_probs_by_the_public_function_equal_single_rows(model_type):
+    model = enable_prefix_grouper(families.build(model_type))
+    rows = families.rows(model_type)
+    with torch.no_grad():
+        expected = single_rows(model, model_type, rows)
+    blocks, tensors, counts, tiles = families.batch_inputs(model_type, rows)
+    logps, entropy = prefix_grouped_logps(
+        model, *blocks, images=tensors, num_images=counts, num_tiles=tiles, compute_entropy=True
+    )
     for row, wanted in zip(logps, expected, strict=True):
         torch.testing.assert_close(row[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
         assert not row[len(wanted) :].any()
