@@ -66,6 +66,16 @@ _LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv
 _LAYER_TYPES |= {"attention", "mamba"}  # transformers before 5.23
 _ROPE_OF_LONGEST_ROW = {"dynamic", "longrope"}
 
+# Adapters that tests/modeling/test_peft.py compares: they change weights, or what a layer does with single tokens.
+VERIFIED_ADAPTERS = frozenset(
+    """
+    ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT OSF
+    PEANUT PSOFT RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
+    """.split()
+)
+# Options of LoRA that make something else of it.
+_UNVERIFIED_LORA_OPTIONS = ("arrow_config", "kasa_config", "monteclora_config", "velora_config")
+
 
 @dataclass(frozen=True)
 class LayerSupport:
@@ -120,6 +130,7 @@ def check_support(model: nn.Module) -> SupportReport:
         *_position_reasons(config),
         *_attention_reasons(layers + mixers),
         *_adapter_reasons(model),
+        *_quantization_reasons(model, config),
     ]
     device, dtype = _where_attention_runs(base)
     described = [_describe(name, m, device, dtype) for name, m in layers]
@@ -258,21 +269,53 @@ def _attention_reasons(layers: list[tuple[str, nn.Module]]) -> list[str]:
 
 def _adapter_reasons(model: nn.Module) -> list[str]:
     reasons = []
-    for adapter, config in (getattr(model, "peft_config", None) or {}).items():
+    for adapter, config in _adapters(model).items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
         if getattr(config, "is_prompt_learning", False):
-            reasons.append(f"adapter {adapter!r} learns a prompt ({config.peft_type}), which would stand in every row")
+            reasons.append(f"adapter {adapter!r} learns a prompt ({kind}), which would stand in every row")
+        elif kind == "LILY":
+            reasons.append(f"adapter {adapter!r} (LILY) mixes its experts by a mean over all tokens of a forward")
+        elif kind not in VERIFIED_ADAPTERS:
+            reasons.append(f"adapter {adapter!r} is of type {kind}, which no test has compared with single rows")
         if getattr(config, "alora_invocation_tokens", None):
             reasons.append(f"adapter {adapter!r} is an aLoRA, which looks for its invocation tokens in every row")
+        for option in _UNVERIFIED_LORA_OPTIONS:
+            if getattr(config, option, None) is not None:
+                reasons.append(f"adapter {adapter!r} has a `{option}`, which no test has compared with single rows")
     return reasons
+
+
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    """Configs of PEFT by the names of the adapters; no wrapper (DDP, FSDP) hides them."""
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    return next((configs for configs in found if isinstance(configs, dict)), {})
+
+
+def _quantization_reasons(model: nn.Module, config: Any) -> list[str]:
+    """Quantised weights are weights; activations that are quantised together make rows depend on each other."""
+    # PEFT's layer around the one of bitsandbytes has the same name, but no state.
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt" and hasattr(m, "state")]
+    thresholds = {layer.state.threshold for layer in layers if layer.state.threshold > 0}
+    if thresholds:
+        return [
+            f"llm_int8_threshold={max(thresholds)} chooses by all tokens of a forward which columns are rounded, so that "
+            "rows depend on what stands beside them: set it to 0, or load in 4 bits"
+        ]
+    recipe = type(getattr(getattr(config, "quantization_config", None), "quant_type", None)).__name__
+    if "DynamicActivation" in recipe:
+        return [
+            f"{recipe} rounds the activations of a forward together, so that rows depend on what stands beside them"
+        ]
+    return []
 
 
 def _notes(model: nn.Module) -> list[str]:
     rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
-    # opt, biogpt, seed_oss and starcoder2 keep plain numbers and call the function
+    # opt, biogpt, seed_oss and starcoder2 keep plain numbers and call the function; some adapters only have a config
     rates |= {
         rate
-        for module in model.modules()
-        for name, rate in vars(module).items()
+        for owner in (*model.modules(), *_adapters(model).values())
+        for name, rate in vars(owner).items()
         if "dropout" in name and isinstance(rate, float) and rate > 0
     }
     if not rates:

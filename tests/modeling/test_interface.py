@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -312,15 +312,6 @@ def test_the_reference_of_a_lora_model_is_its_base_with_the_adapter_off():
         torch.testing.assert_close(row, wanted, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         assert (packed(model) - LAYOUT.pack([torch.cat([r, r[-1:]]) for r in reference])).abs().max() > 1e-3
-
-
-def test_adapters_that_put_tokens_into_rows_are_refused():
-    prompt = get_peft_model(tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(UnsupportedModelError, match=r"adapter 'default' learns a prompt \(PeftType.PROMPT_TUNING\)"):
-        enable_prefix_grouper(prompt)
-    activated = lora(tiny.model(), alora_invocation_tokens=[5, 6])
-    with pytest.raises(UnsupportedModelError, match="adapter 'default' is an aLoRA"):
-        enable_prefix_grouper(activated)
 
 
 # --- what is refused, and why ----------------------------------------------------------------------------------------
