@@ -11,7 +11,7 @@ On the CPU each triangle and each rectangle is a call of its own, and a segment 
 *folded*: its keys are put in front of theirs, one descendant at a time, and its rectangle is left out. On CUDA there is one causal varlen call for all segments and one
 non-causal varlen call for each inner level of the tree; *gap* entries in the cumulative lengths (queries without keys,
 keys without queries) step over what the level does not touch, so nothing is gathered or copied. What a kernel writes
-into gaps is never read: FA2 and FA3 disagree about it.
+into gaps is never used: FA2 and FA3 disagree about it. With Triton, each merge and each sum is one kernel.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefix_grouper_plugins.attention import triton_kernels
 from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest, Request, accumulation_dtype
 
 MAX_CUDA_HEAD_DIM = 256
@@ -273,6 +274,36 @@ class Rows(NamedTuple):
         return x.masked_fill(self.gaps.view(-1, *[1] * (x.dim() - 1)), fill)
 
 
+def _fused(total: Tensor) -> Any:
+    """The module of fused kernels where they can run on ``total``, else None."""
+    if total.dtype != torch.float32 or not triton_kernels.is_usable(total.device):
+        return None
+    from prefix_grouper_plugins.attention import triton_merge
+
+    return triton_merge
+
+
+def _merge_used(rows: Rows, out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor) -> None:
+    """Merge the rows that a call reached, of ``[T, H, D]`` and ``[H, T]``, into ``out`` and ``lse``, in place."""
+    inside = slice(rows.start, rows.end)
+    fused = _fused(out)
+    if fused is not None:
+        fused.merge(out[inside], lse[:, inside], partial_out[inside], partial_lse[:, inside], rows.gaps)
+        return
+    partial_lse_NH = rows.used(partial_lse.t(), -torch.inf)  # exp(-inf) is 0: gaps keep their row
+    _merge(out[inside], lse[:, inside], rows.used(partial_out), partial_lse_NH.t().to(lse.dtype))
+
+
+def _add_used(rows: Rows, total: Tensor, partial: Tensor) -> None:
+    """Add the rows that a call reached, of ``[T, H, D]``, to ``total``, in place."""
+    inside = slice(rows.start, rows.end)
+    fused = _fused(total)
+    if fused is not None:
+        fused.accumulate(total[inside], partial[inside], rows.gaps)
+    else:
+        total[inside] += rows.used(partial)
+
+
 class VarlenCall(NamedTuple):
     """One varlen flash call over the whole packed row.
 
@@ -371,9 +402,7 @@ def varlen_forward(
             out = partial_out if len(calls) == 1 else partial_out.to(acc)
             lse = partial_lse.to(acc)
         else:
-            rows = slice(call.queries.start, call.queries.end)
-            partial_lse_NH = call.queries.used(partial_lse.t(), -torch.inf)  # exp(-inf) is 0: gaps keep their row
-            _merge(out[rows], lse[:, rows], call.queries.used(partial_out), partial_lse_NH.t().to(acc))
+            _merge_used(call.queries, out, lse, partial_out, partial_lse)
     return out, lse
 
 
@@ -406,5 +435,5 @@ def varlen_backward(
         lengths = (call.cu_q, call.cu_k, call.max_q, call.max_k)
         grads = op(do, q, k, v, out, lse, *lengths, 0.0, call.causal, rng_state, unused, scale=scale)
         for total, grad, rows in zip(totals, grads, (call.queries, call.keys, call.keys), strict=True):
-            total[rows.start : rows.end] += rows.used(grad)
+            _add_used(rows, total, grad)
     return totals[0], totals[1], totals[2]

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prefix_grouper_plugins.attention import blockwise, flex, merged_lse
+from prefix_grouper_plugins.attention import blockwise, flex, merged_lse, triton_kernels
 from prefix_grouper_plugins.attention.plan import Forest, Request
 
 
@@ -52,7 +52,7 @@ class Backend(Protocol):
 
 
 # In the order in which `auto` asks them; the last one serves every request.
-BACKENDS: dict[str, Backend] = {"merged_lse": merged_lse, "flex": flex, "blockwise": blockwise}
+BACKENDS: dict[str, Backend] = {"merged_lse": merged_lse, "triton": triton_kernels, "flex": flex, "blockwise": blockwise}
 # What `shared_prefix_attention` takes; the dense oracle does not run inside the op.
 BACKEND_NAMES = ("auto", *BACKENDS, "dense")
 # Set to a backend's name it wins over what the code asks for, `dense` excepted.

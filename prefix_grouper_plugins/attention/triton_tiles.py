@@ -1,0 +1,68 @@
+"""What the Triton kernels of both directions share: loading tiles, the mask, and the scores.
+
+Imported only when a kernel runs: the package must import without triton.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(
+    pointer, first, end, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """Rows ``[first, first + ROWS)`` of ``WIDTH`` columns as ``[ROWS, PADDED]``; zeros past ``end`` if BOUNDED."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, PADDED)
+    pointers = pointer + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    if BOUNDED:
+        inside = (first + rows < end)[:, None]
+        if PADDED != WIDTH:
+            inside = inside & (columns < WIDTH)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    elif PADDED != WIDTH:
+        tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(pointer, tile, first, end, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Write ``tile [ROWS, PADDED]`` to rows ``[first, end)`` of ``WIDTH`` columns, in the dtype of ``pointer``."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, PADDED)
+    pointers = pointer + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    inside = (first + rows < end)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scaled_scores(products, inner, outer, CAPPED: tl.constexpr):
+    """Scores in base 2 from ``q . k``, and ``tanh`` of the uncapped ones, which the backward needs.
+
+    Without a cap ``inner`` is ``scale * log2(e)``. With one it is ``scale / softcap``, and ``outer`` is
+    ``softcap * log2(e)``.
+    """
+    if CAPPED:
+        tanh = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
+        scores = tanh * outer
+    else:
+        tanh = products  # unused
+        scores = products * inner
+    return scores, tanh
+
+
+@triton.jit
+def visible(queries, keys, key_ends, query_depth, key_depth, window, WINDOWED: tl.constexpr):
+    """Which query sees which key; all arguments broadcast to the shape of a tile.
+
+    ``key_ends`` is ``subtree_end`` of the keys, 0 where there is none. Depth counts tokens from a row's start.
+    """
+    seen = (keys <= queries) & (queries < key_ends)
+    if WINDOWED:
+        seen = seen & (query_depth - key_depth < window)
+    return seen

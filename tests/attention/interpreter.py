@@ -1,0 +1,50 @@
+"""A process in which Triton's kernels run on the CPU, in Python.
+
+``TRITON_INTERPRET=1`` must be set before triton is imported, and other tests of a worker may have imported it (trl
+does). So the tests hand functions to a process of their own. Tiles are small there, so that a small forest has many.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+TABLE_BLOCK = 64
+SHORTEST_ITEM = 128
+TILES = "forward=64x64x4x1 dq=32x64x4x1 dkdv=64x32x4x1"
+SECONDS = 300
+
+# In that process: whether the backends imported triton before a kernel ran.
+imported_early: bool | None = None
+
+
+@contextmanager
+def interpreter() -> Iterator[Callable[..., Any]]:
+    """``call(function, *arguments)`` runs a function of a test module in that process; its errors come here."""
+    # Spawned: a fork would inherit triton as it was imported, and threads of torch that do not run.
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
+    try:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(SECONDS)
+    finally:
+        pool.shutdown()
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    os.environ.update(TRITON_INTERPRET="1", PREFIX_GROUPER_TRITON_TILES=TILES)
+    from prefix_grouper_plugins.attention import registry, triton_configs, triton_kernels, triton_tables
+
+    global imported_early
+    assert "triton" in registry.BACKENDS
+    imported_early = "triton" in sys.modules
+
+    for module in (triton_configs, triton_kernels, triton_tables):
+        module.TABLE_BLOCK = TABLE_BLOCK
+    triton_tables.SHORTEST_ITEM = SHORTEST_ITEM

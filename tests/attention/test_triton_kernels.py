@@ -1,0 +1,272 @@
+"""The Triton kernels give the outputs and gradients of dense attention in float64: interpreted, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from forests import (
+    FEATURES,
+    Features,
+    assert_all_close,
+    emulated_flash_backward,
+    emulated_flash_forward,
+    features_of,
+    inputs,
+    layout_of,
+    layouts,
+    output_and_gradients,
+)
+from hypothesis import given, settings
+from torch import Tensor
+
+from prefix_grouper_plugins.attention import (
+    available_backends,
+    merged_lse,
+    shared_prefix_attention,
+    triton_configs,
+    triton_tables,
+)
+from prefix_grouper_plugins.attention.plan import forest_of
+from prefix_grouper_plugins.layout import PrefixLayout
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+Call = Callable[..., Any]
+
+FORESTS: dict[str, Callable[[], PrefixLayout]] = {
+    "deep": lambda: layout_of([(70, [(30, [(5, [(3, [(20, []), (1, [])])]), (33, [])]), (9, [])]), (12, [(7, [])])]),
+    "one_token_segments": lambda: layout_of([(1, [(1, [(1, []), (1, [])]), (1, [])]), (1, []), (1, [(1, [])])]),
+    "short_prefix_many_responses": lambda: PrefixLayout.from_groups([12], [[25] * 10]),
+    "long_prefix": lambda: PrefixLayout.from_groups([150], [[11, 40, 3]]),
+}
+PLAIN = Features(heads=1, kv_heads=1)
+ALL_FEATURES = Features(heads=2, kv_heads=1, head_dim=20, value_dim=12, window=30, softcap=2.0, sinks=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Call]:
+    with interpreter.interpreter() as call:
+        yield call
+
+
+def attend(layout: PrefixLayout, features: Features, backend: str) -> Callable[..., Tensor]:
+    options = {**features.options(), "backend": backend}
+    return lambda q, k, v, sinks: shared_prefix_attention(q, k, v, layout, sinks=sinks, **options)
+
+
+def assert_equals_dense(
+    layout: PrefixLayout, features: Features, dtype: torch.dtype = torch.float32, tolerance: float = 2e-5
+) -> None:
+    tensors = inputs(layout, features, dtype)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    actual = output_and_gradients(attend(layout, features, "triton"), tensors)
+    assert [x.dtype for x in actual] == [dtype] * len(actual)
+    assert_all_close(actual, output_and_gradients(attend(layout, features, "dense"), exact), tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize("forest", FORESTS)
+@pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES], ids=["plain", "all_features"])
+def test_gradients_equal_dense_gradients(interpreted: Call, forest: str, features: Features) -> None:
+    interpreted(assert_equals_dense, FORESTS[forest](), features)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", FEATURES)
+def test_each_feature_alone_equals_dense(interpreted: Call, name: str) -> None:
+    interpreted(assert_equals_dense, layout_of([(30, [(25, []), (9, [(20, [])])])]), features_of((name,)))
+
+
+@needs_triton
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 64), (128, 128), (40, 256)])
+def test_head_dims_equal_dense(interpreted: Call, head_dim: int, value_dim: int) -> None:
+    features = Features(heads=2, kv_heads=1, head_dim=head_dim, value_dim=value_dim)
+    interpreted(assert_equals_dense, layout_of([(30, [(20, []), (17, [])])]), features)
+
+
+@needs_triton
+def test_half_precision_stays_near_float64(interpreted: Call) -> None:
+    features = Features(heads=2, kv_heads=1, head_dim=16, value_dim=16, sinks=True)
+    interpreted(assert_equals_dense, FORESTS["deep"](), features, torch.float16, 4e-3)
+
+
+def bfloat16_is_refused() -> None:
+    reason = available_backends("cpu", torch.bfloat16, 64)["triton"]
+    assert reason == "Triton's interpreter does not multiply bfloat16 matrices; take float16 or float32"
+
+
+@needs_triton
+def test_the_interpreter_refuses_bfloat16(interpreted: Call) -> None:
+    interpreted(bfloat16_is_refused)
+
+
+def random_forests_equal_dense(features: Features) -> None:
+    @settings(max_examples=4, deadline=None)
+    @given(layout=layouts(max_length=30, max_segments=8))
+    def check(layout: PrefixLayout) -> None:
+        assert_equals_dense(layout, features)
+
+    check()
+
+
+@needs_triton
+@pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES], ids=["plain", "all_features"])
+def test_random_forests_equal_dense(interpreted: Call, features: Features) -> None:
+    interpreted(random_forests_equal_dense, features)
+
+
+def strided_inputs_equal_dense() -> None:
+    layout, features = layout_of([(30, [(20, []), (17, [])])]), Features(head_dim=16, value_dim=16)
+    tensors = inputs(layout, features, torch.float32)
+    expected = output_and_gradients(attend(layout, features, "dense"), tensors)
+    head_major = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in tensors]
+    sliced = [torch.cat([x, x], -1).detach()[..., :16].requires_grad_() for x in tensors]
+    no_dense_dim = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in tensors]
+    for views in (head_major, sliced, no_dense_dim):
+        assert not any(x.is_contiguous() for x in views)
+        assert_all_close(output_and_gradients(attend(layout, features, "triton"), views), expected, 2e-5)
+
+
+@needs_triton
+def test_strided_inputs_equal_dense(interpreted: Call) -> None:
+    """Models hand over ``[H, T, D]`` transposed."""
+    interpreted(strided_inputs_equal_dense)
+
+
+def scaled(layout: PrefixLayout, scale: float, backend: str) -> Callable[..., Tensor]:
+    return lambda q, k, v, _: shared_prefix_attention(q, k, v, layout, scale=scale, backend=backend)
+
+
+def any_scale_equals_dense() -> None:
+    layout = layout_of([(30, [(20, []), (17, [])])])
+    tensors = inputs(layout, PLAIN, torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    for scale, tolerance in ((300.0, 1e-3), (0.0, 2e-5), (-0.5, 2e-5)):
+        actual, expected = (
+            output_and_gradients(scaled(layout, scale, backend), some)
+            for backend, some in (("triton", tensors), ("dense", exact))
+        )
+        assert_all_close(actual, expected, tolerance)
+
+
+@needs_triton
+def test_any_scale_equals_dense(interpreted: Call) -> None:
+    interpreted(any_scale_equals_dense)
+
+
+def number_of_slots(layout: PrefixLayout) -> int:
+    return triton_tables.tables(forest_of(layout.segments), None, 2, torch.device("cpu")).num_slots
+
+
+@needs_triton
+def test_the_forests_above_have_shared_out_and_whole_key_blocks(interpreted: Call) -> None:
+    assert interpreted(number_of_slots, FORESTS["short_prefix_many_responses"]()) >= 3
+    assert interpreted(number_of_slots, FORESTS["one_token_segments"]()) == 0
+
+
+def fused_merge_equals_torch(dtype: torch.dtype, gaps: bool) -> None:
+    """With NaN in the gaps, in strided tensors of an odd number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows, heads, dim = 75, 3, 20
+    where = torch.rand(rows, generator=generator) < 0.3 if gaps else None
+    out, partial_out = (torch.randn(rows, heads, dim, generator=generator) for _ in range(2))
+    lse, partial_lse = (torch.randn(heads, rows, generator=generator) * 9 for _ in range(2))
+    partial_out = partial_out.to(dtype)
+    if where is not None:
+        partial_out[where], partial_lse[:, where] = torch.nan, torch.nan
+    used = merged_lse.Rows(5, rows, None if where is None else where[5:])
+    assert merged_lse._fused(out) is triton_merge()
+    results = []
+    for fused in (True, False):
+        tensors = [x.clone() for x in (out, lse, out)]
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:
+                patch.setattr(merged_lse, "_fused", lambda total: None)
+            merged_lse._merge_used(used, tensors[0], tensors[1], partial_out, partial_lse)
+            merged_lse._add_used(used, tensors[2], partial_out)
+        results.append(tensors)
+    for actual, expected, before in zip(*results, (out, lse, out), strict=True):
+        assert not torch.equal(expected, before)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def triton_merge() -> Any:
+    from prefix_grouper_plugins.attention import triton_merge
+
+    return triton_merge
+
+
+@needs_triton
+@pytest.mark.parametrize("gaps", [False, True], ids=["no_gaps", "nan_in_gaps"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_fused_merge_of_flash_partials_equals_the_torch_merge(
+    interpreted: Call, dtype: torch.dtype, gaps: bool
+) -> None:
+    interpreted(fused_merge_equals_torch, dtype, gaps)
+
+
+def varlen_driver_equals_dense() -> None:
+    layout, features = layout_of([(5, [(4, [(3, []), (6, [])]), (2, [])]), (7, [])]), Features(heads=2, kv_heads=1)
+    tensors = [x.detach() for x in inputs(layout, features, torch.float32)]
+    calls = merged_lse.varlen_calls(forest_of(layout.segments), torch.device("cpu"))
+    out, lse = merged_lse.varlen_forward(emulated_flash_forward, *tensors, calls, 8**-0.5)
+    grads = merged_lse.varlen_backward(emulated_flash_backward, out, *tensors, out, lse, calls, 8**-0.5)
+    expected_out = shared_prefix_attention(*(leaves := [x.requires_grad_() for x in tensors]), layout, backend="dense")
+    expected = [expected_out, *torch.autograd.grad(expected_out, leaves, out)]
+    assert_all_close([out, *grads], expected, 2e-5)
+
+
+@needs_triton
+def test_the_varlen_driver_with_fused_merges_equals_dense(interpreted: Call) -> None:
+    interpreted(varlen_driver_equals_dense)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("cuda", torch.float64, 64), "float16, bfloat16 and float32, not torch.float64"),
+        (("cpu", torch.float32, 320), "head dim 320 is above 256"),
+        pytest.param(("cpu", torch.float32, 64), "need an NVIDIA CUDA device, not cpu", marks=needs_triton),
+    ],
+)
+def test_why_not_tells_the_reason(arguments: tuple[Any, ...], reason: str) -> None:
+    assert reason in str(available_backends(*arguments)["triton"])
+
+
+def test_without_triton_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert available_backends("cuda", torch.bfloat16, 64)["triton"] == "the package triton is not installed"
+
+
+def triton_was_imported_early() -> bool | None:
+    return interpreter.imported_early
+
+
+@needs_triton
+def test_triton_is_imported_only_when_a_kernel_runs(interpreted: Call) -> None:
+    assert interpreted(triton_was_imported_early) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("forward=128x64", "'forward=128x64' is not KERNEL=QUERIESxKEYSxWARPSxSTAGES of forward, dq, dkdv"),
+        ("backward=64x64x4x2", "'backward=64x64x4x2' is not KERNEL"),
+        ("dq=96x64x4x2", "tiles of 'dq=96x64x4x2' must be 16 or more and divide 128"),
+        ("dkdv=256x64x4x2", "must be 16 or more and divide 128"),
+    ],
+)
+def test_wrong_pins_are_refused(monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
+    monkeypatch.setenv(triton_configs.ENVIRONMENT, text)
+    with pytest.raises(ValueError, match=message):
+        triton_configs.pinned("forward")
+
+
+def test_a_pin_holds_for_its_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(triton_configs.ENVIRONMENT, "forward=128x32x8x3, dq=64x64x4x2")
+    assert triton_configs.pinned("forward") == triton_configs.Tiles(128, 32, 8, 3)
+    assert triton_configs.pinned("dkdv") is None
