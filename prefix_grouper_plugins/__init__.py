@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         check_support,
         disable_prefix_grouper,
         enable_prefix_grouper,
+        prove,
     )
     from prefix_grouper_plugins.scoring import prefix_grouped_logps
 
@@ -27,6 +28,7 @@ __all__ = [
     "disable_prefix_grouper",
     "enable_prefix_grouper",
     "prefix_grouped_logps",
+    "prove",
     "shared_prefix_attention",
 ]
 
@@ -34,6 +36,6 @@ __getattr__ = lazy_names(
     __name__,
     attention=["shared_prefix_attention"],
     layout=["PrefixLayout"],
-    modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper", "enable_prefix_grouper"],
+    modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper", "enable_prefix_grouper", "prove"],
     scoring=["prefix_grouped_logps"],
 )

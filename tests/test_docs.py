@@ -344,7 +344,7 @@ def test_the_table_of_options_is_that_of_the_code() -> None:
     for option in fields(PrefixGrouperArguments):
         default, choices, _ = rows[option.name].split(" | ")
         if option.default is not None:
-            assert default == f"`{str(option.default).lower() if option.default is False else option.default}`"
+            assert default == f"`{str(option.default).lower() if isinstance(option.default, bool) else option.default}`"
         assert re.findall(r"`(\w+)`", choices) == option.metadata.get("choices", ["true", "false"])
 
 

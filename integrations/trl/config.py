@@ -67,6 +67,14 @@ class PrefixGrouperArguments:
         },
     )
 
+    prefix_grouper_proof: bool = field(
+        default=True,
+        metadata={
+            "help": "Before training, compare a tiny packed forward and backward of the model with forwards of its rows; "
+            "a model that fails is unsupported. Without it, model types that no test has compared are refused."
+        },
+    )
+
     def __post_init__(self) -> None:
         for option in fields(PrefixGrouperArguments):
             if (text := os.environ.get(option.name.upper())) is not None:

@@ -13,12 +13,15 @@ returns the router loss as a third value.
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 import trl
 import trl.trainer.utils as trl_utils
+from accelerate.utils import DistributedType
 from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
@@ -31,15 +34,22 @@ from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_l
 from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
+    agreed,
+    awaits_proof,
     check_support,
+    disable_prefix_grouper,
     enable_prefix_grouper,
     numbers_padded_columns,
     packed_inputs,
+    refutation,
+    settle,
     without_prefix_grouper,
 )
 from prefix_grouper_plugins.modeling.multimodal import ImageRows
 
 _HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
+# Parameters are cut into shards when training begins, and until then some processes hold none.
+_SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 _DEFAULTS = {option.name: option.default for option in fields(PrefixGrouperArguments)} | {"use_prefix_grouper": True}
 
 Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probs [B, C], entropies [B, C], router loss []
@@ -97,21 +107,43 @@ class PrefixGrouperMixin:
     def _enable_models(self) -> None:
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
         reports = [check_support(model) for model in models]
-        reasons = list(dict.fromkeys(reason for report in reports for reason in report.reasons))
-        reasons += _setting_reasons(self.args)
-        if reasons and self._option("prefix_grouper_on_unsupported") == "error":
+        proof = self._option("prefix_grouper_proof")
+        found = [reason for report in reports for reason in report.reasons + (() if proof else report.unproven)]
+        reasons = [*dict.fromkeys(found), *_setting_reasons(self.args)]
+        if not reasons:
+            for model in models:
+                enable_prefix_grouper(
+                    model, backend=self._option("prefix_grouper_backend"), prove="later" if proof else False
+                )
+            if proof and self.accelerator.distributed_type not in _SHARDED:
+                reasons = [reason for model in models for reason in self._prove(model)]
+        if reasons:
+            self._cannot_share(reasons)
+            return
+        remarks = [*reports[0].notes, *self._outlook(), *_overridden(type(self))]
+        if remarks and self._is_main:
+            logger.warning("prefix grouper: %s", "; ".join(remarks))
+
+    def _prove(self, model: Any) -> tuple[str, ...]:
+        """Compare a tiny packed forward of ``model`` with its rows; why it cannot be shared. Every process calls it."""
+        with self.accelerator.autocast():
+            proof = agreed(settle(model), self.accelerator.device)
+        reasons = refutation(check_support(model), proof)
+        if not reasons and self._is_main:
+            logger.log(logging.INFO if proof.passed else logging.WARNING, "prefix grouper: %s", proof)
+        return reasons
+
+    def _cannot_share(self, reasons: Sequence[str]) -> None:
+        """Stop, or take the stock path from here on."""
+        if self._option("prefix_grouper_on_unsupported") == "error":
             raise UnsupportedModelError(
                 f"prefix grouper cannot run {type(self.model).__name__} exactly: {'; '.join(reasons)}. Change that, or "
                 "set prefix_grouper_on_unsupported='fallback' to train on the stock path"
             )
-        if reasons:
-            self._standing_reason = "; ".join(reasons)
-            return
-        for model in models:
-            enable_prefix_grouper(model, backend=self._option("prefix_grouper_backend"))
-        remarks = [*reports[0].notes, *self._outlook(), *_overridden(type(self))]
-        if remarks and self._is_main:
-            logger.warning("prefix grouper: %s", "; ".join(remarks))
+        self._standing_reason = "; ".join(reasons)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                disable_prefix_grouper(model)
 
     def _window(self) -> int:
         mix_freely = rows_mix_freely(self.args) and not getattr(self, "aux_loss_enabled", False)
@@ -171,6 +203,9 @@ class PrefixGrouperMixin:
         Rows are cut into the stock method's chunks, so that every process makes the same number of forwards.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
+        waits = self._shares and self._standing_reason is None and awaits_proof(model)  # it was to be sharded first
+        if waits and (reasons := self._prove(model)):
+            self._cannot_share(reasons)
         reason = self._reason_not_to_share(model, given)
         if reason is not None:
             if self._shares:

@@ -66,6 +66,13 @@ class PrefixGrouperOptions(BaseConfig):
             "help": "Run the first update twice, ordinary and shared, and stop if the gradients differ.",
         },
     )
+    proof: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first forward, compare a tiny packed forward and backward of the model with forwards of "
+            "its rows; a model that fails is unsupported. Without it, model types that no test has compared are refused.",
+        },
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -8,7 +8,8 @@ packed row the next token does not always stand next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -31,9 +32,13 @@ from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling import (
     ShardedLayout,
     UnsupportedModelError,
+    agreed,
     check_support,
+    disable_prefix_grouper,
     enable_prefix_grouper,
     layout_inputs,
+    refutation,
+    settle,
 )
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers
 from prefix_grouper_plugins.verify import check_gradients, local_gradients
@@ -41,6 +46,10 @@ from prefix_grouper_plugins.verify import check_gradients, local_gradients
 # Policy losses of verl whose value does not depend on which rows stand in one micro-batch. Of its own, clip_cov and
 # kl_cov select tokens within a micro-batch, and geo_mean averages over it.
 _ROWS_MIX_FREELY = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
+_NO_PROOF_OF_PIECES = (
+    "not proved: Ulysses leaves each process a piece of the rows, which a few tokens are too short for; "
+    "prefix_grouper.verify=true compares the first update"
+)
 
 
 class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
@@ -75,6 +84,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._tally = Tally()
         self._warned: set[str] = set()
         self._standing_reason: str | None = None
+        self._to_prove = False
         self._to_verify = self.options.verify and not engine_config.forward_only
 
     # ----------------------------------------------------------------------------------------------------- the model
@@ -82,19 +92,40 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
         report = check_support(module)
-        reasons = [*report.reasons, *self._parallel_reasons(module)]
-        if not reasons:
-            enable_prefix_grouper(module, backend=self.options.backend)
-        elif self.options.on_unsupported == "fallback":
-            self._standing_reason = "; ".join(reasons)
+        if self.options.proof and self.use_ulysses_sp:
+            self._warn_once(_NO_PROOF_OF_PIECES)
+        self._to_prove = self.options.proof and not self.use_ulysses_sp
+        unproven = () if self._to_prove else report.unproven
+        reasons = [*report.reasons, *unproven, *self._parallel_reasons(module)]
+        if reasons:
+            self._cannot_share(reasons)
         else:
+            enable_prefix_grouper(module, backend=self.options.backend, prove="later" if self._to_prove else False)
+        for note in report.notes:
+            self._warn_once(note)
+        return super()._build_fsdp_module(module)
+
+    def _cannot_share(self, reasons: Sequence[str]) -> None:
+        """Stop, or take the ordinary path from here on."""
+        if self.options.on_unsupported != "fallback":
             raise UnsupportedModelError(
                 f"{'; '.join(reasons)}. To train without sharing, leave model_engine=prefix_grouper out or set "
                 "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
             )
-        for note in report.notes:
-            self._warn_once(note)
-        return super()._build_fsdp_module(module)
+        self._to_prove = False
+        self._standing_reason = "; ".join(reasons)
+
+    def _prove(self) -> None:
+        """Compare a tiny packed forward with its rows, before the first batch: on all ranks, as FSDP demands."""
+        self._to_prove = False
+        device, dtype = torch.device(get_device_name()), self._autocast_dtype
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # as verl does
+            proof = agreed(settle(self.module, device), device)
+        if reasons := refutation(check_support(self.module), proof):
+            disable_prefix_grouper(self.module)
+            self._cannot_share(reasons)
+        elif self.rank == 0:
+            logger.log(logging.INFO if proof.passed else logging.WARNING, "prefix grouper: %s", proof)
 
     def _parallel_reasons(self, module: nn.Module) -> list[str]:
         if not self.use_ulysses_sp or not foreign_mixers(module):
@@ -112,6 +143,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
         Adds ``prefix_grouper/*`` to the metrics.
         """
+        if self._to_prove:
+            self._prove()
         if self._to_verify and not forward_only:
             self._verify(data, loss_function)
         output = self._run(data, loss_function, forward_only)

@@ -52,7 +52,12 @@ class Backend(Protocol):
 
 
 # In the order in which `auto` asks them; the last one serves every request.
-BACKENDS: dict[str, Backend] = {"merged_lse": merged_lse, "triton": triton_kernels, "flex": flex, "blockwise": blockwise}
+BACKENDS: dict[str, Backend] = {
+    "merged_lse": merged_lse,
+    "triton": triton_kernels,
+    "flex": flex,
+    "blockwise": blockwise,
+}
 # What `shared_prefix_attention` takes; the dense oracle does not run inside the op.
 BACKEND_NAMES = ("auto", *BACKENDS, "dense")
 # Set to a backend's name it wins over what the code asks for, `dense` excepted.

@@ -1,15 +1,16 @@
 """How a transformers model is made to use a layout, and which models can."""
 
+from prefix_grouper_plugins.modeling.enable import awaits_proof, enable_prefix_grouper, refutation, settle
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.interface import (
     base_implementation,
     disable_prefix_grouper,
-    enable_prefix_grouper,
     is_enabled,
     layout_inputs,
     packed_inputs,
     without_prefix_grouper,
 )
+from prefix_grouper_plugins.modeling.proof import Proof, agreed, prove
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.modeling.support import (
     SupportReport,
@@ -19,9 +20,12 @@ from prefix_grouper_plugins.modeling.support import (
 )
 
 __all__ = [
+    "Proof",
     "ShardedLayout",
     "SupportReport",
     "UnsupportedModelError",
+    "agreed",
+    "awaits_proof",
     "base_implementation",
     "check_support",
     "disable_prefix_grouper",
@@ -30,6 +34,9 @@ __all__ = [
     "layout_inputs",
     "numbers_padded_columns",
     "packed_inputs",
+    "prove",
+    "refutation",
+    "settle",
     "transformers_model",
     "without_prefix_grouper",
 ]

@@ -38,36 +38,22 @@ from prefix_grouper_plugins.modeling.mixers import (
     layout_of_layer,
 )
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
-from prefix_grouper_plugins.modeling.support import attention_configs, attention_layers, check_support
+from prefix_grouper_plugins.modeling.support import attention_configs, attention_layers
 
 _NAME = "prefix_grouper"
 
 
-def enable_prefix_grouper(model: nn.Module, *, backend: str = "auto") -> nn.Module:
-    """Let ``model`` (a transformers causal LM, bare or wrapped by PEFT) take packed rows. In place and idempotent.
-
-    Nothing changes for ordinary calls. Packed calls are made with :func:`packed_inputs`.
-
-    Args:
-        model: the model.
-        backend: attention backend of every layer, see :func:`~prefix_grouper_plugins.shared_prefix_attention`.
-
-    Returns:
-        the same model.
+def enable_layers(model: nn.Module, backend: str) -> None:
+    """Let the layers of ``model``, which :func:`check_support` knows, take packed rows. In place and idempotent.
 
     Raises:
-        UnsupportedModelError: the packed result could differ from the ordinary one; the message says why.
         ValueError: there is no such backend.
     """
     check_backend_name(backend)
-    report = check_support(model)
-    if not report.supported:
-        raise UnsupportedModelError("; ".join(report.reasons))
     if attention_layers(model):  # attention with code of its own may compare the name
         for config in attention_configs(model):
             config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
     enable_mixers(model)
-    return model
 
 
 def disable_prefix_grouper(model: nn.Module) -> nn.Module:
@@ -79,7 +65,7 @@ def disable_prefix_grouper(model: nn.Module) -> nn.Module:
 
 
 def is_enabled(model: nn.Module) -> bool:
-    """Whether :func:`enable_prefix_grouper` is in force on ``model``."""
+    """Whether :func:`~prefix_grouper_plugins.enable_prefix_grouper` is in force on ``model``."""
     names = [config._attn_implementation for config in attention_configs(model)]
     return has_mixers_enabled(model) or any(name.startswith(f"{_NAME}:") for name in names)
 
@@ -175,7 +161,14 @@ def _attention(
     if layout is None:
         layout = layout_of_layer()
     if layout is None:
+        if _is_placeholder(attention_mask) and query.shape[2] > 1:
+            raise RuntimeError(f"{type(module).__name__} runs in a packed forward, but the layout was lost on the way")
         return _own_attention(module, base)(module, query, key, value, attention_mask, *args, **kwargs)
+    if attention_mask is not None and not _is_placeholder(attention_mask):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got a mask of {tuple(attention_mask.shape)} of the model's own making, which the "
+            "shared-prefix core does not apply"
+        )
     _check_packed_call(module, query, layout, base, args, kwargs)
     attention = sequence_parallel_attention if isinstance(layout, ShardedLayout) else shared_prefix_attention
     output = attention(
@@ -190,6 +183,11 @@ def _attention(
         backend=backend,
     )
     return output.unsqueeze(0), None
+
+
+def _is_placeholder(mask: Any) -> bool:
+    """Whether ``mask`` is that of :func:`layout_inputs`, with its tag or without."""
+    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 1, 1)
 
 
 def _check_packed_call(

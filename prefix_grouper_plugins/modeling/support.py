@@ -1,8 +1,10 @@
 """Which models can take packed rows, and why another one cannot.
 
 A model is supported when every place where it mixes tokens is an attention layer that we can switch, or a mixer that we
-can run on whole rows (modeling/mixers.py), and when its type is one whose packed forward and gradients a test has compared with row-by-row forwards (:data:`VERIFIED_MODEL_TYPES`).
-Everything else is refused before training, with the reason: a guess here would be wrong numbers there.
+can run on whole rows (modeling/mixers.py), under masks that we know. Where besides a test has compared packed forward and
+gradients of its type with row-by-row forwards (:data:`VERIFIED_MODEL_TYPES`), nothing more is asked; other types and code
+from outside of transformers stand or fall with a proof on first use (modeling/proof.py). Everything else is refused
+before training, with the reason: a guess here would be wrong numbers there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_grouper_plugins.attention.registry import auto_backend
@@ -64,6 +67,8 @@ _POINTWISE_LAYER_TYPES = {"mlp", "moe"}
 # Attention of the core, and mixers of modeling/mixers.py. Chunked, sparse and compressed attention are neither.
 _LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid"} | _POINTWISE_LAYER_TYPES
 _LAYER_TYPES |= {"attention", "mamba"}  # transformers before 5.23
+# Functions of transformers that make the masks which the core knows.
+_MASK_FUNCTIONS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_masks_for_generate"}
 _ROPE_OF_LONGEST_ROW = {"dynamic", "longrope"}
 
 # Adapters that tests/modeling/test_peft.py compares: they change weights, or what a layer does with single tokens.
@@ -97,11 +102,13 @@ class SupportReport:
 
     Attributes:
         reasons: why the model is refused; empty when it is supported.
+        unproven: why it is refused unless :func:`~prefix_grouper_plugins.prove` shows that it is right.
         notes: what a user should know although it does not change the result's validity, one line each.
         layers: how each attention layer and each other mixer is run.
     """
 
     reasons: tuple[str, ...] = ()
+    unproven: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     layers: tuple[LayerSupport, ...] = field(default=(), repr=False)
 
@@ -126,16 +133,19 @@ def check_support(model: nn.Module) -> SupportReport:
     layers, mixers = attention_layers(model), foreign_mixers(model)
     reasons = [
         *(_multimodal_reasons(base) or _type_reasons(config, layers + mixers)),
-        *_code_reasons(base, config, layers, mixers),
+        *_unknown_layers(config, layers, mixers),
         *_position_reasons(config),
         *_attention_reasons(layers + mixers),
         *_adapter_reasons(model),
         *_quantization_reasons(model, config),
     ]
+    unproven = _unproven(base)
+    if unproven and not reasons:
+        reasons += _unknown_masks(base)
     device, dtype = _where_attention_runs(base)
     described = [_describe(name, m, device, dtype) for name, m in layers]
     described += [_describe_mixer(name, m) for name, m in mixers]
-    return SupportReport(tuple(reasons), tuple(_notes(model)), tuple(described))
+    return SupportReport(tuple(reasons), tuple(unproven), tuple(_notes(model)), tuple(described))
 
 
 def transformers_model(model: nn.Module) -> Any:
@@ -181,6 +191,12 @@ def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def largest_window(model: nn.Module) -> int | None:
+    """The longest sliding window of any attention layer under ``model``; None where there is none."""
+    windows = [window for _, m in attention_layers(model) if (window := _sliding_window(m)) is not None]
+    return max(windows, default=None)
+
+
 def numbers_padded_columns(model: nn.Module) -> bool:
     """Whether a padded forward without ``position_ids`` numbers padded columns too, as nearly all models do.
 
@@ -207,6 +223,16 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if others:
         return [f"{kind} has layers of type {', '.join(others)}, which mix tokens in a way that is not supported yet"]
+    return []
+
+
+def _unproven(base: PreTrainedModel) -> list[str]:
+    """What no test has compared: an unknown type, and other code than the one that was verified."""
+    # FSDP2 puts a class of its own on top.
+    own = next(c for c in type(base).__mro__ if issubclass(c, PreTrainedModel) and FSDPModule not in c.__bases__)
+    if not own.__module__.startswith("transformers."):
+        return [f"{own.__name__} is code from outside of transformers, which no test has compared with single rows"]
+    kind = text_part(base).config.model_type
     if kind not in VERIFIED_MODEL_TYPES and kind not in _TEXT_PARTS:
         return [f"model type {kind!r} has not been verified: no test has compared its packed forward with single rows"]
     return []
@@ -219,14 +245,23 @@ def _multimodal_reasons(base: PreTrainedModel) -> list[str]:
     return [f"{kind} is a multimodal model that no test has compared with single rows"]
 
 
-def _code_reasons(
-    base: PreTrainedModel, config: Any, layers: list[tuple[str, nn.Module]], mixers: list[tuple[str, nn.Module]]
-) -> list[str]:
-    """A verified type may still be run by other code than the one that was verified."""
-    if not type(base).__module__.startswith("transformers."):
-        return [
-            f"{type(base).__name__} is code from outside of transformers, which no test has compared with single rows"
-        ]
+def _unknown_masks(base: PreTrainedModel) -> list[str]:
+    """Masks that a packed forward leaves out, and whose effect a few short rows may not show."""
+    names: set[str] = set()
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel):
+            code = inspect.unwrap(type(module).forward).__code__
+            names |= {n for n in code.co_names if n.startswith("create_") and n.endswith(("mask", "masks"))}
+    chunk = getattr(base.config, "attention_chunk_size", None)
+    found = sorted(names - _MASK_FUNCTIONS) + ([f"attention_chunk_size={chunk}"] if chunk else [])
+    return (
+        [f"{type(base).__name__} masks its attention in a way that is not known here: {', '.join(found)}"]
+        if found
+        else []
+    )
+
+
+def _unknown_layers(config: Any, layers: list[tuple[str, nn.Module]], mixers: list[tuple[str, nn.Module]]) -> list[str]:
     kinds = getattr(config, "layer_types", None) or []
     expected = getattr(config, "num_hidden_layers", 0) - sum(kind in _POINTWISE_LAYER_TYPES for kind in kinds)
     if stack := getattr(config, "num_layers_per_stack", None):  # hrm_text runs two stacks again and again

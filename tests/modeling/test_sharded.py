@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling import packed_inputs, settle
 from tests import tiny
 from tests.modeling import families
 from tests.processes import Processes
@@ -76,6 +76,37 @@ def by_fsdp1(group: dist.ProcessGroup, model_type: str) -> tuple[float, float]:
     difference = (forward_and_backward(wrapped) - forward_and_backward(whole)).abs().max()
     wanted = nn.utils.get_total_norm([p.grad for p in whole.parameters() if p.grad is not None])
     return float(difference), float((wrapped.clip_grad_norm_(1e9) - wanted).abs() / wanted)
+
+
+def proofs(group: dist.ProcessGroup, model_type: str, version: int) -> list[tuple[bool, float, bool]]:
+    """Of a right model and of one whose positions are wrong: passed, gradient difference, no gradient left."""
+    found = []
+    for fault in (False, True):
+        model = enable_prefix_grouper(families.build(model_type).float().train(), prove="later")
+        if fault:
+            own = model.model.rotary_emb.forward
+            model.model.rotary_emb.forward = lambda x, position_ids, own=own: own(x, torch.arange(x.shape[1])[None])
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if version == 2:
+            mesh = DeviceMesh.from_group(group, "cpu")
+            for layer in layers:
+                fully_shard(layer, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        else:
+            policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(x) for x in layers})
+            wrapped = FullyShardedDataParallel(model, group, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        proof = settle(wrapped)
+        clean = all(p.grad is None for p in wrapped.parameters())
+        forward_and_backward(wrapped)  # nothing is in the way of what follows
+        found.append((proof.passed, proof.gradient, clean))
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "version"), [("qwen3", 1), ("qwen3", 2)])
+def test_a_sharded_model_is_proved_by_all_processes_together(processes, model_type, version):
+    for (right, difference, clean), (wrong, _, _) in processes.run(2, proofs, model_type, version):
+        assert right and not wrong and clean
+        assert 0 < difference < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

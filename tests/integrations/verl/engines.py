@@ -42,6 +42,7 @@ class Case:
     sum_pi_squared: bool = False
     without_prompts: bool = False
     dropout: float = 0.0
+    wrong_positions: bool = False  # of packed rows, as in a model that somebody has patched
 
     def __str__(self) -> str:
         changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self)(), k)}
@@ -104,6 +105,14 @@ def perturb_adapters(module: Any) -> None:
             whole = 0.05 * torch.randn(parameter.shape, generator=generator)
             shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
             parameter.data.to_local().copy_(shard)
+
+
+def count_packed_positions(module: Any) -> None:
+    import torch
+
+    rotary = module.model.rotary_emb
+    own = rotary.forward
+    rotary.forward = lambda x, position_ids: own(x, torch.arange(x.shape[1])[None])
 
 
 def save_model(case: Case, path: Path) -> None:
@@ -287,6 +296,8 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         wanted = scores(stock, make_batch(alone, dealt, len(rows)))
     with model_classes_restored():
         shared = build(case, path, shared=True)
+        if case.wrong_positions:
+            count_packed_positions(shared.module)
         found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
         got = scores(shared, make_batch(case, mine, len(rows)))
     assert found.keys() == reference.keys()

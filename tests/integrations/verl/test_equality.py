@@ -138,6 +138,8 @@ def test_a_group_larger_than_the_budget_is_split_and_exact(tmp_path):
 
 @pytest.mark.slow
 def test_an_unsupported_model_stops_before_training_and_says_what_to_do(tmp_path):
-    (result,) = results([Case(dropout=0.1)], 1, tmp_path)
-    assert result["error"].startswith("UnsupportedModelError: attention dropout is 0.1")
-    assert "on_unsupported=fallback" in result["error"]
+    settings, patched = results([Case(dropout=0.1), Case(wrong_positions=True)], 1, tmp_path)
+    assert settings["error"].startswith("UnsupportedModelError: attention dropout is 0.1")
+    assert "packed rows of FSDPQwen3ForCausalLM are not its rows" in patched["error"]
+    for result in (settings, patched):
+        assert "on_unsupported=fallback" in result["error"]
