@@ -349,8 +349,8 @@ class _Comparison:
 
     def _token_ids(self, config: Any) -> list[int]:
         """Ordinary words: placeholders of images and the like mean something to the model."""
-        special = {v for k, v in vars(config).items() if k.endswith("token_id") and isinstance(v, int)}
-        special |= {v for k, v in vars(self.base.config).items() if k.endswith("token_id") and isinstance(v, int)}
+        named = [*vars(config).items(), *vars(self.base.config).items()]
+        special = {v for k, v in named if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
         size = min(config.vocab_size, self.embedding.weight.shape[0]) if not self.sharded else config.vocab_size
         drawn = torch.randperm(size, generator=self.generator)[: 200 + len(special)].tolist()
         return [token for token in drawn if token not in special]
