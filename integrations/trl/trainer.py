@@ -42,6 +42,7 @@ from prefix_grouper_plugins.modeling import (
     numbers_padded_columns,
     packed_inputs,
     refutation,
+    row_limit,
     settle,
     without_prefix_grouper,
 )
@@ -206,7 +207,7 @@ class PrefixGrouperMixin:
         waits = self._shares and self._standing_reason is None and awaits_proof(model)  # it was to be sharded first
         if waits and (reasons := self._prove(model)):
             self._cannot_share(reasons)
-        reason = self._reason_not_to_share(model, given)
+        reason = self._reason_not_to_share(model, input_ids.shape[1], given)
         if reason is not None:
             if self._shares:
                 self._log_sharing(self.sharing.count_fallback(reason))
@@ -246,11 +247,14 @@ class PrefixGrouperMixin:
         stock = super()._get_per_token_logps_and_entropies
         return 3 if "compute_aux_loss" in inspect.signature(stock).parameters else 2
 
-    def _reason_not_to_share(self, model: Any, given: dict[str, Any]) -> str | None:
+    def _reason_not_to_share(self, model: Any, columns: int, given: dict[str, Any]) -> str | None:
         if not self._shares:
             return "use_prefix_grouper is off"
         if self._standing_reason is not None:
             return self._standing_reason
+        limit = row_limit(model)
+        if limit is not None and columns >= limit[0]:  # the stock path numbers padded columns too
+            return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} turns a whole batch"
         return reason_not_to_share(model, given)
 
     def _score(

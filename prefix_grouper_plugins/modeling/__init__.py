@@ -16,6 +16,7 @@ from prefix_grouper_plugins.modeling.support import (
     SupportReport,
     check_support,
     numbers_padded_columns,
+    row_limit,
     transformers_model,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "packed_inputs",
     "prove",
     "refutation",
+    "row_limit",
     "settle",
     "transformers_model",
     "without_prefix_grouper",

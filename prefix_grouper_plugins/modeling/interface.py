@@ -3,7 +3,8 @@
 transformers looks its attention up by the name in ``config._attn_implementation`` (``AttentionInterface``; its masks in
 ``AttentionMaskInterface``). We register one name for each implementation that a user may have chosen, say
 ``prefix_grouper:auto:sdpa``: with a layout it runs the shared-prefix core, without one it calls exactly what ``sdpa``
-would have called, so that generation, evaluation and reward models do not notice. The name is the only state.
+would have called, so that generation, evaluation and reward models do not notice. The name is the only state, but for a
+check of the positions in models whose rotary angles depend on the longest row.
 
 The layout travels as a model keyword and, for the few families that drop keywords on the way to the layer (stablelm,
 nemotron), also as a tag on the 4-D placeholder mask. Not through a context variable: gradient checkpointing recomputes
@@ -38,7 +39,12 @@ from prefix_grouper_plugins.modeling.mixers import (
     layout_of_layer,
 )
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
-from prefix_grouper_plugins.modeling.support import attention_configs, attention_layers
+from prefix_grouper_plugins.modeling.support import (
+    attention_configs,
+    attention_layers,
+    modules_with_row_limit,
+    row_limit,
+)
 
 _NAME = "prefix_grouper"
 
@@ -53,6 +59,11 @@ def enable_layers(model: nn.Module, backend: str) -> None:
     if attention_layers(model):  # attention with code of its own may compare the name
         for config in attention_configs(model):
             config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
+    _unhook_positions(model)
+    for module in modules_with_row_limit(model):
+        limit, kind = row_limit(module)  # type: ignore[misc]
+        check = functools.partial(_check_positions, limit=limit, kind=kind)
+        module.register_forward_pre_hook(check, with_kwargs=True)
     enable_mixers(model)
 
 
@@ -60,8 +71,29 @@ def disable_prefix_grouper(model: nn.Module) -> nn.Module:
     """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
     for config in attention_configs(model):
         config._attn_implementation = base_implementation(config._attn_implementation)
+    _unhook_positions(model)
     disable_mixers(model)
     return model
+
+
+def _unhook_positions(model: nn.Module) -> None:
+    for module in model.modules():  # not by the handles: those of a copied model belong to the original
+        hooks = module._forward_pre_hooks.items()
+        for key in [key for key, hook in hooks if getattr(hook, "func", None) is _check_positions]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: int, kind: str) -> None:
+    """Forward pre-hook: refuse a packed row in which a row is so long that it would change the angles of the others."""
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
+        return
+    positions = kwargs.get("position_ids")
+    longest = limit if positions is None else int(positions.max()) + 2  # a row's last token is not forwarded
+    if longest >= limit:
+        raise ValueError(
+            f"a row reaches {longest} tokens, and from {limit} on rope_type {kind!r} turns all rows of a batch by other "
+            "angles: keep rows shorter, or forward these without sharing"
+        )
 
 
 def is_enabled(model: nn.Module) -> bool:

@@ -134,7 +134,7 @@ def check_support(model: nn.Module) -> SupportReport:
     reasons = [
         *(_multimodal_reasons(base) or _type_reasons(config, layers + mixers)),
         *_unknown_layers(config, layers, mixers),
-        *_position_reasons(config),
+        *_position_reasons(text_part(base)),
         *_attention_reasons(layers + mixers),
         *_adapter_reasons(model),
         *_quantization_reasons(model, config),
@@ -272,13 +272,52 @@ def _unknown_layers(config: Any, layers: list[tuple[str, nn.Module]], mixers: li
     return []
 
 
-def _position_reasons(config: Any) -> list[str]:
+def _position_reasons(base: PreTrainedModel) -> list[str]:
+    config: Any = base.config
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     per_layer_kind = [value for value in parameters.values() if isinstance(value, dict)]
     kinds = {p.get("rope_type", p.get("type")) for p in (per_layer_kind or [parameters])}
-    if found := kinds & _ROPE_OF_LONGEST_ROW:
+    found = (kinds & _ROPE_OF_LONGEST_ROW) - {kind for _, kind in _row_limits(base)}
+    if found:
         return [f"rope_type {found.pop()!r} makes every position depend on the longest row of the batch"]
     return []
+
+
+def row_limit(model: nn.Module) -> tuple[int, str] | None:
+    """The length in tokens from which on one row changes the rotary angles of all rows of its forward.
+
+    So it is with RoPE of the kinds "dynamic" and "longrope" (transformers' ``dynamic_rope_update``). While every row of
+    a forward is shorter, padding included where it is numbered, each has the angles that it has alone.
+
+    Returns:
+        that length and the kind, of the module with the lowest; None where there is no such module.
+    """
+    return min(_row_limits(model), default=None)
+
+
+def modules_with_row_limit(model: nn.Module) -> list[nn.Module]:
+    """The modules that hand positions to a rotary embedding of those kinds."""
+    return [module for module in model.modules() if any(_limits_of(child) for child in module.children())]
+
+
+def _row_limits(model: nn.Module) -> list[tuple[int, str]]:
+    return [limit for module in model.modules() for limit in _limits_of(module)]
+
+
+def _limits_of(rotary: Any) -> list[tuple[int, str]]:
+    """As `row_limit`, for one rotary embedding; some have a kind for each type of layers."""
+    kinds = getattr(rotary, "rope_type", None)
+    if not kinds or not hasattr(rotary, "original_max_seq_len"):
+        return []
+    parameters = rotary.config.rope_parameters
+    each = (
+        [(kind, parameters[name]) for name, kind in kinds.items()] if isinstance(kinds, dict) else [(kinds, parameters)]
+    )
+    limits = {
+        "dynamic": lambda _: rotary.original_max_seq_len,
+        "longrope": lambda p: p["original_max_position_embeddings"],
+    }
+    return [(limits[kind](options), kind) for kind, options in each if kind in limits]
 
 
 def _attention_reasons(layers: list[tuple[str, nn.Module]]) -> list[str]:
@@ -353,11 +392,18 @@ def _notes(model: nn.Module) -> list[str]:
         for name, rate in vars(owner).items()
         if "dropout" in name and isinstance(rate, float) and rate > 0
     }
+    notes = []
+    if limit := row_limit(model):
+        notes.append(
+            f"rope_type {limit[1]!r} turns all rows of a batch by other angles once one of them reaches {limit[0]} tokens: "
+            "such batches are not shared"
+        )
     if not rates:
-        return []
+        return notes
     return [
+        *notes,
         f"dropout of {max(rates)} is active: the rows of a group share one dropout mask on their prompt, which is valid "
-        "training but gives other numbers than the ordinary path; set it to 0 (`lora_dropout` too) to get the same"
+        "training but gives other numbers than the ordinary path; set it to 0 (`lora_dropout` too) to get the same",
     ]
 
 

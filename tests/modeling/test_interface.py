@@ -370,27 +370,7 @@ def test_models_that_could_go_wrong_are_refused_with_the_reason(model_type, auto
     assert not check_support(model).supported
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-        {
-            "rope_type": "longrope",
-            "factor": 2.0,
-            "rope_theta": 1e4,
-            "long_factor": [1.0] * 4,
-            "short_factor": [1.0] * 4,
-            "original_max_position_embeddings": 64,
-        },
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_rotary_angles_that_depend_on_the_longest_row_are_refused(rope):
-    with pytest.raises(UnsupportedModelError, match=f"rope_type '{rope['rope_type']}' makes every position depend"):
-        enable_prefix_grouper(tiny.model(rope_parameters=rope))
-
-
-def test_one_layer_kind_with_such_angles_is_enough_to_refuse():
+def test_angles_of_the_longest_row_that_no_known_module_computes_are_refused():
     model = unbuilt("gemma3_text", num_hidden_layers=1)
     model.config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
     assert "rope_type 'dynamic'" in check_support(model).reasons[0]

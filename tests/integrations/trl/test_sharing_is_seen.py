@@ -25,8 +25,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unsupported(tmp_path_factory):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    return tiny.saved_model(tmp_path_factory.mktemp("dynamic"), "llama", rope_parameters=rope)
+    return tiny.saved_model(tmp_path_factory.mktemp("dropout"), "llama", attention_dropout=0.1)
 
 
 def warnings(caplog) -> list[str]:
@@ -109,7 +108,9 @@ def test_lora_dropout_is_told_once(caplog, llama):
 
 
 def test_an_unsupported_model_is_an_error_that_names_reason_and_remedy(unsupported):
-    with pytest.raises(UnsupportedModelError, match=r"rope_type 'dynamic' .* prefix_grouper_on_unsupported='fallback'"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"attention dropout is 0\.1.* prefix_grouper_on_unsupported='fallback'"
+    ):
         make_trainer(unsupported, shared=True, **GROUPED)
 
 
@@ -120,7 +121,33 @@ def test_an_unsupported_model_can_fall_back_and_is_counted_with_its_reason(caplo
     assert largest_difference(stock, fallen) == 0
     assert logged(trainer, "prefix_grouper/fallbacks") == [1, 1]
     assert len(warnings(caplog)) == 1
-    assert "runs without sharing: rope_type 'dynamic'" in warnings(caplog)[0]
+    assert "runs without sharing: attention dropout is 0.1" in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize(("limit", "packed"), [(64, "all"), (19, "some"), (8, "none")])
+def test_batches_that_reach_the_limit_of_longrope_go_the_stock_way(caplog, monkeypatch, tmp_path, limit, packed):
+    """Padded columns count: the stock path numbers them, and one column too many turns the whole batch."""
+    use_float64_head(monkeypatch)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e2,
+        "factor": 4.0,
+        "original_max_position_embeddings": limit,
+        "short_factor": [1.0, 1.3, 1.6, 2.0],
+        "long_factor": [2.0, 3.0, 4.0, 6.0],
+    }
+    path = tiny.saved_model(tmp_path, "llama", rope_parameters=rope)
+    settings = {**GROUPED, "max_steps": 4}
+    stock, _ = train(path, shared=False, **settings)
+    shared, trainer = train(path, shared=True, **settings)
+    assert largest_difference(stock, shared) < 1e-11
+    assert (trainer.sharing.packed > 0, sum(trainer.sharing.fallbacks.values()) > 0) == {
+        "all": (True, False),
+        "some": (True, True),
+        "none": (False, True),
+    }[packed]
+    told = [line for line in warnings(caplog) if f"from {limit} on rope_type 'longrope' turns a whole batch" in line]
+    assert bool(told) == (packed != "all")
 
 
 def test_prompt_learning_adapters_are_refused(llama):
