@@ -12,6 +12,9 @@ This is exact, gradients included: the module is causal, so that all rows comput
 share, and padding on the right reaches no token. Everything around the mixer (projections of other layers, MLPs,
 experts, norms, the head) stays shared.
 
+Where the code of a recurrent layer lets a scan start from a given state, the prefix is scanned only once and the layer
+runs on the packed row itself: *state forking*, in modeling/state_forking.py.
+
 How the layout gets there: a model's forward opens it, the call of a decoder layer writes it into that call's keywords,
 and the layer's forward shows it to the mixers inside. Gradient checkpointing keeps a call's keywords and runs the
 layer's forward again, long after the model's forward has returned; a context variable alone would be gone by then.
@@ -36,6 +39,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
+from prefix_grouper_plugins.modeling.state_forking import (
+    DELTA_RULE,
+    FORKED,
+    MAMBA2,
+    ON_ROWS,
+    SHORT_CONVOLUTION,
+    Recipe,
+    forked_forward,
+    why_not_forked,
+)
 
 LAYOUT_KWARG = "prefix_layout"
 LAYOUT_TAG = "_prefix_layout"
@@ -67,6 +80,7 @@ class Mixer:
         layer_types: types of layers, beyond the common ones, that it accounts for.
         outputs_as_they_are: which outputs do not belong to rows at all.
         without_mask: whether the model cannot take the 4-D placeholder mask, which then stays outside.
+        recipes: how its code may be made to fork states, see modeling/state_forking.py.
     """
 
     kind: str
@@ -77,6 +91,7 @@ class Mixer:
     outputs_as_they_are: frozenset[int] = frozenset()
     layer_types: frozenset[str] = frozenset()
     without_mask: Callable[[nn.Module], bool] = lambda module: False
+    recipes: tuple[Recipe, ...] = ()
 
 
 def _additive_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -113,9 +128,9 @@ def _cut_alibi(arguments: dict[str, Any], x: Tensor) -> None:
 
 _ADDITIVE = Mixer("attention of its own", mask=_additive_mask)
 _MAMBA = Mixer("Mamba")
-_MAMBA2 = Mixer("Mamba-2")
-_DELTA = Mixer("gated delta net")
-_CONVOLUTION = Mixer("short convolution")
+_MAMBA2 = Mixer("Mamba-2", recipes=MAMBA2)
+_DELTA = Mixer("gated delta net", recipes=DELTA_RULE)
+_CONVOLUTION = Mixer("short convolution", recipes=SHORT_CONVOLUTION)
 
 # Exact names on purpose: a class that nobody has looked at is no mixer that we know.
 _MIXERS: dict[str, Mixer] = {
@@ -178,8 +193,26 @@ def mixer_of(module: nn.Module) -> Mixer | None:
 
 
 def foreign_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules under ``model`` that run by expand, run, collapse."""
+    """The modules under ``model`` that mix tokens past the attention interface."""
     return [(name, module) for name, module in model.named_modules() if mixer_of(module) is not None]
+
+
+def how_it_runs(module: nn.Module) -> str:
+    """Of a known mixer: by state forking, or by expand, run, collapse."""
+    recipes = mixer_of(module).recipes  # type: ignore[union-attr]
+    return FORKED if recipes and why_not_forked(module, recipes) is None else ON_ROWS
+
+
+def forking_notes(mixers: list[tuple[str, nn.Module]]) -> list[str]:
+    """Why mixers of kinds that can fork their state do not, one line for each reason."""
+    notes: dict[str, None] = {}
+    for _, module in mixers:
+        mixer = mixer_of(module)
+        assert mixer is not None
+        if mixer.recipes and (reason := why_not_forked(module, mixer.recipes)):
+            name = type(module).__name__
+            notes[f"{name} scans a shared prompt once for each row ({ON_ROWS}), not once for all: {reason}"] = None
+    return list(notes)
 
 
 # ------------------------------------------------------------------------------------------------------ rows and packed
@@ -208,13 +241,17 @@ class Rows:
         # The first row that holds a position, whatever the order in which a device would write.
         self.home = home.scatter_reduce(0, self.index[real], place[real], "amin")
 
-    def expand(self, x: Tensor) -> Tensor:
-        """Packed ``[1, T, ...]`` to rows ``[B, L, ...]``."""
+    def check(self, x: Tensor) -> None:
+        """Raise a ValueError if ``x`` is not packed."""
         if x.shape[:2] != (1, len(self.home)):
             raise ValueError(
                 f"got {x.shape[0]} row(s) of {x.shape[1]} tokens with a layout of {len(self.home)} tokens: a packed batch "
                 "is one row, and nothing may be cached, padded or cut on the way"
             )
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Packed ``[1, T, ...]`` to rows ``[B, L, ...]``."""
+        self.check(x)
         return x[0][self.index]
 
     def collapse(self, x: Tensor) -> Tensor:
@@ -340,24 +377,40 @@ class _PackedMixer:
             if (model := _MODEL.get()) is not None and model.layout is not None:
                 raise RuntimeError(f"{type(self).__name__} runs in a packed forward, but its layer lost the layout")
             return run(*args, **kwargs)
-        return expand_run_collapse(self, run, call.layout, args, kwargs)  # type: ignore[arg-type]
+        return run_packed(self, run, call.layout, args, kwargs)  # type: ignore[arg-type]
 
 
-# -------------------------------------------------------------------------------------------------- expand, run, collapse
+# ---------------------------------------------------------------------------------------------------------- packed calls
 
 
-def expand_run_collapse(
+class Unchanged(Rows):
+    """The packed row as it is, for mixers that take it."""
+
+    def __init__(self, layout: PrefixLayout) -> None:
+        self.home = layout.position_ids  # for its length
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Nothing but the check of the shape."""
+        self.check(x)
+        return x
+
+    def collapse(self, x: Tensor) -> Tensor:
+        """Nothing to do."""
+        return x
+
+
+def run_packed(
     module: nn.Module,
     run: Callable[..., Any],
     layout: Layout,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run ``run``, the ordinary forward of ``module``, on the rows of ``layout``; its output in packed positions.
+    """Run a mixer on the packed row of ``layout``: by state forking where its code allows, otherwise on whole rows.
 
     Args:
         module: a known mixer, see :func:`mixer_of`.
-        run: takes the arguments of the module's forward.
+        run: its ordinary forward.
         layout: the layout of the packed row.
         args: what the module was called with; the first argument of its forward is the packed ``[1, T, d]``.
         kwargs: likewise.
@@ -369,9 +422,27 @@ def expand_run_collapse(
         raise UnsupportedModelError(
             f"{type(module).__name__} needs whole rows, which sequence parallelism does not leave on one process"
         )
+    if how_it_runs(module) == ON_ROWS:
+        return expand_run_collapse(module, run, layout, args, kwargs)
+    return fork_states(module, layout, args, kwargs)
+
+
+def fork_states(module: nn.Module, layout: PrefixLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``module`` on the packed row, its scan level by level; arguments as in :func:`run_packed`."""
+    run = forked_forward(module, mixer_of(module).recipes, layout)  # type: ignore[union-attr]
+    return _run(module, run, Unchanged(layout), args, kwargs)
+
+
+def expand_run_collapse(
+    module: nn.Module, run: Callable[..., Any], layout: PrefixLayout, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run ``module`` unchanged on the rows of ``layout``; arguments as in :func:`run_packed`."""
+    return _run(module, run, rows_of(layout), args, kwargs)
+
+
+def _run(module: nn.Module, run: Callable[..., Any], rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     mixer = mixer_of(module)
     assert mixer is not None
-    rows = rows_of(layout)
     bound = inspect.signature(run).bind(*args, **kwargs)
     keywords = _variable_keywords(bound.signature)
     arguments = {**bound.arguments, **bound.arguments.pop(keywords, {})} if keywords else dict(bound.arguments)

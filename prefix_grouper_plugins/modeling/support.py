@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_grouper_plugins.attention.registry import auto_backend
-from prefix_grouper_plugins.modeling.mixers import foreign_mixers, mixer_of
+from prefix_grouper_plugins.modeling.mixers import foreign_mixers, forking_notes, how_it_runs, mixer_of
 
 # Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
 VERIFIED_MODEL_TYPES = frozenset(
@@ -88,7 +88,7 @@ class LayerSupport:
 
     The backend is that of the device the model is on, for a model without weights that of this machine; on a GPU that
     for half precision, in which autocast runs attention whatever the weights are. Mixers past the attention interface
-    have "expand, run, collapse".
+    have "state forking" or "expand, run, collapse".
     """
 
     name: str
@@ -145,7 +145,7 @@ def check_support(model: nn.Module) -> SupportReport:
     device, dtype = _where_attention_runs(base)
     described = [_describe(name, m, device, dtype) for name, m in layers]
     described += [_describe_mixer(name, m) for name, m in mixers]
-    return SupportReport(tuple(reasons), tuple(unproven), tuple(_notes(model)), tuple(described))
+    return SupportReport(tuple(reasons), tuple(unproven), (*_notes(model), *forking_notes(mixers)), tuple(described))
 
 
 def transformers_model(model: nn.Module) -> Any:
@@ -440,7 +440,7 @@ def _head_dims(module: nn.Module) -> tuple[int, int]:
 
 
 def _describe_mixer(name: str, module: nn.Module) -> LayerSupport:
-    return LayerSupport(name, mixer_of(module).kind, "expand, run, collapse")  # type: ignore[union-attr]
+    return LayerSupport(name, mixer_of(module).kind, how_it_runs(module))  # type: ignore[union-attr]
 
 
 def _attention_dropout(module: nn.Module) -> float:

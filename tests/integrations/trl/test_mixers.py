@@ -19,6 +19,10 @@ KINDS = ["falcon", "gptj", "mamba", "falcon_h1", "qwen3_next", "lfm2", "minimax"
 IN_FLOAT32 = {"bloom", "mpt", "xglm"}
 
 
+# Kernels of recurrent layers compute in float32, in other chunks where a state is forked.
+FORKED_IN_FLOAT32 = 1e-6
+
+
 def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytest.MonkeyPatch) -> float:
     model = families.build(model_type)
     dtype = torch.float32 if model_type in IN_FLOAT32 else torch.float64
@@ -53,7 +57,8 @@ def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytes
 def test_three_steps_give_the_stock_weights(model_type, tmp_path, monkeypatch):
     if model_type not in CONFIG_MAPPING:
         pytest.skip("not in this transformers")
-    assert difference_of_trained_weights(model_type, str(tmp_path), monkeypatch) < 1e-9
+    tolerance = FORKED_IN_FLOAT32 if model_type == "qwen3_next" else 1e-9
+    assert difference_of_trained_weights(model_type, str(tmp_path), monkeypatch) < tolerance
 
 
 @pytest.mark.exhaustive
@@ -61,5 +66,7 @@ def test_three_steps_give_the_stock_weights(model_type, tmp_path, monkeypatch):
 def test_every_type_with_foreign_mixers_gives_the_stock_weights(model_type, tmp_path, monkeypatch):
     if model_type not in CONFIG_MAPPING or not foreign_mixers(families.build(model_type)):
         pytest.skip("no foreign mixers")
-    tolerance = 1e-6 if model_type in IN_FLOAT32 else 1e-9
+    layers = check_support(families.build(model_type)).layers
+    forked = any(layer.backend == "state forking" for layer in layers)
+    tolerance = 1e-6 if model_type in IN_FLOAT32 else FORKED_IN_FLOAT32 if forked else 1e-9
     assert difference_of_trained_weights(model_type, str(tmp_path), monkeypatch) < tolerance
