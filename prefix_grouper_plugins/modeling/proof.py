@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.interface import is_enabled, packed_inputs
-from prefix_grouper_plugins.modeling.support import attention_configs, largest_window, transformers_model
+from prefix_grouper_plugins.modeling.support import attention_configs, largest_window, row_limit, transformers_model
 
 # Differences that need no explanation: of outputs and of gradients, relative to their norms. transformers computes norms,
 # rotary angles and routers in float32 even where the model is in float64.
@@ -185,6 +185,9 @@ class _Comparison:
     def run(self) -> Proof:
         start = time.perf_counter()
         proof = Proof(type(self.base).__name__, unproved=self._uncovered())
+        limit = row_limit(self.base)
+        if limit is not None and max(len(row) for row in self.rows) >= limit[0]:
+            return replace(proof, unproved=f"its rows are shared below {limit[0]} tokens only (rope_type {limit[1]!r})")
         with _untouched(self.base, self.device):
             try:
                 ordinary = self._ordinary()
