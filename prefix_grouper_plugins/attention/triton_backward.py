@@ -41,7 +41,7 @@ def _dq_of_keys(
     """What the keys ``[first, first + BLOCK_N)`` add to dQ, less those at or past ``end`` if MASKED."""
     key = load_tile(k_pointer, first, end, k_stride, BLOCK_N, HEAD_DIM, HEAD_PADDED, MASKED)
     value = load_tile(v_pointer, first, end, v_stride, BLOCK_N, VALUE_DIM, VALUE_PADDED, MASKED)
-    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
     scores, tanh = scaled_scores(products, inner, outer, CAPPED)
     weights = tl.exp2(scores - lse[:, None])
     if MASKED:
@@ -63,8 +63,8 @@ def _dq_of_keys(
         weights = tl.where(seen, weights, 0.0)
     if CAPPED:
         weights = weights * (1.0 - tanh * tanh)
-    ds = weights * (tl.dot(grad, tl.trans(value), input_precision="ieee") - delta[:, None])
-    return tl.dot(ds.to(key.dtype), key, total, input_precision="ieee")
+    ds = weights * (tl.dot(grad, tl.trans(value), input_precision="tf32x3") - delta[:, None])
+    return tl.dot(ds.to(key.dtype), key, total, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "window", "group"])
@@ -141,7 +141,7 @@ def _dkdv_of_queries(
     else:
         lse = tl.load(lse_pointer + queries)
         delta = tl.load(delta_pointer + queries)
-    products = tl.dot(key, tl.trans(query), input_precision="ieee")
+    products = tl.dot(key, tl.trans(query), input_precision="tf32x3")
     scores, tanh = scaled_scores(products, inner, outer, CAPPED)
     weights = tl.exp2(scores - (lse * LOG2_E)[None, :])
     if MASKED:
@@ -164,9 +164,9 @@ def _dkdv_of_queries(
     if CAPPED:
         slopes = weights * (1.0 - tanh * tanh)
     grad = load_tile(do_pointer, first, end, do_stride, BLOCK_M, VALUE_DIM, VALUE_PADDED, MASKED)
-    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
-    ds = slopes * (tl.dot(value, tl.trans(grad), input_precision="ieee") - delta[None, :])
-    dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="tf32x3")
+    ds = slopes * (tl.dot(value, tl.trans(grad), input_precision="tf32x3") - delta[None, :])
+    dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="tf32x3")
     return dk, dv
 
 

@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 HALF: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("forward", 64): (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3)),
     ("forward", 128): (Tiles(128, 32, 8, 3), Tiles(64, 32, 4, 3)),
-    ("forward", 256): (Tiles(64, 32, 8, 3), Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2)),
+    ("forward", 256): (Tiles(64, 32, 8, 3), Tiles(64, 32, 8, 2)),
     ("dq", 64): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
     ("dq", 128): (Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)),
     ("dq", 256): (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
@@ -47,13 +47,18 @@ HALF: dict[tuple[str, int], tuple[Tiles, ...]] = {
 HOPPER: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("forward", 64): (Tiles(128, 128, 8, 2),),
     ("forward", 128): (Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
-    ("forward", 256): (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
+    ("forward", 256): (Tiles(128, 32, 8, 2),),
     ("dq", 128): (Tiles(128, 64, 8, 2),),
     ("dkdv", 128): (Tiles(32, 128, 8, 2),),
 }
-# For float32, whose products run without matrix units.
+# For float32, whose products are three TF32 ones. Above 128 every tile spills.
 SINGLE: dict[tuple[str, int], tuple[Tiles, ...]] = {
-    (kernel, width): (Tiles(32, 32, 4, 2), Tiles(16, 16, 4, 1)) for kernel in KERNELS for width in (64, 128, 256)
+    ("forward", 64): (Tiles(32, 32, 8, 1),),
+    ("forward", 128): (Tiles(16, 16, 4, 1),),
+    ("dq", 64): (Tiles(32, 32, 4, 1),),
+    ("dq", 128): (Tiles(16, 32, 4, 1),),
+    ("dkdv", 64): (Tiles(32, 32, 4, 1),),
+    ("dkdv", 128): (Tiles(32, 16, 8, 1),),
 }
 
 
@@ -121,7 +126,7 @@ def launch(
     if tiles is None:
         width = max(constants["HEAD_DIM"], constants["VALUE_DIM"])
         choices = configurations(name, width, itemsize, capability or (8, 0))
-        if capability is not None:
+        if capability is not None and len(choices) > 1:
             _tuned(kernel, choices)[grid](*arguments, **constants)
             return
         tiles = choices[0]

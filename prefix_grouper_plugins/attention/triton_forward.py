@@ -26,7 +26,7 @@ def _add_keys(
     total, top, norm = state
     key = load_tile(k_pointer, first, end, k_stride, BLOCK_N, HEAD_DIM, HEAD_PADDED, MASKED)
     value = load_tile(v_pointer, first, end, v_stride, BLOCK_N, VALUE_DIM, VALUE_PADDED, MASKED)
-    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
     scores, _ = scaled_scores(products, inner, outer, CAPPED)
     if MASKED:
         queries = first_query + tl.arange(0, BLOCK_M)
@@ -52,7 +52,7 @@ def _add_keys(
     weights = tl.exp2(scores - shift[:, None])
     shrink = tl.exp2(top - shift)
     norm = norm * shrink + tl.sum(weights, 1)
-    total = tl.dot(weights.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
+    total = tl.dot(weights.to(value.dtype), value, total * shrink[:, None], input_precision="tf32x3")
     return total, new_top, norm
 
 

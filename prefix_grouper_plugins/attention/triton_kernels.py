@@ -21,8 +21,8 @@ from torch import Tensor
 from prefix_grouper_plugins.attention.plan import Forest, Request
 from prefix_grouper_plugins.attention.triton_tables import TABLE_BLOCK, Tables, tables
 
-MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The widest head dim for which there are tiles that do not spill registers.
+MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
 LOG2_E = 1 / math.log(2)
 
 
@@ -38,11 +38,12 @@ def is_usable(device: torch.device) -> bool:
 
 def why_not(request: Request) -> str | None:
     """Why this backend cannot serve ``request``, in words; None if it can."""
-    if request.dtype not in DTYPES:
+    widest = MAX_HEAD_DIM.get(request.dtype)
+    if widest is None:
         return f"the Triton kernels take float16, bfloat16 and float32, not {request.dtype}"
     head_dim = max(request.head_dim, request.value_dim)
-    if head_dim > MAX_HEAD_DIM:
-        return f"head dim {head_dim} is above {MAX_HEAD_DIM}, the most that the Triton kernels take"
+    if head_dim > widest:
+        return f"head dim {head_dim} is above {widest}, the most that the Triton kernels take in {request.dtype}"
     if interpreted() and request.dtype == torch.bfloat16:
         return "Triton's interpreter does not multiply bfloat16 matrices; take float16 or float32"
     return _why_not_device(request.device)

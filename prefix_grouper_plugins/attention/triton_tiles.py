@@ -1,6 +1,7 @@
 """What the Triton kernels of both directions share: loading tiles, the mask, and the scores.
 
-Imported only when a kernel runs: the package must import without triton.
+Products of float32 are taken as three TF32 products (``tf32x3``), nearly as exact as float32 and on the matrix units;
+the option means nothing to half precision. Imported only when a kernel runs: the package must import without triton.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -6,6 +6,8 @@ does). So the tests hand functions to a process of their own. Tiles are small th
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -23,6 +25,16 @@ SECONDS = 300
 
 # In that process: whether the backends imported triton before a kernel ran.
 imported_early: bool | None = None
+
+
+def why_not() -> str | None:
+    """Why there is no interpreter here; None if there is one."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < (3, 7):
+        return f"the interpreter of triton {version} cannot loop with numpy 2.4 and later"
+    return None
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""The same claims on a GPU, with the real flash kernels."""
+"""The same claims on a GPU, with the real flash kernels and compiled Triton kernels."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from forests import Features, assert_all_close, inputs, layout_of, output_and_gradients
+from forests import FEATURES, Features, assert_all_close, features_of, inputs, layout_of, output_and_gradients
 from torch import Tensor
 
 from prefix_grouper_plugins.attention import available_backends, flex, shared_prefix_attention
@@ -15,12 +17,19 @@ from prefix_grouper_plugins.layout import PrefixLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
+DEVICE = "cuda"
 TREES = [(70, [(40, [(200, []), (33, [])]), (25, [])]), (150, []), (50, [(9, []), (12, [(3, []), (300, [])])])]
-LAYOUTS = {"group": lambda: PrefixLayout.from_groups([500], [[130] * 5]), "forest": lambda: layout_of(TREES)}
+LAYOUTS: dict[str, Callable[[], PrefixLayout]] = {
+    "group": lambda: PrefixLayout.from_groups([500], [[130] * 5]),
+    "forest": lambda: layout_of(TREES),
+    "short_prefix_many_responses": lambda: PrefixLayout.from_groups([40], [[90] * 40]),
+}
+ALL_FEATURES = Features(heads=8, kv_heads=2, head_dim=96, value_dim=64, window=100, softcap=2.0, sinks=True)
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-def on_cuda(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [x.detach().to("cuda", dtype).requires_grad_() for x in tensors]
+def on_device(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.detach().to(DEVICE, dtype).requires_grad_() for x in tensors]
 
 
 def run(layout: PrefixLayout, features: Features, backend: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -30,26 +39,93 @@ def run(layout: PrefixLayout, features: Features, backend: str, tensors: list[Te
     )
 
 
-@pytest.mark.parametrize("layout_name", LAYOUTS)
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (96, 64), (128, 128), (20, 20), (256, 256)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flash_gradients_stay_near_float64(layout_name: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
-    layout = LAYOUTS[layout_name]()
-    reason = available_backends("cuda", dtype, head_dim, value_dim=value_dim)["merged_lse"]
+def skip_where_unavailable(backend: str, features: Features, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"value_dim": features.value_dim, **features.options()}
+    reason = available_backends(DEVICE, dtype, features.head_dim, **options)[backend]
     if reason is not None:
         pytest.skip(reason)
-    features = Features(heads=8, kv_heads=2, head_dim=head_dim, value_dim=value_dim, sinks=True)
+
+
+def assert_near_float64(layout: PrefixLayout, features: Features, backend: str, dtype: torch.dtype) -> None:
+    skip_where_unavailable(backend, features, dtype)
     tensors = inputs(layout, features, dtype)
-    actual = run(layout, features, "merged_lse", on_cuda(tensors, dtype))
-    expected = run(layout, features, "dense", on_cuda(tensors, torch.float64))
-    assert_all_close(actual, expected, 3e-2 if dtype == torch.bfloat16 else 4e-3)
+    actual = run(layout, features, backend, on_device(tensors, dtype))
+    expected = run(layout, features, "dense", on_device(tensors, torch.float64))
+    assert_all_close(actual, expected, {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}[dtype])
+
+
+@pytest.mark.parametrize("backend", ["merged_lse", "triton"])
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (96, 64), (128, 128), (20, 20), (256, 256)])
+@HALF
+def test_gradients_stay_near_float64(
+    backend: str, layout_name: str, head_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    features = Features(heads=8, kv_heads=2, head_dim=head_dim, value_dim=value_dim, sinks=True)
+    assert_near_float64(LAYOUTS[layout_name](), features, backend, dtype)
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_triton_with_all_features_stays_near_float64(layout_name: str, dtype: torch.dtype) -> None:
+    assert_near_float64(LAYOUTS[layout_name](), ALL_FEATURES, "triton", dtype)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_triton_with_each_feature_alone_equals_float64(name: str) -> None:
+    assert_near_float64(LAYOUTS["forest"](), features_of((name,)), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_triton_in_float32_equals_float64(head_dim: int) -> None:
+    features = Features(heads=4, kv_heads=2, head_dim=head_dim, value_dim=head_dim)
+    assert_near_float64(LAYOUTS["forest"](), features, "triton", torch.float32)
+
+
+def each_row_alone(layout: PrefixLayout, q: Tensor, k: Tensor, v: Tensor, sinks: None) -> Tensor:
+    """The ordinary path: torch's attention over each row."""
+    rows: list[Tensor] = []
+    for row in zip(*(layout.unpack(x) for x in (q, k, v)), strict=True):
+        heads = (x.transpose(0, 1)[None] for x in row)
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0]
+        # A row of L tokens has L - 1 positions; pack() wants L, and never reads the last.
+        rows.append(torch.nn.functional.pad(out.transpose(0, 1), (0, 0, 0, 0, 0, 1)))
+    return layout.pack(rows)
+
+
+@pytest.mark.parametrize("backend", ["merged_lse", "triton"])
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@HALF
+def test_errors_are_those_of_the_ordinary_path(
+    backend: str, layout_name: str, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Root mean square against float64, of the output and of each gradient: at most 1.3 times that of single rows."""
+    layout, features = LAYOUTS[layout_name](), Features(heads=8, kv_heads=2, head_dim=head_dim, value_dim=head_dim)
+    skip_where_unavailable(backend, features, dtype)
+    tensors = inputs(layout, features, dtype)
+    exact = run(layout, features, "dense", on_device(tensors, torch.float64))
+    ours = run(layout, features, backend, on_device(tensors, dtype))
+    ordinary = output_and_gradients(functools.partial(each_row_alone, layout), on_device(tensors, dtype))
+    for name, a, b, reference in zip(("out", "dq", "dk", "dv"), ours, ordinary, exact, strict=True):
+        error, allowed = ((x.double() - reference).square().mean().sqrt().item() for x in (a, b))
+        assert error <= 1.3 * allowed, f"{name}: {error:.2e}, ordinary {allowed:.2e}"
+
+
+@pytest.mark.parametrize("features", [Features(heads=8, kv_heads=2, head_dim=64, value_dim=64), ALL_FEATURES], ids=str)
+def test_triton_gives_the_same_bits_twice(features: Features) -> None:
+    layout = LAYOUTS["short_prefix_many_responses"]()
+    skip_where_unavailable("triton", features, torch.bfloat16)
+    tensors = on_device(inputs(layout, features), torch.bfloat16)
+    first, second = (run(layout, features, "triton", tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 def test_blockwise_gradients_equal_dense_gradients(layout_name: str) -> None:
     layout = LAYOUTS[layout_name]()
     features = Features(heads=6, kv_heads=2, window=60, softcap=2.0, sinks=True)
-    tensors = on_cuda(inputs(layout, features), torch.float64)
+    tensors = on_device(inputs(layout, features), torch.float64)
     assert_all_close(run(layout, features, "blockwise", tensors), run(layout, features, "dense", tensors))
 
 
@@ -67,20 +143,22 @@ def test_flex_gradients_stay_near_float64_for_all_lengths(
     for build in LAYOUTS.values():
         layout = build()
         tensors = inputs(layout, features, dtype)
-        actual = run(layout, features, "flex", on_cuda(tensors, dtype))
-        expected = run(layout, features, "dense", on_cuda(tensors, torch.float64))
+        actual = run(layout, features, "flex", on_device(tensors, dtype))
+        expected = run(layout, features, "dense", on_device(tensors, torch.float64))
         assert_all_close(actual, expected, 3e-2 if dtype == torch.bfloat16 else 1e-4)
     assert not flex.fallbacks
 
 
-def test_flash_call_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("backend", ["merged_lse", "triton"])
+def test_a_call_does_not_wait_for_the_device(backend: str) -> None:
     layout = LAYOUTS["forest"]()
-    tensors = on_cuda(inputs(layout, Features(heads=4)), torch.bfloat16)
-    shared_prefix_attention(*tensors, layout)  # plans are uploaded once
+    skip_where_unavailable(backend, Features(), torch.bfloat16)
+    tensors = on_device(inputs(layout, Features(heads=4)), torch.bfloat16)
+    run(layout, Features(), backend, tensors)  # plans are uploaded and configurations timed once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = shared_prefix_attention(*tensors, layout, backend="merged_lse")
+        out = shared_prefix_attention(*tensors, layout, backend=backend)
         torch.autograd.grad(out, tensors, torch.ones_like(out))
     finally:
         torch.cuda.set_sync_debug_mode("default")

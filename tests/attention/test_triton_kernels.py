@@ -35,6 +35,7 @@ from prefix_grouper_plugins.attention.plan import forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_interpreter = pytest.mark.skipif(interpreter.why_not() is not None, reason=str(interpreter.why_not()))
 Call = Callable[..., Any]
 
 FORESTS: dict[str, Callable[[], PrefixLayout]] = {
@@ -68,27 +69,28 @@ def assert_equals_dense(
     assert_all_close(actual, output_and_gradients(attend(layout, features, "dense"), exact), tolerance)
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("forest", FORESTS)
 @pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES], ids=["plain", "all_features"])
 def test_gradients_equal_dense_gradients(interpreted: Call, forest: str, features: Features) -> None:
     interpreted(assert_equals_dense, FORESTS[forest](), features)
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("name", FEATURES)
 def test_each_feature_alone_equals_dense(interpreted: Call, name: str) -> None:
     interpreted(assert_equals_dense, layout_of([(30, [(25, []), (9, [(20, [])])])]), features_of((name,)))
 
 
-@needs_triton
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 64), (128, 128), (40, 256)])
+@needs_interpreter
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 64), (40, 128), (256, 256)])
 def test_head_dims_equal_dense(interpreted: Call, head_dim: int, value_dim: int) -> None:
     features = Features(heads=2, kv_heads=1, head_dim=head_dim, value_dim=value_dim)
-    interpreted(assert_equals_dense, layout_of([(30, [(20, []), (17, [])])]), features)
+    precision = (torch.float16, 4e-3) if head_dim == 256 else (torch.float32, 2e-5)
+    interpreted(assert_equals_dense, layout_of([(30, [(20, []), (17, [])])]), features, *precision)
 
 
-@needs_triton
+@needs_interpreter
 def test_half_precision_stays_near_float64(interpreted: Call) -> None:
     features = Features(heads=2, kv_heads=1, head_dim=16, value_dim=16, sinks=True)
     interpreted(assert_equals_dense, FORESTS["deep"](), features, torch.float16, 4e-3)
@@ -99,7 +101,7 @@ def bfloat16_is_refused() -> None:
     assert reason == "Triton's interpreter does not multiply bfloat16 matrices; take float16 or float32"
 
 
-@needs_triton
+@needs_interpreter
 def test_the_interpreter_refuses_bfloat16(interpreted: Call) -> None:
     interpreted(bfloat16_is_refused)
 
@@ -113,7 +115,7 @@ def random_forests_equal_dense(features: Features) -> None:
     check()
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES], ids=["plain", "all_features"])
 def test_random_forests_equal_dense(interpreted: Call, features: Features) -> None:
     interpreted(random_forests_equal_dense, features)
@@ -131,7 +133,7 @@ def strided_inputs_equal_dense() -> None:
         assert_all_close(output_and_gradients(attend(layout, features, "triton"), views), expected, 2e-5)
 
 
-@needs_triton
+@needs_interpreter
 def test_strided_inputs_equal_dense(interpreted: Call) -> None:
     """Models hand over ``[H, T, D]`` transposed."""
     interpreted(strided_inputs_equal_dense)
@@ -153,7 +155,7 @@ def any_scale_equals_dense() -> None:
         assert_all_close(actual, expected, tolerance)
 
 
-@needs_triton
+@needs_interpreter
 def test_any_scale_equals_dense(interpreted: Call) -> None:
     interpreted(any_scale_equals_dense)
 
@@ -162,7 +164,7 @@ def number_of_slots(layout: PrefixLayout) -> int:
     return triton_tables.tables(forest_of(layout.segments), None, 2, torch.device("cpu")).num_slots
 
 
-@needs_triton
+@needs_interpreter
 def test_the_forests_above_have_shared_out_and_whole_key_blocks(interpreted: Call) -> None:
     assert interpreted(number_of_slots, FORESTS["short_prefix_many_responses"]()) >= 3
     assert interpreted(number_of_slots, FORESTS["one_token_segments"]()) == 0
@@ -200,7 +202,7 @@ def triton_merge() -> Any:
     return triton_merge
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("gaps", [False, True], ids=["no_gaps", "nan_in_gaps"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_fused_merge_of_flash_partials_equals_the_torch_merge(
@@ -220,7 +222,7 @@ def varlen_driver_equals_dense() -> None:
     assert_all_close([out, *grads], expected, 2e-5)
 
 
-@needs_triton
+@needs_interpreter
 def test_the_varlen_driver_with_fused_merges_equals_dense(interpreted: Call) -> None:
     interpreted(varlen_driver_equals_dense)
 
@@ -229,7 +231,14 @@ def test_the_varlen_driver_with_fused_merges_equals_dense(interpreted: Call) -> 
     ("arguments", "reason"),
     [
         (("cuda", torch.float64, 64), "float16, bfloat16 and float32, not torch.float64"),
-        (("cpu", torch.float32, 320), "head dim 320 is above 256"),
+        (
+            ("cuda", torch.bfloat16, 320),
+            "head dim 320 is above 256, the most that the Triton kernels take in torch.bfloat16",
+        ),
+        (
+            ("cuda", torch.float32, 192),
+            "head dim 192 is above 128, the most that the Triton kernels take in torch.float32",
+        ),
         pytest.param(("cpu", torch.float32, 64), "need an NVIDIA CUDA device, not cpu", marks=needs_triton),
     ],
 )
@@ -246,7 +255,7 @@ def triton_was_imported_early() -> bool | None:
     return interpreter.imported_early
 
 
-@needs_triton
+@needs_interpreter
 def test_triton_is_imported_only_when_a_kernel_runs(interpreted: Call) -> None:
     assert interpreted(triton_was_imported_early) is False
 
@@ -270,3 +279,45 @@ def test_a_pin_holds_for_its_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(triton_configs.ENVIRONMENT, "forward=128x32x8x3, dq=64x64x4x2")
     assert triton_configs.pinned("forward") == triton_configs.Tiles(128, 32, 8, 3)
     assert triton_configs.pinned("dkdv") is None
+
+
+class Recorder:
+    """Stands for a kernel or an autotuner: keeps what it was launched with."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, dict[str, Any]]] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **options: self.launches.append((grid, options))
+
+
+@pytest.mark.parametrize(
+    ("capability", "pin", "tuned"), [((9, 0), "", True), ((9, 0), "dq=64x16x4x2", False), (None, "", False)], ids=str
+)
+def test_configurations_are_timed_on_a_gpu_unless_pinned(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, pin: str, tuned: bool
+) -> None:
+    kernel, tuner = Recorder(), Recorder()
+    monkeypatch.setenv(triton_configs.ENVIRONMENT, pin)
+    monkeypatch.setattr(triton_configs, "_tuned", lambda kernel, choices: tuner)
+    dims = {"HEAD_DIM": 96, "VALUE_DIM": 64}
+    triton_configs.launch("dq", kernel, lambda blocks: (blocks["BLOCK_M"], 1), (), dims, 2, capability)
+    if tuned:
+        assert len(tuner.launches) == 1 and not kernel.launches
+        return
+    tiles = triton_configs.pinned("dq") or triton_configs.configurations("dq", 96, 2, (8, 0))[0]
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+    options = {**dims, **blocks, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    assert kernel.launches == [((tiles.block_m, 1), options)] and not tuner.launches
+
+
+@needs_triton
+def test_the_autotuner_has_the_shipped_configurations_and_keeps_its_choice() -> None:
+    from prefix_grouper_plugins.attention.triton_forward import forward_kernel
+
+    choices = triton_configs.configurations("forward", 128, 2, (9, 0))
+    tuner = triton_configs._tuned(forward_kernel, choices)
+    made = [(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps, c.num_stages) for c in tuner.configs]
+    assert made == list(choices) and len(made) > 1
+    assert tuner.cache_results and set(tuner.keys) <= set(forward_kernel.arg_names)
+    assert triton_configs._tuned(forward_kernel, choices) is tuner
