@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest, Request, accumulation_dtype
+from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest, Request, accumulation_dtype, stream_of, upload
 
 # Edge of a tile in tokens. On a CPU the scores of a tile should stay in cache (128 to 256 measured alike); elsewhere
 # launches dominate.
@@ -102,10 +102,10 @@ def _tiles_below(
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
-def _token_tables(forest: Forest, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _token_tables(forest: Forest, device: torch.device, stream: int) -> tuple[Tensor, Tensor, Tensor]:
     """Packed position, subtree end and depth of each token, ``LongTensor[T]`` each, uploaded once for all layers."""
     tables = (np.arange(forest.num_tokens), forest.token_subtree_end, forest.token_depth)
-    position, subtree_end, depth = (torch.from_numpy(table).to(device) for table in tables)
+    position, subtree_end, depth = (upload(table, device) for table in tables)
     return position, subtree_end, depth
 
 
@@ -120,7 +120,7 @@ class _Scores:
         self.q_KRD = to_rows(query, self.kv_heads, self.acc)
         self.k_KTD = key.transpose(0, 1)
         self.scale, self.window, self.softcap = scale, window, softcap
-        self.position_T, self.subtree_end_T, self.depth_T = _token_tables(forest, query.device)
+        self.position_T, self.subtree_end_T, self.depth_T = _token_tables(forest, query.device, stream_of(query.device))
 
     def rows(self, tile: Tile) -> slice:
         """The rows of the tile's queries."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from prefix_grouper_plugins.attention import blockwise
-from prefix_grouper_plugins.attention.plan import Forest, Request
+from prefix_grouper_plugins.attention.plan import Forest, Request, stream_of, upload
 from prefix_grouper_plugins.metrics import logger
 
 Result = TypeVar("Result")
@@ -227,7 +227,7 @@ def _seen_blocks(forest: Forest, window: int | None, block: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=CACHED_MASKS)
-def block_mask(forest: Forest, window: int | None, device: torch.device) -> torch_flex.BlockMask:
+def block_mask(forest: Forest, window: int | None, device: torch.device, stream: int = 0) -> torch_flex.BlockMask:
     """The exact mask of the padded forest, on ``device``: 4 tables of ``(T' / 128)^2`` and up to 3 of ``T'`` int32.
 
     Call it outside of inference mode: it is cached, and autograd could not save tensors made inside.
@@ -243,23 +243,20 @@ def block_mask(forest: Forest, window: int | None, device: torch.device) -> torc
 def _ordered(seen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """``int32 [1, 1, n]`` and ``[1, 1, n, n]``: how many blocks each row has, and their numbers first in each row."""
     counts, numbers = seen.sum(1, dtype=np.int32), np.argsort(~seen, axis=1, kind="stable").astype(np.int32)
-    return torch.from_numpy(counts).to(device)[None, None], torch.from_numpy(numbers).to(device)[None, None]
+    return upload(counts, device)[None, None], upload(numbers, device)[None, None]
 
 
 def _mask_mod(forest: Forest, window: int | None, device: torch.device) -> Callable[..., Tensor]:
     """The rule for single pairs, as FlexAttention calls it. It reads tensors only: a number would be compiled in."""
-
-    def uploaded(table: np.ndarray) -> Tensor:
-        return torch.from_numpy(table.astype(np.int32)).to(device)
-
-    subtree_end = uploaded(forest.token_subtree_end)
+    subtree_end = upload(forest.token_subtree_end.astype(np.int32), device)
 
     def in_forest(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < subtree_end[key])
 
     if window is None:
         return in_forest
-    depth, first_depth = uploaded(forest.token_depth), uploaded(forest.token_depth - window + 1)
+    tables = (forest.token_depth, forest.token_depth - window + 1)
+    depth, first_depth = (upload(table.astype(np.int32), device) for table in tables)
 
     def in_forest_and_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < subtree_end[key]) & (depth[key] >= first_depth[query])
@@ -326,7 +323,7 @@ def _compiled_attention(
         return None
     limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "fail_on_recompile_limit_hit": True}
     limits["suppress_errors"] = False  # torch allows one of the two only
-    mask = block_mask(forest, window, query.device)
+    mask = block_mask(forest, window, query.device, stream_of(query.device))
     try:
         # Scale and softcap are compiled in: they belong to the model, and FlexAttention wants numbers.
         with torch._dynamo.config.patch(**limits, specialize_float=True):

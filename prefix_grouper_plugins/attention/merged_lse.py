@@ -26,9 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefix_grouper_plugins.attention import triton_kernels
-from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest, Request, accumulation_dtype
+from prefix_grouper_plugins.attention.plan import (
+    CACHED_LAYOUTS,
+    Forest,
+    Request,
+    accumulation_dtype,
+    stream_of,
+    upload,
+)
 
 MAX_CUDA_HEAD_DIM = 256
+# Kernels that torch.nn.attention.activate_flash_attention_impl puts in the place of FA2, and the GPUs that they refuse
+# all others of, by the major number of the compute capability.
+_ACTIVATED = {"FA3": (9,), "FA4": (9, 10)}
 # On the CPU an inner segment is folded where its descendants are this many times as long, on average: few keys make
 # poor use of a call, so a copy of them in front of each descendant's own is faster (benchmarks/attention.py, 64 512 8).
 FOLD_RATIO = 5
@@ -60,6 +70,11 @@ def _why_not_gpu(device: torch.device, head_dim: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"the CUDA flash ops need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    activated = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()  # torch >= 2.11
+    majors = _ACTIVATED.get(activated or "", (capability[0],))
+    if capability[0] not in majors:
+        needed = " or ".join(f"{major}.x" for major in majors)
+        return f"{activated} is activated and needs compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
     if head_dim > 192 and (capability in ((8, 6), (8, 9)) or capability[0] == 12):
         return (
             f"flash backward with head dim {head_dim} does not fit compute capability {capability[0]}.{capability[1]}"
@@ -108,7 +123,7 @@ def forward(
         out, lse = _cpu_forward(q, k, v, forest, scale)
     else:
         op = torch.ops.aten._flash_attention_forward.default
-        out, lse = varlen_forward(op, q, k, v, varlen_calls(forest, query.device), scale)
+        out, lse = varlen_forward(op, q, k, v, _calls_of(forest, query.device), scale)
     return out[..., : value.shape[2]], lse
 
 
@@ -139,7 +154,7 @@ def backward(
         dq, dk, dv = _cpu_backward(do, q, k, v, out, lse, forest, scale)
     else:
         op = torch.ops.aten._flash_attention_backward.default
-        calls = varlen_calls(forest, query.device)
+        calls = _calls_of(forest, query.device)
         dq, dk, dv = varlen_backward(op, do, q, k, v, out, lse.contiguous(), calls, scale)
     return dq[..., : query.shape[2]], dk[..., : key.shape[2]], dv[..., : value.shape[2]]
 
@@ -324,8 +339,12 @@ class VarlenCall(NamedTuple):
     keys: Rows
 
 
+def _calls_of(forest: Forest, device: torch.device) -> tuple[VarlenCall, ...]:
+    return varlen_calls(forest, device, stream_of(device))
+
+
 @lru_cache(maxsize=CACHED_LAYOUTS)
-def varlen_calls(forest: Forest, device: torch.device) -> tuple[VarlenCall, ...]:
+def varlen_calls(forest: Forest, device: torch.device, stream: int = 0) -> tuple[VarlenCall, ...]:
     """The varlen calls of a forest: one causal call, then one for each level of the tree that has inner segments."""
     lengths = (forest.end - forest.start).tolist()
     everything = Rows(0, forest.num_tokens, None)
@@ -368,7 +387,7 @@ def _level_call(forest: Forest, members: list[int], device: torch.device) -> Var
 
 def _cumulative(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
     cu = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return torch.from_numpy(cu).to(device), max(lengths)
+    return upload(cu, device), max(lengths)
 
 
 def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
@@ -376,7 +395,7 @@ def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
     gaps = np.ones(end - start, dtype=bool)
     for first, last in ranges:
         gaps[first - start : last - start] = False
-    return Rows(start, end, torch.from_numpy(gaps).to(device) if gaps.any() else None)
+    return Rows(start, end, upload(gaps, device) if gaps.any() else None)
 
 
 def varlen_forward(
@@ -425,15 +444,18 @@ def varlen_backward(
         q, k, v: as in `varlen_forward`.
 
     Returns:
-        Gradients of q, k and v in float32 or float64.
+        Gradients of q, k and v in float32 or float64, or with one call alone, where nothing is added, as ``op`` gives.
     """
     # Dropout is off, so the random state is never read; the op still wants the tensors (as in torch's varlen_attn).
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
-    totals = [torch.zeros(x.shape, dtype=lse.dtype, device=q.device) for x in (q, k, v)]
+    totals: list[Tensor] = []
     for call in calls:
         lengths = (call.cu_q, call.cu_k, call.max_q, call.max_k)
         grads = op(do, q, k, v, out, lse, *lengths, 0.0, call.causal, rng_state, unused, scale=scale)
+        if call.causal:  # it comes first and reaches every row
+            totals = list(grads) if len(calls) == 1 else [grad.to(lse.dtype) for grad in grads]
+            continue
         for total, grad, rows in zip(totals, grads, (call.queries, call.keys, call.keys), strict=True):
             _add_used(rows, total, grad)
     return totals[0], totals[1], totals[2]

@@ -93,6 +93,22 @@ class Request:
     softcap: float | None = None
 
 
+def upload(table: np.ndarray, device: torch.device) -> Tensor:
+    """``table`` on ``device`` without waiting for it.
+
+    A plain copy to a GPU waits until the GPU has done all that was asked of it, here once for each new layout; one from
+    pinned memory is queued behind it. So the copy is ordered with the current stream alone: whoever keeps it, keeps it
+    by `stream_of` too.
+    """
+    tensor = torch.from_numpy(table)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a GPU; 0 for other devices."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of softmax statistics, partial outputs and gradient sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.plan import Forest, Request
+from prefix_grouper_plugins.attention.plan import Forest, Request, stream_of
 from prefix_grouper_plugins.attention.triton_tables import TABLE_BLOCK, Tables, tables
 
 # The widest head dim for which there are tiles that do not spill registers.
@@ -153,7 +153,7 @@ class _Call:
     ) -> None:
         self.heads, self.kv_heads = query.shape[1], key.shape[1]
         self.device, self.itemsize = query.device, query.element_size()
-        self.plan = tables(forest, window, self.kv_heads, query.device)
+        self.plan = tables(forest, window, self.kv_heads, query.device, stream_of(query.device))
         inner, outer = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
         self.options = (query.shape[0], self.heads // self.kv_heads, window or 0, inner, outer)
         self.constants = {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest
+from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest, upload
 
 # Tokens of a block in the tables. Tiles of the kernels divide it; full spans are multiples of it.
 TABLE_BLOCK = 128
@@ -66,16 +66,17 @@ class Tables(NamedTuple):
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
-def tables(forest: Forest, window: int | None, kv_heads: int, device: torch.device) -> Tables:
-    """The tables of a forest, made and uploaded once for all layers, without waiting for the device."""
+def tables(forest: Forest, window: int | None, kv_heads: int, device: torch.device, stream: int) -> Tables:
+    """The tables of a forest, made and uploaded once for all layers, without waiting for the device.
+
+    ``stream``: the one they are uploaded on, see `stream_of`.
+    """
     queries = query_blocks(forest, window)
     keys, split_rows = key_items(forest, window, kv_heads)
     per_token = (forest.token_subtree_end, forest.token_depth)
     parts = [*per_token, queries.rows, queries.spans, keys.rows, keys.spans, split_rows]
-    flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts]).astype(np.int32))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    views = flat.to(device, non_blocking=True).split([part.size for part in parts])
+    flat = upload(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
+    views = flat.split([part.size for part in parts])
     ends, depth, *blocks = (view.view(part.shape) for view, part in zip(views, parts, strict=True))
     query_rows, key_spans, key_rows, query_spans, split = blocks
     num_slots = int(split_rows[:, 2].sum())

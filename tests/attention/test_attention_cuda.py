@@ -149,16 +149,17 @@ def test_flex_gradients_stay_near_float64_for_all_lengths(
     assert not flex.fallbacks
 
 
-@pytest.mark.parametrize("backend", ["merged_lse", "triton"])
-def test_a_call_does_not_wait_for_the_device(backend: str) -> None:
-    layout = LAYOUTS["forest"]()
-    skip_where_unavailable(backend, Features(), torch.bfloat16)
-    tensors = on_device(inputs(layout, Features(heads=4)), torch.bfloat16)
-    run(layout, Features(), backend, tensors)  # plans are uploaded and configurations timed once
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        out = shared_prefix_attention(*tensors, layout, backend=backend)
-        torch.autograd.grad(out, tensors, torch.ones_like(out))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("backend", ["merged_lse", "triton", "blockwise"])
+def test_no_call_waits_for_the_device_also_with_a_layout_that_is_new(backend: str) -> None:
+    features = Features(heads=4)
+    skip_where_unavailable(backend, features, torch.bfloat16)
+    for known in (True, False):  # the first one loads kernels and asks for memory, which may wait
+        layout = LAYOUTS["group" if known else "forest"]()
+        tensors = on_device(inputs(layout, features), torch.bfloat16)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("default" if known else "error")
+        try:
+            out = shared_prefix_attention(*tensors, layout, backend=backend)
+            torch.autograd.grad(out, tensors, torch.ones_like(out))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

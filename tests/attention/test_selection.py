@@ -59,6 +59,25 @@ def test_the_table_in_the_docs_is_what_the_code_does() -> None:
     assert documented() == actual
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("activated", "capability", "reason"),
+    [
+        (None, (8, 0), None),
+        ("FA3", (9, 0), None),
+        ("FA3", (8, 0), "FA3 is activated and needs compute capability 9.x, this GPU has 8.0"),
+        ("FA4", (10, 0), None),
+        ("FA4", (12, 0), "FA4 is activated and needs compute capability 9.x or 10.x, this GPU has 12.0"),
+    ],
+)
+def test_activated_flash_kernels_are_taken_on_their_gpus_only(
+    activated: str | None, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: activated, raising=False)
+    assert available_backends("cuda", torch.bfloat16, 128)["merged_lse"] == reason
+
+
 def test_every_backend_is_described_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs/attention.md").read_text()
     described = re.findall(r"^\| `(\w+)` \| ", text.partition("## What")[0], re.M)
