@@ -161,7 +161,7 @@ def test_any_scale_equals_dense(interpreted: Call) -> None:
 
 
 def number_of_slots(layout: PrefixLayout) -> int:
-    return triton_tables.tables(forest_of(layout.segments), None, 2, torch.device("cpu")).num_slots
+    return triton_tables.tables(forest_of(layout.segments), None, 2, torch.device("cpu"), 0).num_slots
 
 
 @needs_interpreter

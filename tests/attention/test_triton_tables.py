@@ -84,6 +84,6 @@ def test_queries_of_a_short_prefix_are_shared_out(responses: list[int]) -> None:
 def test_tables_are_made_once_for_all_layers() -> None:
     forest = plan.forest_of(PrefixLayout.from_groups([64], [[16] * 4]).segments)
     triton_tables.tables.cache_clear()
-    made = [triton_tables.tables(forest, None, 2, torch.device("cpu")) for _ in range(3)]
+    made = [triton_tables.tables(forest, None, 2, torch.device("cpu"), 0) for _ in range(3)]
     assert made[0] is made[2] and triton_tables.tables.cache_info().misses == 1
     assert made[0].key_rows.dtype == torch.int32
