@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_grouper_plugins.attention.registry import auto_backend
-from prefix_grouper_plugins.modeling.mixers import foreign_mixers, forking_notes, how_it_runs, mixer_of
+from prefix_grouper_plugins.modeling.known_mixers import foreign_mixers, forking_notes, how_it_runs, mixer_of
 
 # Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
 VERIFIED_MODEL_TYPES = frozenset(

@@ -19,7 +19,14 @@ from prefix_grouper_plugins import (
     disable_prefix_grouper,
     enable_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling import ShardedLayout, is_enabled, layout_inputs, mixers, packed_inputs
+from prefix_grouper_plugins.modeling import (
+    ShardedLayout,
+    is_enabled,
+    known_mixers,
+    layout_inputs,
+    mixers,
+    packed_inputs,
+)
 from tests import tiny
 from tests.modeling import families, test_families
 from tests.modeling.test_families import ROWS, gradients, packed, single_rows
@@ -247,7 +254,8 @@ def test_a_state_that_leaks_into_the_next_completion_is_noticed(monkeypatch):
 
 
 def test_a_dropped_mask_is_noticed(monkeypatch):
-    monkeypatch.setattr(mixers, "_MIXERS", {**mixers._MIXERS, "gptj.GPTJAttention": mixers.Mixer("without a mask")})
+    without = {**known_mixers._MIXERS, "gptj.GPTJAttention": known_mixers.Mixer("without a mask")}
+    monkeypatch.setattr(known_mixers, "_MIXERS", without)
     with pytest.raises(AssertionError, match="not close"):
         test_families.test_packed_logits_and_gradients_equal_those_of_single_rows("gptj")
 
