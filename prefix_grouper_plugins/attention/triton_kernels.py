@@ -5,7 +5,7 @@ prefix are read in place by all of its responses, nothing is masked that need no
 Sums are in float32 and in one order, so gradients are the same in every run with the same tile sizes
 (`triton_configs`).
 
-Triton is imported with the first call; on a machine without it the package works as before.
+The kernels are imported with the first call, so on a machine without Triton the package works as before.
 """
 
 from __future__ import annotations

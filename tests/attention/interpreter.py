@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -22,9 +21,6 @@ TABLE_BLOCK = 64
 SHORTEST_ITEM = 128
 TILES = "forward=64x64x4x1 dq=32x64x4x1 dkdv=64x32x4x1"
 SECONDS = 300
-
-# In that process: whether the backends imported triton before a kernel ran.
-imported_early: bool | None = None
 
 
 def why_not() -> str | None:
@@ -51,11 +47,7 @@ def interpreter() -> Iterator[Callable[..., Any]]:
 def _start() -> None:
     torch.set_num_threads(1)
     os.environ.update(TRITON_INTERPRET="1", PREFIX_GROUPER_TRITON_TILES=TILES)
-    from prefix_grouper_plugins.attention import registry, triton_configs, triton_kernels, triton_tables
-
-    global imported_early
-    assert "triton" in registry.BACKENDS
-    imported_early = "triton" in sys.modules
+    from prefix_grouper_plugins.attention import triton_configs, triton_kernels, triton_tables
 
     for module in (triton_configs, triton_kernels, triton_tables):
         module.TABLE_BLOCK = TABLE_BLOCK

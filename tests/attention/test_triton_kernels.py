@@ -251,15 +251,6 @@ def test_without_triton_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert available_backends("cuda", torch.bfloat16, 64)["triton"] == "the package triton is not installed"
 
 
-def triton_was_imported_early() -> bool | None:
-    return interpreter.imported_early
-
-
-@needs_interpreter
-def test_triton_is_imported_only_when_a_kernel_runs(interpreted: Call) -> None:
-    assert interpreted(triton_was_imported_early) is False
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
