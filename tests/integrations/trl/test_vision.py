@@ -73,7 +73,7 @@ def compare(monkeypatch, path, **given):
     return stock_trainer, trainer
 
 
-@pytest.mark.parametrize("model_type", sorted(vision.IMAGES))
+@pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_training_with_images_gives_the_stock_weights(monkeypatch, tmp_path, model_type):
     path = vision.saved_model(tmp_path, model_type)
     stock, trainer = compare(monkeypatch, path, **settings(model_type))
@@ -91,6 +91,33 @@ def test_rows_with_and_without_images_share_too(monkeypatch, tmp_path):
     _, trainer = compare(monkeypatch, path, **settings("qwen2_5_vl", mixed=True, **more))
     assert not trainer.sharing.fallbacks
     assert trainer.sharing.rows_per_group >= 4  # more where two prompts without images are equal
+
+
+MORE = {
+    "LoRA": ("llava", {"lora": True}),
+    "recurrent layers": ("qwen3_5", {"optim": "sgd", "learning_rate": 0.02}),
+    "router loss": (
+        "qwen3_vl_moe",
+        {
+            # As in test_moe: routers compute in float32.
+            "optim": "sgd",
+            "learning_rate": 0.05,
+            "router_aux_loss_coef": 0.5,
+            "model_init_kwargs": {"dtype": torch.float64, "experts_implementation": "eager"},
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_ways_to_train_with_images_give_the_stock_weights(monkeypatch, tmp_path, name):
+    model_type, more = MORE[name]
+    path = vision.saved_model(tmp_path, model_type)
+    stock, trainer = compare(monkeypatch, path, **settings(model_type, **more))
+    assert logged(trainer, "aux_loss") == pytest.approx(logged(stock, "aux_loss"), rel=1e-6)
+    assert not trainer.sharing.fallbacks
+    assert trainer.sharing.rows_per_group > 2
 
 
 def test_rloo_with_images_gives_the_stock_weights(monkeypatch, tmp_path):

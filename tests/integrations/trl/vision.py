@@ -47,6 +47,8 @@ IMAGES = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
+    "qwen3_5": _QWEN,
     "llava": (
         lambda: LlavaImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
         _four_tokens,
