@@ -200,8 +200,8 @@ def test_tensors_that_cannot_be_told_apart_by_row_are_an_error():
         split_images({"pixel_values": torch.zeros(5, 3, 8, 8)}, [1, 1])
 
 
-def test_a_text_part_that_is_not_verified_is_refused():
+def test_a_text_part_that_is_not_verified_needs_a_proof():
     model = families.build("qwen2_5_vl")
     model.config.text_config.model_type = model.model.language_model.config.model_type = "qwen2_5_vl_novel"
-    (reason,) = check_support(model).reasons
+    (reason,) = check_support(model).unproven
     assert "'qwen2_5_vl_novel' has not been verified" in reason
