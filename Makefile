@@ -14,7 +14,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -58,6 +58,13 @@ test-matrix: $(VENV)/ready ## the TRL tests on every supported TRL release
 	    --target .venvs/matrix/trl-$$version trl==$$version; \
 	  PYTHONPATH=.venvs/matrix/trl-$$version EXPECTED_TRL=$$version $(TEST) tests/integrations/trl; \
 	done
+
+bench: $(VENV)/ready ## the CPU benchmarks, then the pictures and tables of docs/benchmarks.md (about 10 minutes)
+	@set -e; for script in attention growth flops plot; do $(ENVIRONMENT) $(BIN)/python benchmarks/$$script.py; done
+
+bench-gpu: $(VENV)/ready ## the GPU benchmarks, then pictures and tables (about 20 minutes on a data-centre GPU)
+	@set -e; for script in attention growth actor_update; do $(BIN)/python benchmarks/$$script.py --device cuda; done
+	@$(BIN)/python benchmarks/plot.py
 
 lint: $(VENV)/ready ## style, formatting and types
 	$(BIN)/ruff check .

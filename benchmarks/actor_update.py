@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from harness import RESULTS, number, peak_mib, write_csv
+from harness import RESULTS, number, peak_mib, use, write_csv
 from models import MODELS, build, published_inputs, shape_of, use_published_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,7 +83,7 @@ def published(model: nn.Module, batch: Batch) -> Tensor:
     device = str(batch.prompt_ids.device)
     grouper = PrefixGrouper([[prompt] + [response] * group], device=device)
     ids = torch.cat([batch.prompt_ids[0], batch.completion_ids.flatten()])[None]
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     hidden = base.model(ids, **published_inputs(grouper, prompt, response, group, device)).last_hidden_state
     states = grouper.split_output(hidden, include_prefix_last=1)[2][:, :-1].flatten(0, 1)
     parts = [
@@ -106,25 +106,35 @@ WAYS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
 }
 
 
-def prepare(model: nn.Module, way: str) -> None:
-    """Give the model the attention that ``way`` runs on."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def base_of(model: nn.Module) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def prepare(model: nn.Module, way: str) -> str:
+    """Give the model the attention that ``way`` runs on; returns its name, by which to switch back to it."""
+    base = base_of(model)
     disable_prefix_grouper(base)
-    base.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+    base.config._attn_implementation = "sdpa"
     if way == "published":
         use_published_attention(base)
-    elif way != "stock":
+    elif way == "rows":  # the flash kernels of torch, one call for all rows
+        enable_prefix_grouper(base, backend="merged_lse")
+    elif way == "ours":
         enable_prefix_grouper(base)
+    return base.config._attn_implementation
 
 
 def step_of(model: nn.Module, batch: Batch, way: str) -> Step:
     """An update without the optimizer: policy gradient with random advantages."""
     advantages = torch.linspace(-1, 1, len(batch.prompt_ids), device=batch.prompt_ids.device)[:, None]
+    config, name = base_of(model).config, prepare(model, way)
 
     def run() -> None:
-        prepare(model, way)
-        (WAYS[way](model, batch) * advantages).sum().backward()
-        model.zero_grad(set_to_none=True)
+        config._attn_implementation = name
+        try:
+            (WAYS[way](model, batch) * advantages).sum().backward()
+        finally:  # out of memory too
+            model.zero_grad(set_to_none=True)
 
     return run
 
@@ -182,7 +192,8 @@ def row(
 ) -> dict[str, Any]:
     seconds = median(timing.cpu for timing in timings[way]) if way in timings else math.nan
     ratio = times_as_fast(timings[way], timings["rows"]) if {way, "rows"} <= timings.keys() else math.nan
-    print(f"    {way:12}{seconds:9.3f} s {ratio:7.2f} times as fast as rows {memory or math.nan:10.0f} MiB", flush=True)
+    held = "  out of memory" if memory is None else "" if math.isnan(memory) else f"{memory:10.0f} MiB"
+    print(f"    {way:12}{seconds:9.3f} s {ratio:7.2f} times as fast as rows{held}", flush=True)
     return {
         "model": name,
         "training": "lora" if lora else "full",
@@ -212,8 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = args.cases or []
     args.cases = [tuple(map(int, case.split(","))) for case in given] or list(CASES[args.device])
     names = args.models or (["tiny"] if args.device == "cpu" else [name for name in MODELS if name != "tiny"])
-    if args.device == "cpu":
-        torch.set_num_threads(1)
+    use(args.device)
     found = [row for name in names for kind in args.training for row in measure(name, kind == "lora", args)]
     note = "gradient checkpointing; prompt and responses of equal lengths, so nothing is padded"
     write_csv(args.output or RESULTS / f"actor-update-{args.device}.csv", found, args.device, note)

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import RESULTS, in_a_fresh_process, number, peak_mib, write_csv
+from harness import RESULTS, in_a_fresh_process, number, peak_mib, use, write_csv
 from methods import OTHERS, other_step
 
 from prefix_grouper_plugins.attention import available_backends
@@ -29,6 +29,7 @@ from prefix_grouper_plugins.bench import Case, Step, Timing, row_step, shared_st
 from prefix_grouper_plugins.layout import visible_pairs
 
 CPU_CASES = ((64, 512, 8), (1024, 128, 8), (4096, 128, 8), (4096, 128, 16), (4096, 512, 8))
+CPU_MEMORY_CASES = ((4096, 128, 16),)  # one fresh process for each method takes its time
 CUDA_CASES = ((64, 512, 8), (8192, 1024, 8), (16384, 1024, 16), (4096, 2048, 28), (16384, 2048, 28), (32768, 2048, 28))
 TOO_LARGE_FOR_A_MASK = 40_000  # tokens: the T x T mask and its score matrix
 
@@ -41,16 +42,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--methods", nargs="+", help="of: rows, ours:BACKEND, " + ", ".join(OTHERS))
     parser.add_argument("--repeats", type=int, default=3, help="turns at least (default: 3)")
     parser.add_argument(
-        "--seconds", type=float, default=30.0, help="go on until this much time is over, for short cases"
+        "--seconds", type=float, default=20.0, help="go on until this much time is over, for short cases"
     )
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--memory", nargs="*", help="cases whose peak memory is measured too (CUDA: all)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # one method of one case, in a process of its own
     args = parser.parse_args(arguments)
     args.output = args.output or RESULTS / f"attention-{args.device}.csv"
     cases = CPU_CASES if args.device == "cpu" else CUDA_CASES
-    args.cases = [tuple(map(int, case.split(","))) for case in args.cases] if args.cases else list(cases)
+    args.cases = cases_of(args.cases) if args.cases else list(cases)
+    args.memory = list(CPU_MEMORY_CASES) if args.memory is None else cases_of(args.memory)
     return args
+
+
+def cases_of(texts: Sequence[str]) -> list[tuple[int, ...]]:
+    return [tuple(map(int, text.split(","))) for text in texts]
 
 
 def case_of(sizes: tuple[int, int, int], device: str) -> Case:
@@ -64,7 +70,10 @@ def makers(case: Case, wanted: Sequence[str] | None) -> dict[str, Callable[[], S
     """For each method that can run here a function that makes its step; says which are left out and why."""
     backends = available_backends(case.device, case.dtype, case.head_dim)
     found: dict[str, Callable[[], Step]] = {"rows": lambda: row_step(case), "ours:auto": lambda: shared_step(case)}
+    taken = next(name for name, reason in backends.items() if reason is None)  # what `auto` stands for
     for name, reason in backends.items():
+        if name == taken:
+            continue
         if reason is None:
             found[f"ours:{name}"] = lambda name=name: shared_step(case, name)  # type: ignore[misc]
         else:
@@ -99,11 +108,19 @@ def measure(sizes: tuple[int, int, int], args: argparse.Namespace) -> list[dict[
     case = case_of(sizes, args.device)
     print(f"{sizes[0]:>6} {sizes[1]:>5} {sizes[2]:>3}  pair ratio {case.pair_ratio:.2f}", flush=True)
     steps = makers(case, args.methods)
-    memory = {} if args.no_memory else {name: memory_of(name, sizes, args.device) for name in steps}
-    timings = take_turns(
-        {name: make() for name, make in steps.items()}, repeats=args.repeats, seconds=args.seconds, device=args.device
-    )
+    wanted = args.device != "cpu" or sizes in args.memory
+    memory = {name: memory_of(name, sizes, args.device) for name in steps} if wanted else {}
+    timings = time_all(case, steps, args)
     return [row(name, case, timings, memory.get(name, math.nan)) for name in steps]
+
+
+def time_all(case: Case, found: dict[str, Callable[[], Step]], args: argparse.Namespace) -> dict[str, list[Timing]]:
+    """Turns of all methods; on the CPU, where nothing is tuned or compiled, a tiny case warms up well enough."""
+    cpu = case.device == "cpu"
+    for make in makers(Case(8, 8, 2), list(found)).values() if cpu else ():
+        make()()
+    steps = {name: make() for name, make in found.items()}
+    return take_turns(steps, repeats=args.repeats, seconds=args.seconds, device=args.device, warm_up=not cpu)
 
 
 def memory_of(name: str, sizes: tuple[int, int, int], device: str) -> float:
@@ -118,7 +135,8 @@ def row(name: str, case: Case, timings: dict[str, list[Timing]], memory: float) 
     seconds = median(timing.cpu for timing in timings[name])
     ratio = times_as_fast(timings[name], timings["rows"]) if "rows" in timings else math.nan
     flops = 14 * case.num_heads * case.head_dim * visible_pairs(case.layout.segments)
-    print(f"    {name:18}{seconds:9.3f} s {ratio:7.2f} times as fast as rows {memory:9.0f} MiB", flush=True)
+    held = "" if math.isnan(memory) else f"{memory:9.0f} MiB"
+    print(f"    {name:18}{seconds:9.3f} s {ratio:7.2f} times as fast as rows{held}", flush=True)
     return {
         "prompt": case.prompt,
         "response": case.response,
@@ -144,9 +162,7 @@ def print_memory_of(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-    torch.manual_seed(0)
+    use(args.device)
     if args.memory_of:
         print_memory_of(args)
         return

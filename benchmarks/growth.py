@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from attention import measure
-from harness import RESULTS, write_csv
+from harness import RESULTS, use, write_csv
 
 METHODS = ("rows", "ours:auto", "published")
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
@@ -42,13 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="go on until this much time is over, for short cases"
     )
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    args.methods = METHODS
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-    torch.manual_seed(0)
+    args.methods, args.memory = METHODS, []  # peak memory on CUDA only
+    use(args.device)
     rows: list[dict[str, Any]] = []
     for sweep, sizes in sweeps(args.device, args.groups, args.prompts):
         rows += [{"sweep": sweep, **row} for row in measure(sizes, args)]

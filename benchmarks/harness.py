@@ -19,6 +19,15 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
+def use(device: str) -> None:
+    """Get ready to measure on ``device``: one thread on the CPU, and the same random inputs each time."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: torch {torch.__version__} sees no GPU on this machine")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], device: str, note: str = "") -> None:
     """Write ``rows``, headed by lines with the command, the machine, the versions, the date and how to read them."""
     rows = list(rows)

@@ -94,7 +94,8 @@ def row_step(case: Case) -> Step:
         return case.step(lambda q, k, v: _row_by_row(q, k, v, lengths), sum(lengths))
     # A group of one response is one segment, of as many tokens as its prompt and response less one.
     alone = PrefixLayout.from_groups([2] * len(lengths), [[n - 1] for n in lengths], device=case.device)
-    return case.step(lambda q, k, v: shared_prefix_attention(q, k, v, alone, backend="auto"), alone.num_tokens)
+    flash = "merged_lse"  # one causal segment for each row: a single call, nothing to merge
+    return case.step(lambda q, k, v: shared_prefix_attention(q, k, v, alone, backend=flash), alone.num_tokens)
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
@@ -114,10 +115,13 @@ class Timing:
 
 
 def take_turns(
-    steps: Mapping[str, Step], *, repeats: int, seconds: float = 0.0, device: str = "cpu"
+    steps: Mapping[str, Step], *, repeats: int, seconds: float = 0.0, device: str = "cpu", warm_up: bool = True
 ) -> dict[str, list[Timing]]:
-    """Run each step once to warm up, then in turns: ``repeats`` times, and on until ``seconds`` are over (at most 25)."""
-    for step in steps.values():
+    """Run the steps in turns, ``repeats`` times, and on until ``seconds`` are over (at most 25 times).
+
+    With ``warm_up`` each runs once before that, unless the caller has seen to it.
+    """
+    for step in steps.values() if warm_up else ():
         step()
     timings: dict[str, list[Timing]] = {name: [] for name in steps}
     started = time.perf_counter()

@@ -82,7 +82,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--response", type=int, default=128, help="tokens of each response (default: 128)")
     bench.add_argument("--group", type=int, default=8, help="responses to the prompt (default: 8)")
     bench.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: 3)")
-    bench.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     _add_shape(bench)
 
 
@@ -151,6 +151,8 @@ def print_bench(options: argparse.Namespace) -> None:
 
     name, shape = _shape(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: torch {torch.__version__} sees no GPU on this machine")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     sizes = (options.prompt, options.response, options.group)
     case = Case(*sizes, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, dtype)

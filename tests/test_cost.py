@@ -124,7 +124,7 @@ def test_the_ordinary_step_costs_what_torch_counts_but_for_the_masked_half() -> 
 
 
 def test_the_speed_up_is_that_of_the_papers_formula() -> None:
-    """Section 3.3, with the head on response positions; the branch rule moves one token in thousands."""
+    """Written out, with the head on response positions; the branch rule moves one token in thousands."""
     prefix, response, group = 8192, 1024, 8
     shape, layout = SHAPES["qwen2.5-7b"], PrefixLayout.from_groups([prefix], [[response] * group])
     per_token = 28 * 2 * (3584 * (28 + 2 * 4) * 128 + 28 * 128 * 3584 + 3 * 3584 * 18944)

@@ -401,6 +401,16 @@ def test_the_picture_of_the_layout_is_drawn_by_its_script() -> None:
     assert (ROOT / "docs/images/layout.svg").read_text() == drawn
 
 
+def test_the_figures_of_the_benchmarks_are_those_of_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    plot = importlib.import_module("plot")
+    page, found = (ROOT / "docs/benchmarks.md").read_text(), plot.parts()
+    assert {"attention-cpu", "growth-cpu", "flops"} <= found.keys()
+    assert page == plot.fill(page, found), "run benchmarks/plot.py"
+    for name in re.findall(r"<!-- ([\w-]+) -->", page):
+        assert name in found or re.search(rf"<!-- {name} -->\n<!-- /{name} -->", page), f"{name} has no file"
+
+
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", prose_of(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

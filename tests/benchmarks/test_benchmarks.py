@@ -1,0 +1,276 @@
+"""The benchmarks run, compare like with like, write down where figures come from, and met the project's targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import actor_update  # noqa: E402
+import attention  # noqa: E402
+import flops  # noqa: E402
+import growth  # noqa: E402
+import methods  # noqa: E402
+import plot  # noqa: E402
+from harness import RESULTS, peak_mib, read_csv, read_facts  # noqa: E402
+
+from prefix_grouper_plugins import bench, shared_prefix_attention  # noqa: E402
+
+SCRIPTS = ("actor_update", "attention", "flops", "growth", "plot")
+CASE = bench.Case(12, 5, 3, 4, 2, 8, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    """The scripts set the number of threads, which belongs to the whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_how_to_run_a_script(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name).main(["--help"])
+    assert stopped.value.code == 0
+    assert f"python benchmarks/{name}.py" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ like with like
+
+
+def rows_of(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """For each row of `CASE` query, key or value of its tokens; prompts equal."""
+    prompt, *responses = values
+    return [torch.cat([prompt, response]) for response in responses]
+
+
+def outputs_and_gradients(name: str, tensors: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Of the method, on the responses' tokens (less the last, which the packed row does without), and of the keys."""
+    leaves = [[x.clone().requires_grad_() for x in parts] for parts in tensors]
+    layout, prompt, response = CASE.layout, CASE.prompt, CASE.response
+    if name == "published":
+        out = methods.published(CASE)(*(torch.cat(parts) for parts in leaves))
+        found = [x[:-1] for x in out[prompt:].split(response)]
+    else:
+        packed = [layout.pack(rows_of(parts)) for parts in leaves]
+        function = (
+            (lambda q, k, v: shared_prefix_attention(q, k, v, layout)) if name == "ours" else methods.OTHERS[name](CASE)
+        )
+        found = [x[prompt:] for x in layout.unpack(function(*packed))]
+    total = sum((x * torch.arange(x.numel(), dtype=x.dtype).view(x.shape)).sum() for x in found)
+    total.backward()  # type: ignore[union-attr]
+    return [*found, *(x.grad for parts in leaves for x in parts)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", ["published", "gathered", "dense_mask"])
+def test_the_methods_compute_the_same_attention_as_ours(name: str) -> None:
+    torch.manual_seed(0)
+    sizes = [CASE.prompt] + [CASE.response] * CASE.group
+    tensors = [[torch.randn(n, heads, 8, dtype=torch.float64) for n in sizes] for heads in (4, 2, 2)]
+    for ours, theirs in zip(*(outputs_and_gradients(n, tensors) for n in ("ours", name)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+class EmulatedFlashAttention3:
+    """`flash_attn_varlen_func` by plain products: causal, the last query of each entry seeing its last key."""
+
+    @staticmethod
+    def flash_attn_varlen_func(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *_: Any, **options: Any) -> torch.Tensor:
+        assert options["causal"]
+        lengths = [x.diff().tolist() for x in (cu_q, cu_k, cu_k)]
+        parts = zip(*(x.split(n) for x, n in zip((q, k, v), lengths, strict=True)), strict=True)
+        out = []
+        for row in parts:
+            query, key, value = (x.transpose(0, 1)[None] for x in row)
+            mask = methods._bottom_right(query.shape[2], key.shape[2], "cpu")
+            out.append(methods._sdpa(query, key, value, mask)[0].transpose(0, 1))
+        return torch.cat(out)
+
+
+def test_trls_tree_attention_is_called_on_the_same_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    packing = pytest.importorskip("trl.experimental.async_grpo.packing")
+    monkeypatch.setattr(packing, "_flash_attn", EmulatedFlashAttention3)
+    tensors = CASE.inputs(CASE.layout.num_tokens)
+    expected = shared_prefix_attention(*tensors, CASE.layout)
+    torch.testing.assert_close(methods.tree_attention(CASE)(*tensors), expected)
+
+
+@pytest.mark.parametrize("name", ["rows", "ours:auto", "gathered", "dense_mask"])
+def test_the_steps_for_a_gpu_have_shapes_that_fit(name: str) -> None:
+    """On the meta device, where the branches for a GPU are taken and nothing is computed."""
+    case = dataclasses.replace(CASE, device="meta", dtype=torch.bfloat16)
+    steps = {"rows": lambda: bench.row_step(case), "ours:auto": lambda: bench.shared_step(case)}
+    steps.get(name, lambda: methods.other_step(name, case))()()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_part_says_so() -> None:
+    for script in (attention, growth, actor_update):
+        with pytest.raises(SystemExit, match=r"--device cuda: torch .* sees no GPU on this machine"):
+            script.main(["--device", "cuda"])
+
+
+def test_row_by_row_attention_is_causal_attention_over_each_row() -> None:
+    lengths = [7, 3]
+    query, key, value = CASE.inputs(10)
+    out = bench._row_by_row(query, key, value, lengths)
+    for row, q, k, v in zip(*(x.split(lengths) for x in (out, query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * 8**-0.5
+        scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(), -math.inf)
+        torch.testing.assert_close(row, torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_all_ways_of_an_actor_update_give_the_same_log_probs_and_gradients(lora: bool) -> None:
+    torch.manual_seed(0)
+    model = actor_update.make_model("tiny", None, lora, "cpu")
+    batch = actor_update.make_batch((24, 6, 3), 256, "cpu")
+    expected: list[torch.Tensor] = []
+    for way in ("stock", "published", "ours"):
+        actor_update.prepare(model, way)
+        logps = actor_update.WAYS[way](model, batch)
+        logps.sum().backward()
+        found = [logps.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        model.zero_grad()
+        expected = expected or found
+        assert len(found) == len(expected) > 3
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_ordinary_packed_update_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = actor_update.make_model("tiny", None, False, "cpu")
+    batch = actor_update.make_batch((24, 6, 3), 256, "cpu")
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))  # type: ignore[operator]
+    for way in ("rows", "ours"):
+        actor_update.prepare(model, way)
+        actor_update.WAYS[way](model, batch)
+    assert seen == [3 * 29, 23 + 3 * 6]
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def test_attention_measures_each_method_and_says_where_the_figures_come_from(tmp_path: Path) -> None:
+    output = tmp_path / "attention.csv"
+    attention.main(["--cases", "40,8,3", "--repeats", "1", "--seconds", "0", "--output", str(output)])
+    rows = {row["method"]: row for row in read_csv(output)}
+    assert {"rows", "ours:auto", "ours:blockwise", "published", "gathered", "dense_mask"} <= rows.keys()
+    assert float(rows["rows"]["times_as_fast_as_rows"]) == 1
+    assert all(float(row["seconds"]) > 0 for row in rows.values())
+    facts = read_facts(output)
+    assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
+    assert {"command", "machine", "triton", "transformers", "date", "note"} <= facts.keys()
+
+
+def test_a_method_that_cannot_run_is_named_with_those_that_can() -> None:
+    with pytest.raises(SystemExit, match="tree_attention cannot run here; there are rows, ours:auto"):
+        attention.makers(CASE, ["tree_attention"])
+
+
+def test_peak_memory_is_that_of_the_step() -> None:
+    def make() -> Callable[[], None]:
+        return lambda: torch.ones(32 * 2**20, dtype=torch.float32).add_(1).sum().item()  # 128 MiB
+
+    assert 120 < peak_mib(make, "cpu") < 200
+
+
+def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
+    """The rows of the case hold 4 x 1,088 tokens; query, output and their gradients alone take 34 MiB."""
+    assert 30 < attention.memory_of("rows", (1024, 64, 4), "cpu") < 120
+
+
+def test_growth_measures_both_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(growth.SETTINGS, "cpu", ((32, 8), ((), 8, 2)))
+    output = tmp_path / "growth.csv"
+    growth.main(["--groups", "1", "2", "--prompts", "16", "--repeats", "1", "--seconds", "0", "--output", str(output)])  # fmt: skip
+    assert [(r["sweep"], r["prompt"], r["group"]) for r in read_csv(output) if r["method"] == "rows"] == [
+        ("group", "32", "1"), ("group", "32", "2"), ("prompt", "16", "2")
+    ]  # fmt: skip
+
+
+def test_actor_update_measures_each_way(tmp_path: Path) -> None:
+    output = tmp_path / "update.csv"
+    actor_update.main(["--repeats", "1", "--seconds", "0", "--training", "full", "--output", str(output)])
+    assert [row["way"] for row in read_csv(output)] == ["stock", "rows", "published", "ours"]
+
+
+@pytest.mark.parametrize(("prefix", "ratio", "group"), [(4096, 0.5, 2), (16384, 32, 16)])
+def test_counted_flops_of_the_papers_grid_are_those_of_the_formula(prefix: int, ratio: float, group: int) -> None:
+    cell = flops.cell(flops.shape_of("qwen2.5-7b"), prefix, ratio, group)
+    assert abs(float(cell["error"])) < flops.TOLERANCE
+    assert float(cell["rows_tflops"]) == pytest.approx(float(cell["formula_rows_tflops"]), rel=1e-5)
+    # The published pass has one token more, and as many visible pairs but for that token's.
+    assert float(cell["published_tflops"]) == pytest.approx(float(cell["ours_tflops"]), rel=1e-3)
+    assert float(cell["ours_kept_gib"]) < float(cell["published_kept_gib"]) < float(cell["rows_kept_gib"])
+
+
+def test_a_count_that_is_not_the_formulas_stops_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit, match="1 of 1 counts are further"):
+        flops.main(["--model", "tiny", "--prefixes", "64", "--ratios", "2", "--groups", "2", "--output", str(tmp_path / "f.csv")])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what was written down
+
+
+MEASURED = sorted(path for path in RESULTS.glob("*.csv") if path.read_text().startswith("# command: "))
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.name)
+def test_a_file_of_results_names_its_command_machine_versions_and_date(path: Path) -> None:
+    facts = read_facts(path)
+    assert all(facts[name] for name in ("command", "machine", "torch", "transformers", "date", "note"))
+    assert (ROOT / facts["command"].split()[1]).is_file()
+
+
+def test_the_pictures_can_be_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot, "IMAGES", tmp_path)
+    plot.draw_attention(read_csv(RESULTS / "attention-cpu.csv"), "cpu")
+    plot.draw_growth(read_csv(RESULTS / "growth-cpu.csv"), "cpu")
+    plot.draw_memory([row for row in read_csv(RESULTS / "flops.csv") if row["ratio"] == "8"])
+    assert {path.name for path in tmp_path.iterdir()} == {"attention-cpu.png", "growth-cpu.png", "paper-memory.png"}
+
+
+def test_counts_over_the_whole_grid_were_those_of_the_formula() -> None:
+    rows = read_csv(RESULTS / "flops.csv")
+    assert len(rows) == 3 * 7 * 4
+    assert all(abs(float(row["error"])) < 0.02 for row in rows)
+
+
+def measured(case: tuple[int, int, int], method: str) -> dict[str, str]:
+    wanted = tuple(map(str, case))
+    (row,) = [
+        row
+        for row in read_csv(RESULTS / "attention-cpu.csv")
+        if (row["prompt"], row["response"], row["group"]) == wanted and row["method"] == method
+    ]
+    return row
+
+
+@pytest.mark.parametrize("case", [(1024, 128, 8), (4096, 128, 8), (4096, 128, 16), (4096, 512, 8)])
+def test_measured_attention_was_as_fast_as_the_ratio_of_visible_pairs_lets_it_be(case: tuple[int, int, int]) -> None:
+    row = measured(case, "ours:auto")
+    assert float(row["times_as_fast_as_rows"]) >= 0.95 * float(row["pair_ratio"])
+
+
+def test_measured_attention_was_not_slower_where_nothing_can_be_gained() -> None:
+    assert float(measured((64, 512, 8), "ours:auto")["times_as_fast_as_rows"]) >= 1
+
+
+def test_measured_memory_was_about_half_of_the_published_packages() -> None:
+    case = (4096, 128, 16)
+    assert float(measured(case, "ours:auto")["peak_mib"]) <= float(measured(case, "published")["peak_mib"]) / 1.9
