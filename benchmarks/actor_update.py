@@ -166,7 +166,8 @@ def measure(name: str, lora: bool, args: argparse.Namespace) -> list[dict[str, A
         steps = {way: step_of(model, batch, way) for way in args.ways}
         memory = {way: memory_of(step, args.device) for way, step in steps.items()}
         fitting = {way: step for way, step in steps.items() if memory[way] is not None}
-        timings = take_turns(fitting, repeats=args.repeats, seconds=args.seconds, device=args.device)
+        cpu = args.device == "cpu"  # elsewhere measuring the memory has warmed up
+        timings = take_turns(fitting, repeats=args.repeats, seconds=args.seconds, device=args.device, warm_up=cpu)
         found += [row(name, lora, sizes, way, timings, memory[way], bound) for way in args.ways]
     return found
 
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", help="prompt,response,group, e.g. 8192,1024,8")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--training", nargs="+", choices=("full", "lora"), default=("full", "lora"))
-    parser.add_argument("--repeats", type=int, default=3, help="turns at least (default: 3)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns at least (default: 2)")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="go on until this much time is over, for short cases"
     )
