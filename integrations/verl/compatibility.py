@@ -29,6 +29,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
             "optimizer_config",
             "checkpoint_config",
         ),
+        "FSDPEngineWithLMHead._build_module": ("self",),
         "FSDPEngineWithLMHead._build_fsdp_module": ("self", "module"),
         "FSDPEngineWithLMHead.forward_backward_batch": ("self", "data", "loss_function", "forward_only"),
         "FSDPEngineWithLMHead.forward_step": ("self", "micro_batch", "loss_function", "forward_only"),

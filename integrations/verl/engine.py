@@ -21,12 +21,22 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
-from verl.utils.model import extract_multi_modal_inputs
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
 from prefix_grouper_plugins.grouping import plan_micro_batches, spread_micro_batches
 from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.images import (
+    COMPARED_MODEL_TYPES,
+    placeholder_ids,
+    reason_not_to_share,
+    row_inputs,
+)
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, row_sizes
+from prefix_grouper_plugins.integrations.verl.model_patches import (
+    fit_to_packed_rows,
+    lost_attention,
+    remember_attention,
+)
 from prefix_grouper_plugins.integrations.verl.switch import raise_failures
 from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling import (
@@ -39,6 +49,7 @@ from prefix_grouper_plugins.modeling import (
     layout_inputs,
     refutation,
     settle,
+    transformers_model,
 )
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers
 from prefix_grouper_plugins.verify import check_gradients, local_gradients
@@ -85,9 +96,17 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._warned: set[str] = set()
         self._standing_reason: str | None = None
         self._to_prove = False
+        self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._to_verify = self.options.verify and not engine_config.forward_only
 
     # ----------------------------------------------------------------------------------------------------- the model
+
+    def _build_module(self) -> nn.Module:
+        """verl's, which patches model classes, with attention that packed rows can use."""
+        remember_attention(self.model_config.hf_config)
+        module = super()._build_module()
+        fit_to_packed_rows(module)
+        return module  # type: ignore[no-any-return]
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
@@ -96,7 +115,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             self._warn_once(_NO_PROOF_OF_PIECES)
         self._to_prove = self.options.proof and not self.use_ulysses_sp
         unproven = () if self._to_prove else report.unproven
-        reasons = [*report.reasons, *unproven, *self._parallel_reasons(module)]
+        reasons = [*lost_attention(module), *report.reasons, *unproven, *self._own_reasons(module)]
         if reasons:
             self._cannot_share(reasons)
         else:
@@ -127,12 +146,17 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         elif self.rank == 0:
             logger.log(logging.INFO if proof.passed else logging.WARNING, "prefix grouper: %s", proof)
 
-    def _parallel_reasons(self, module: nn.Module) -> list[str]:
-        if not self.use_ulysses_sp or not foreign_mixers(module):
-            return []
-        return [
-            "layers that run on whole rows cannot be shared under Ulysses, which leaves each process a piece of them"
-        ]
+    def _own_reasons(self, module: nn.Module) -> list[str]:
+        """Why this engine cannot share on a model that can be shared elsewhere."""
+        reasons = []
+        config: Any = getattr(transformers_model(module), "config", None)
+        if hasattr(config, "vision_config") and config.model_type not in COMPARED_MODEL_TYPES:
+            reasons.append(f"images of {config.model_type} have not been compared with verl's own engine")
+        if self.use_ulysses_sp and foreign_mixers(module):
+            reasons.append(
+                "layers that run on whole rows cannot be shared under Ulysses, which leaves each process a piece of them"
+            )
+        return reasons
 
     # ----------------------------------------------------------------------------------------------------- the batch
 
@@ -209,7 +233,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         else:
             limits["max_rows"] = int(data["micro_batch_size_per_gpu"])
         shares = self._reason_not_to_share(data) is None
-        sizes = row_sizes(data) if shares else []
+        sizes = row_sizes(data, self._placeholders) if shares else []
         plan = plan_micro_batches(sizes, **limits)
         # The ranks must agree, or they would wait for each other in different collectives.
         agreed = torch.tensor([len(plan), int(not shares)], device=get_device_name())
@@ -227,22 +251,20 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             return "each row has a temperature of its own"
         if "prompts" not in data:
             return "the batch does not say where prompts end (`prompts` is missing)"
-        if data["position_ids"].dim() == 3:
-            return "multimodal position ids are not packed yet"
-        if extract_multi_modal_inputs(data.get("multi_modal_inputs", [])):
-            return "multimodal inputs are not packed yet"
-        return None
+        return reason_not_to_share(row_inputs(data), self._placeholders)
 
     # ----------------------------------------------------------------------------------------------- one micro-batch
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
         reason = self._reason_not_to_share(micro_batch)
-        if reason is None and not (packed := PackedMicroBatch(micro_batch)).positions_agree:
+        if reason is None and not (packed := PackedMicroBatch(micro_batch, self._placeholders)).positions_agree:
             reason = "rows that share a prompt number its tokens differently"
         if reason is not None:
             self._count_fallback(reason, micro_batch)
             return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
+        if packed.some_alone:
+            self._warn_once("rows with an image in the response, or at the very end of the prompt, share nothing")
         self._count_packed(packed)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
         layout = packed.layout.pad_to(packed.layout.num_tokens + output_args.get("pad_size", 0))
@@ -253,6 +275,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         output_args["input_ids_rmpad_rolled"] = labels
         if tu.get_non_tensor_data(micro_batch, "use_fused_kernels", False):
             inputs["shift_labels"] = labels[None]
+        inputs.update(packed.images)
         inputs.update(layout_inputs(layout, labels.device))
         output_args["packed"] = packed
         return inputs, output_args

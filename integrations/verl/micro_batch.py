@@ -6,7 +6,7 @@ code as a micro-batch of a single, long row; what comes out of it is spread over
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
 from prefix_grouper_plugins.grouping import RowSize, prompt_group
+from prefix_grouper_plugins.integrations.verl.images import ALONE, row_inputs, sharing_keys
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import sharing_metrics
+from prefix_grouper_plugins.modeling.multimodal import first_rows, merge_images
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -47,18 +49,19 @@ def row_lengths(data: TensorDict) -> tuple[list[int], list[int]]:
 
 
 def row_keys(data: TensorDict) -> list[Hashable]:
-    """The group (``uid``) of each row: equal token ids of different groups may stand for different images."""
+    """The group (``uid``) of each row."""
     uids = tu.get(data, "uid")
     return [None] * len(data) if uids is None else [str(uid) for uid in uids]
 
 
-def row_sizes(data: TensorDict) -> list[RowSize]:
-    """What planning needs to know of each row; rows of one group have equal uids and prompts."""
+def row_sizes(data: TensorDict, placeholders: Collection[int] = ()) -> list[RowSize]:
+    """What planning needs to know of each row; rows of one group have equal uids, prompts and images."""
     lengths, prompt_lengths = row_lengths(data)
     rows = data["input_ids"].values().cpu().split(lengths)
+    keys = sharing_keys(row_keys(data), rows, prompt_lengths, row_inputs(data), placeholders)
     return [
         RowSize(prompt_group(key, row[:prompt]), prompt, len(row) - prompt)
-        for key, row, prompt in zip(row_keys(data), rows, prompt_lengths, strict=True)
+        for key, row, prompt in zip(keys, rows, prompt_lengths, strict=True)
     ]
 
 
@@ -67,34 +70,40 @@ class PackedMicroBatch:
 
     Args:
         micro_batch: on the model's device.
+        placeholders: token ids that stand for images and videos.
 
     Attributes:
         layout (`PrefixLayout`): of the rows, on that device.
         surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
             original one.
         labels (`LongTensor[T]`): next token of each packed position.
+        images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
+        some_alone (`bool`): whether there are rows whose images keep them from sharing.
         positions_agree (`bool`): whether rows number their shared tokens alike.
         tally (`Tally`): what is forwarded, and what would have been.
     """
 
-    def __init__(self, micro_batch: TensorDict) -> None:
+    def __init__(self, micro_batch: TensorDict, placeholders: Collection[int] = ()) -> None:
         ids = micro_batch["input_ids"]
         lengths, prompt_lengths = row_lengths(micro_batch)
-        rows, keys = ids.values().cpu().split(lengths), row_keys(micro_batch)
+        rows, inputs = ids.values().cpu().split(lengths), row_inputs(micro_batch)
+        keys = sharing_keys(row_keys(micro_batch), rows, prompt_lengths, inputs, placeholders)
+        self.some_alone = any(key[0] is ALONE for key in keys)
         layout = PrefixLayout.from_rows(rows, keys, shareable=prompt_lengths)
+        self.images = merge_images([inputs[row] for row in first_rows(layout)])
         self.tally = Tally.of_rows(lengths)
         self.tally.tokens, self.tally.packed = layout.num_tokens, 1
         self.tally.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
         prompts = (row[:prompt] for row, prompt in zip(rows, prompt_lengths, strict=True))
         self.tally.groups = len(set(map(prompt_group, keys, prompts)))
         self.layout = layout = layout.to(ids.device)
-        positions = micro_batch["position_ids"].values()
-        packed_positions = positions[layout.source_index]
+        positions = micro_batch["position_ids"].values()  # [tokens], with mRoPE [4, tokens]
+        packed_positions = positions[..., layout.source_index]
         self._offsets = ids.offsets()
         is_last = torch.zeros(layout.num_row_tokens, dtype=torch.bool, device=ids.device)
         is_last[self._offsets[1:] - 1] = True
         self._transitions = (~is_last).nonzero().squeeze(1)
-        self.positions_agree = torch.equal(packed_positions[layout.row_index], positions[self._transitions])
+        self.positions_agree = torch.equal(packed_positions[..., layout.row_index], positions[..., self._transitions])
         self.labels = ids.values()[layout.source_index + 1]
         self.surrogate = TensorDict(
             {"input_ids": _one_row(ids.values()[layout.source_index]), "position_ids": _one_row(packed_positions)},
@@ -111,8 +120,8 @@ class PackedMicroBatch:
 
 
 def _one_row(values: Tensor) -> Tensor:
-    offsets = torch.tensor([0, len(values)], device=values.device)
-    return torch.nested.nested_tensor_from_jagged(values, offsets)
+    """``[..., T]`` as a nested tensor of one row, its last axis the ragged one."""
+    return tu.nested_tensor_from_tensor_list([values])  # type: ignore[no-any-return]
 
 
 @dataclass

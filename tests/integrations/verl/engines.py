@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.integrations.verl import vision
+
 
 @dataclass
 class Case:
@@ -43,6 +45,7 @@ class Case:
     without_prompts: bool = False
     dropout: float = 0.0
     wrong_positions: bool = False  # of packed rows, as in a model that somebody has patched
+    images: str = ""
 
     def __str__(self) -> str:
         changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self)(), k)}
@@ -121,7 +124,10 @@ def save_model(case: Case, path: Path) -> None:
     from verl_on_cpu.tiny import make_model, make_tokenizer
 
     tokenizer = make_tokenizer()
-    model = make_model(case.model, tokenizer, case.tied, layers=2, hidden_size=64, seed=0)
+    if case.model in vision.MODELS:
+        model = vision.make_model(case.model, tokenizer, case.tied)
+    else:
+        model = make_model(case.model, tokenizer, case.tied, layers=2, hidden_size=64, seed=0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -132,10 +138,10 @@ def save_model(case: Case, path: Path) -> None:
 
 @contextmanager
 def model_classes_restored() -> Any:
-    """verl's fused kernels replace the forward of the model's class, for all models of the process."""
+    """verl replaces the forward of a model's class (fused kernels, images), for all models of the process."""
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-    classes = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+    classes = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, *vision.patched_classes())
     forwards = [cls.forward for cls in classes]
     try:
         yield
@@ -152,7 +158,7 @@ def make_rows(case: Case, groups: int = 3) -> list[dict[str, Any]]:
     import torch
 
     torch.manual_seed(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in range(groups):
         prompt = torch.randint(4, 250, (9 + 7 * group,))
         for member in range(case.rows_per_group):
@@ -169,6 +175,10 @@ def make_rows(case: Case, groups: int = 3) -> list[dict[str, Any]]:
                     "order": member * groups + group,
                 }
             )
+    if case.images:
+        vision.add_images(case.model, case.images, rows)
+    for row in rows:
+        row.setdefault("positions", torch.arange(len(row["prompt"]) + len(row["response"])))
     return sorted(rows, key=lambda row: row["order"])
 
 
@@ -182,7 +192,7 @@ def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
 
     tensors = {
         "input_ids": nested(lambda r: torch.cat([r["prompt"], r["response"]])),
-        "position_ids": nested(lambda r: torch.arange(len(r["prompt"]) + len(r["response"]))),
+        "position_ids": nested(lambda r: r["positions"]),
         "prompts": nested(lambda r: r["prompt"]),
         "responses": nested(lambda r: r["response"]),
         "response_mask": nested(lambda r: r["mask"]),
@@ -197,6 +207,8 @@ def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
         settings = {}
     if case.v0:
         tensors |= padded_as_in_v0(rows)
+    if case.images:
+        tensors["multi_modal_inputs"] = [row["inputs"] for row in rows]
     return tu.get_tensordict(
         tensors | {"uid": [row["uid"] for row in rows]},
         non_tensor_dict=settings
@@ -298,7 +310,8 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         shared = build(case, path, shared=True)
         if case.wrong_positions:
             count_packed_positions(shared.module)
-        found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
+        with vision.watched_tower(shared.module) as patches:
+            found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
         got = scores(shared, make_batch(case, mine, len(rows)))
     assert found.keys() == reference.keys()
     first = rank * len(rows) // world if case.sequence_parallel > 1 else 0
@@ -308,6 +321,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         "metrics": {name: value[0] for name, value in metrics.items() if name.startswith("prefix_grouper/")},
         "fallbacks": dict(shared.sharing.fallbacks),
         "forwarded": asdict(shared.forwarded),
+        "patches": patches,
         "scores": {},
     }
     for name, values in wanted.items():
@@ -321,6 +335,7 @@ def run(rank: int, world: int, meeting: str, cases: list[dict[str, Any]], folder
     import torch.distributed as dist
     import verl  # noqa: F401
 
+    vision.stand_in_for_flash_attention()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)

@@ -1,0 +1,74 @@
+"""What verl replaces in the classes of vision-language models, made to fit packed rows.
+
+verl gives some classes another forward (``verl/models/transformers/monkey_patch.py``), for all models of a process:
+
+- The attention of Qwen2-VL, Qwen2.5-VL and GLM-4V calls flash-attn past transformers' attention interface, and reads from
+  the positions where rows begin. It would take a packed row for many short texts. Here packed rows go to the forward
+  that the class had before, which looks its attention up in the interface; all other calls stay verl's.
+- The models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank gathers
+  the tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 stumbles there over what the tower of transformers 5
+  returns. Keeping groups whole makes such micro-batches where verl's mixture of rows has none, so here the tower
+  returns the features alone, which verl's code takes as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from verl.utils.model import get_hf_auto_model_class
+
+from prefix_grouper_plugins.modeling.mixers import LAYOUT_KWARG
+
+_TOWER_WITHOUT_DEEPSTACK = {"qwen2_vl", "qwen2_5_vl"}
+_original: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def remember_attention(config: Any) -> None:
+    """Keep the forwards of the attention classes of the model type of ``config``, as they are before verl's patch.
+
+    A class that is known already stays as it was: it may have been patched since, for another model of the process.
+    """
+    model = get_hf_auto_model_class(config)._model_mapping.get(type(config), None)
+    if not isinstance(model, type):  # code from outside of transformers
+        return
+    for value in vars(sys.modules[model.__module__]).values():
+        is_attention = isinstance(value, type) and issubclass(value, nn.Module) and value.__name__.endswith("Attention")
+        if is_attention and value.forward.__module__ == value.__module__:
+            _original.setdefault(value, value.forward)
+
+
+def fit_to_packed_rows(model: Any) -> None:
+    """Adapt what verl has patched in ``model``, see above. In place."""
+    for module in model.modules():
+        cls: Any = type(module)
+        if cls in _original and cls.forward is not _original[cls]:
+            module.__class__ = _with_both(cls, _original[cls], cls.forward)
+    if model.config.model_type in _TOWER_WITHOUT_DEEPSTACK:
+        model.model.visual.register_forward_hook(_features_alone)
+
+
+def lost_attention(model: nn.Module) -> list[str]:
+    """Why ``model`` cannot be shared if verl patched its attention before :func:`remember_attention` saw it."""
+    found = {type(m).__name__ for m in model.modules() if type(m).forward.__module__.startswith("verl.")}
+    return [
+        f"verl has replaced {name}.forward for another engine of this process, before this one was built"
+        for name in sorted(found)
+        if name.endswith("Attention")
+    ]
+
+
+@functools.cache
+def _with_both(cls: Any, own: Callable[..., Any], replaced: Callable[..., Any]) -> Any:
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (replaced if kwargs.get(LAYOUT_KWARG) is None else own)(self, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _features_alone(tower: nn.Module, args: Any, output: Any) -> Any:
+    return getattr(output, "pooler_output", output)
