@@ -61,6 +61,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
     _WORKERS: {
         "ActorRolloutRefWorker.__init__": ("self", "config", "role", "distillation_config", "kwargs"),
         "TrainingWorker.__init__": ("self", "config"),
+        "maybe_fix_3d_position_ids": ("data",),
         "TrainingWorker._postprocess_output": (
             "self",
             "output",

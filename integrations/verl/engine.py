@@ -31,7 +31,7 @@ from prefix_grouper_plugins.integrations.verl.images import (
     reason_not_to_share,
     row_inputs,
 )
-from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, row_sizes
+from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, mend_positions, row_sizes
 from prefix_grouper_plugins.integrations.verl.model_patches import (
     fit_to_packed_rows,
     lost_attention,
@@ -185,6 +185,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _run(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
         self._tally = Tally()
         dynamic = tu.get_non_tensor_data(data, "use_dynamic_bsz", True)
+        mend_positions(data)
         with self._planning(loss_function):
             output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning

@@ -48,6 +48,21 @@ def row_lengths(data: TensorDict) -> tuple[list[int], list[int]]:
     return data["input_ids"].offsets().diff().tolist(), prompt_lengths.tolist()
 
 
+def mend_positions(data: TensorDict) -> None:
+    """Make mRoPE positions ragged along the tokens, where they are so along the four kinds of position. In place.
+
+    That is what ``as_nested_tensor`` makes of ``[4, L]`` for each row if all rows are equally long, and verl 0.9.1 stops
+    there when it selects rows. Whole groups on a rank, cut off at the longest response, are equally long more often.
+    """
+    positions, lengths = data["position_ids"], data["input_ids"].offsets().diff()
+    if not positions.is_nested or positions.dim() != 3 or len(data) == 1:
+        return
+    values = positions.values()
+    if bool((lengths == values.shape[-1]).all()):
+        rows = values.unflatten(0, (len(data), -1)).unbind()
+        data["position_ids"] = tu.nested_tensor_from_tensor_list(list(rows))
+
+
 def row_keys(data: TensorDict) -> list[Hashable]:
     """The group (``uid``) of each row."""
     uids = tu.get(data, "uid")

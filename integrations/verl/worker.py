@@ -1,15 +1,17 @@
-"""Hooks in verl's workers: the config that they start from, and FLOPs of what was forwarded."""
+"""Hooks in verl's workers: the config that they start from, positions of images, and FLOPs of what was forwarded."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from omegaconf import open_dict
+from tensordict import TensorDict
 
 from prefix_grouper_plugins.integrations.verl.config import adopt
-from prefix_grouper_plugins.integrations.verl.micro_batch import Tally
+from prefix_grouper_plugins.integrations.verl.micro_batch import Tally, mend_positions
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY
 
 
@@ -38,7 +40,7 @@ class ForwardedFlops:
 def install(module: ModuleType) -> None:
     """Hook into ``verl.workers.engine_workers``."""
     _adopt_config_first(module.ActorRolloutRefWorker)
-    _count_what_was_forwarded(module.TrainingWorker)
+    _follow_engine(module.TrainingWorker, module)
 
 
 def install_separate(module: ModuleType) -> None:
@@ -73,13 +75,28 @@ def _adopt_config_first(worker: type) -> None:
     worker.__init__ = __init__  # type: ignore[misc]
 
 
-def _count_what_was_forwarded(worker: type) -> None:
+def _follow_engine(worker: type, module: ModuleType) -> None:
+    """In workers that run our engine: count what it forwards, and mend positions before rows are selected."""
     stock = worker.__init__  # type: ignore[misc]
 
     @functools.wraps(stock)
     def __init__(self: Any, config: Any) -> None:
         stock(self, config)
-        if self.flops_counter is not None and isinstance(getattr(self.engine, "forwarded", None), Tally):
+        if not isinstance(getattr(self.engine, "forwarded", None), Tally):
+            return
+        if self.flops_counter is not None:
             self.flops_counter = ForwardedFlops(self.flops_counter, self.engine)
+        module.maybe_fix_3d_position_ids = _mending(module.maybe_fix_3d_position_ids)  # type: ignore[attr-defined]
 
     worker.__init__ = __init__  # type: ignore[misc]
+
+
+@functools.cache
+def _mending(stock: Callable[[TensorDict], None]) -> Callable[[TensorDict], None]:
+    @functools.wraps(stock)
+    def maybe_fix_3d_position_ids(data: TensorDict) -> None:
+        if "position_ids" in data and "input_ids" in data:
+            mend_positions(data)
+        stock(data)
+
+    return maybe_fix_3d_position_ids

@@ -209,7 +209,7 @@ def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
         tensors |= padded_as_in_v0(rows)
     if case.images:
         tensors["multi_modal_inputs"] = [row["inputs"] for row in rows]
-    return tu.get_tensordict(
+    batch = tu.get_tensordict(
         tensors | {"uid": [row["uid"] for row in rows]},
         non_tensor_dict=settings
         | {
@@ -223,6 +223,16 @@ def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
             "global_batch_size": global_rows,
         },
     )
+    tu.maybe_fix_3d_position_ids(batch)  # as verl's engines begin
+    return batch
+
+
+def with_positions_by_row(batch: Any, rows: list[dict[str, Any]]) -> Any:
+    """``batch``, which verl itself can select rows of if they are all of one length, too."""
+    from verl.utils import tensordict_utils as tu
+
+    batch["position_ids"] = tu.nested_tensor_from_tensor_list([row["positions"] for row in rows])
+    return batch
 
 
 def padded_as_in_v0(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -304,8 +314,8 @@ def compare(case: Case, path: str) -> dict[str, Any]:
     with model_classes_restored():
         alone = replace(case, token_budget=case.token_budget * case.sequence_parallel)  # the budget is for each rank
         stock = build(alone, path, shared=False)
-        reference, _ = gradients(stock, make_batch(alone, dealt, len(rows)), alone)
-        wanted = scores(stock, make_batch(alone, dealt, len(rows)))
+        reference, _ = gradients(stock, with_positions_by_row(make_batch(alone, dealt, len(rows)), dealt), alone)
+        wanted = scores(stock, with_positions_by_row(make_batch(alone, dealt, len(rows)), dealt))
     with model_classes_restored():
         shared = build(case, path, shared=True)
         if case.wrong_positions:

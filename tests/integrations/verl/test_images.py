@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("verl")
 
 import torch
+import verl.workers.engine.fsdp.transformer_impl  # noqa: F401  first, as in a run: it registers our engine
 from tensordict import TensorDict
 
 from prefix_grouper_plugins.integrations.verl import images, model_patches
@@ -30,6 +31,7 @@ COMPARED = [
     Case(model="qwen3_vl", images="two", lora=True, checkpointing=True),
     Case(model="qwen3_vl", images="some", engine=BUCKETS),
     Case(model="qwen3_vl", images="video", options={"verify": True}),
+    Case(model="qwen3_vl", images="even"),
 ]
 TWO_RANKS = [
     Case(model="qwen2_5_vl", images="some"),
@@ -145,6 +147,21 @@ def test_rows_of_text_and_rows_without_entries_have_no_images():
     assert images.row_inputs(TensorDict({"input_ids": torch.ones(2, 3)}, batch_size=[2])) == [{}, {}]
     given = [{"pixel_values": None}, None]
     assert images.row_inputs(SimpleNamespace(get=lambda name, default: given)) == [{}, {}]
+
+
+def test_positions_of_rows_of_one_length_are_mended_before_verl_selects_rows():
+    from verl.utils import tensordict_utils as tu
+
+    from prefix_grouper_plugins.integrations.verl.worker import _mending
+
+    case = Case(model="qwen3_vl", images="even")
+    rows = make_rows(case)
+    data = make_batch(case, rows, len(rows))
+    with pytest.raises(RuntimeError):
+        tu.index_select_tensor_dict(data, [5])
+    _mending(tu.maybe_fix_3d_position_ids)(data)
+    for i, row in enumerate(rows):
+        assert torch.equal(tu.index_select_tensor_dict(data, [i])["position_ids"].values(), row["positions"])
 
 
 def test_other_models_with_images_are_refused_before_training():

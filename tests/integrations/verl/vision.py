@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 IMAGE, VIDEO, START, END = 252, 253, 254, 255  # of the byte-level tokenizer, whose other tokens stand for text
+PER_TOKEN = ("response", "mask", "old", "ref", "advantage")
 PATCH, MERGE, WIDTH = 4, 2, 64
 
 
@@ -114,7 +115,7 @@ def add_images(kind: str, what: str, rows: list[dict[str, Any]]) -> None:
         what: ``one`` picture in each prompt, of another size in each group; ``two``; ``some`` groups without; ``twins``:
             one text and one size for all groups, which then differ by their pictures alone; ``response``: also one and
             the same in two responses of each group; ``end``: at the very end of the prompt; ``video``; ``unknown``: with a tensor
-            that no model takes; ``shifted``: with positions of their own in some rows.
+            that no model takes; ``shifted``: with positions of their own in some rows; ``even``: rows of one length.
         rows: of all groups.
     """
     first = rows[0]["prompt"]
@@ -123,6 +124,10 @@ def add_images(kind: str, what: str, rows: list[dict[str, Any]]) -> None:
         shown = [image(4, 4 + 2 * group, seed=group)]
         if what == "twins":
             row["uid"], row["prompt"], shown = "g0", first, [image(4, 4, seed=group)]
+        if what == "even":
+            row["prompt"], shown = first, [image(4, 4, seed=group)]
+            for name in PER_TOKEN:
+                row[name] = torch.cat([row[name]] * 6)[:6]
         if what == "two":
             shown.append(image(6, 4, seed=10 + group))
         if what == "video":
@@ -147,7 +152,7 @@ def add_images(kind: str, what: str, rows: list[dict[str, Any]]) -> None:
 def lengthen(row: dict[str, Any], tokens: Tensor) -> None:
     """Put ``tokens``, which a tool gave, before a response."""
     row["response"] = torch.cat([tokens, row["response"]])
-    for name in ("mask", "old", "ref", "advantage"):
+    for name in PER_TOKEN[1:]:
         row[name] = torch.cat([row[name].new_zeros(len(tokens)), row[name]])
 
 
