@@ -95,7 +95,7 @@ def test_rows_with_and_without_images_share_too(monkeypatch, tmp_path):
 
 MORE = {
     "LoRA": ("llava", {"lora": True}),
-    "recurrent layers": ("qwen3_5", {"optim": "sgd", "learning_rate": 0.02}),
+    "recurrent layers": ("qwen3_5", {"optim": "sgd"}),
     "router loss": (
         "qwen3_vl_moe",
         {
