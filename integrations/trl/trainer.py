@@ -109,7 +109,11 @@ class PrefixGrouperMixin:
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
         reports = [check_support(model) for model in models]
         proof = self._option("prefix_grouper_proof")
-        found = [reason for report in reports for reason in report.reasons + (() if proof else report.unproven)]
+        found = [
+            reason
+            for report in reports
+            for reason in report.reasons + report.padded + (() if proof else report.unproven)
+        ]
         reasons = [*dict.fromkeys(found), *_setting_reasons(self.args)]
         if not reasons:
             for model in models:

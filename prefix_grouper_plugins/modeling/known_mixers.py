@@ -73,6 +73,16 @@ def _mpt_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor
     return _additive_mask(module, x, arguments).to(torch.bool)
 
 
+def _llama4_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Causal, and within chunks of columns where the layer is of that kind; rows begin at column 0."""
+    mask = _additive_mask(module, x, arguments)
+    config: Any = module.config
+    if config.layer_types[module.layer_idx] != "chunked_attention":  # type: ignore[index]
+        return mask
+    chunk = torch.arange(x.shape[1], device=x.device) // config.attention_chunk_size
+    return mask.masked_fill(chunk[:, None] != chunk, torch.finfo(x.dtype).min)
+
+
 def _has_alibi(module: nn.Module) -> bool:
     return bool(getattr(module.config, "alibi", False))
 
@@ -137,6 +147,13 @@ _MIXERS: dict[str, Mixer] = {
     "lfm2_moe.Lfm2MoeShortConv": _CONVOLUTION,
     "lfm3.Lfm3ShortConv": _CONVOLUTION,
     "minimax.MiniMaxLightningAttention": Mixer("lightning attention"),
+    "llama4.Llama4TextAttention": Mixer(
+        "chunked attention", _llama4_mask, layer_types=frozenset({"chunked_attention"})
+    ),
+    "recurrent_gemma.RecurrentGemmaRecurrentBlock": Mixer("RG-LRU"),
+    "rwkv.RwkvSelfAttention": Mixer("RWKV"),
+    "rwkv.RwkvFeedForward": Mixer("token shift"),
+    "xlstm.xLSTMLayer": Mixer("mLSTM"),
 }
 
 

@@ -10,6 +10,7 @@ before training, with the reason: a guess here would be wrong numbers there.
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +33,11 @@ VERIFIED_MODEL_TYPES = frozenset(
     glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
     granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
     hyperclovax internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama
-    longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral
-    modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt
-    persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3
-    solar_open stablelm starcoder2 vaultgemma xglm youtu zamba zamba2 zaya
+    llama4_text longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3
+    mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe
+    openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
+    recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlstm youtu zamba zamba2
+    zaya
     """.split()
 )
 
@@ -51,11 +53,16 @@ _TEXT_PARTS = {"glm4v_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"
 # Types of which a test has shown, or their code says, that packed rows give something else.
 REFUSED_MODEL_TYPES = {
     "doge": "doge did not give the numbers of single rows where rows are longer than its keep_window_size",
-    "llama4_text": "llama4_text cuts its attention into chunks by columns, so padding on the left changes what tokens see",
     "phimoe": "phimoe draws its experts at random while it trains, so that no two forwards agree",
 }
-# Right in a batch without padding, but that is not what a padding trainer computes.
-_STATE_SEES_PADDING = {"recurrent_gemma", "rwkv", "xlstm"}
+# Packed rows equal single rows, which is not what these types compute in a batch that is padded on the left.
+_NOT_PADDED_ON_THE_LEFT = {
+    "llama4_text": "llama4_text cuts its attention into chunks by columns, so padding on the left changes what tokens see",
+    **{
+        kind: f"{kind} runs its state over padding on the left, so a padded batch computes something else than single rows"
+        for kind in ("recurrent_gemma", "rwkv", "xlstm")
+    },
+}
 
 # Types whose older modeling code gave other numbers in the comparison (nemotron_h, zamba2) or could not be compared.
 _NEEDS_TRANSFORMERS = {"dbrx": "5.23", "nemotron_h": "5.23", "zamba": "5.23", "zamba2": "5.23"}
@@ -69,6 +76,8 @@ _LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv
 _LAYER_TYPES |= {"attention", "mamba"}  # transformers before 5.23
 # Functions of transformers that make the masks which the core knows.
 _MASK_FUNCTIONS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_masks_for_generate"}
+# Settings of attention that takes some keys and leaves others, beyond what a few short rows show.
+_SELECTS_KEYS = re.compile(r"attention_chunk_size|index_topk|sparse|keep_window|compress|block_topk")
 _ROPE_OF_LONGEST_ROW = {"dynamic", "longrope"}
 
 # Adapters that tests/modeling/test_peft.py compares: they change weights, or what a layer does with single tokens.
@@ -103,12 +112,15 @@ class SupportReport:
     Attributes:
         reasons: why the model is refused; empty when it is supported.
         unproven: why it is refused unless :func:`~prefix_grouper_plugins.prove` shows that it is right.
+        padded: why ordinary batches that are padded on the left compute something else than single rows, and so than
+            packed ones: trainers that pad so refuse the model.
         notes: what a user should know although it does not change the result's validity, one line each.
         layers: how each attention layer and each other mixer is run.
     """
 
     reasons: tuple[str, ...] = ()
     unproven: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     layers: tuple[LayerSupport, ...] = field(default=(), repr=False)
 
@@ -142,10 +154,13 @@ def check_support(model: nn.Module) -> SupportReport:
     unproven = _unproven(base)
     if unproven and not reasons:
         reasons += _unknown_masks(base)
+    padded = [_NOT_PADDED_ON_THE_LEFT[config.model_type]] if config.model_type in _NOT_PADDED_ON_THE_LEFT else []
     device, dtype = _where_attention_runs(base)
     described = [_describe(name, m, device, dtype) for name, m in layers]
     described += [_describe_mixer(name, m) for name, m in mixers]
-    return SupportReport(tuple(reasons), tuple(unproven), (*_notes(model), *forking_notes(mixers)), tuple(described))
+    return SupportReport(
+        tuple(reasons), tuple(unproven), tuple(padded), (*_notes(model), *forking_notes(mixers)), tuple(described)
+    )
 
 
 def transformers_model(model: nn.Module) -> Any:
@@ -211,10 +226,6 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
         return [f"{kind} is an encoder-decoder model; only decoder-only models share prefixes"]
     if kind in REFUSED_MODEL_TYPES:
         return [REFUSED_MODEL_TYPES[kind]]
-    if kind in _STATE_SEES_PADDING:
-        return [
-            f"{kind} runs its state over padding on the left, so a padded batch computes something else than single rows"
-        ]
     if (needed := _NEEDS_TRANSFORMERS.get(kind)) and Version(transformers.__version__) < Version(needed):
         return [f"{kind} is exact from transformers {needed} on, this is {transformers.__version__}"]
     if not layers:
@@ -252,8 +263,9 @@ def _unknown_masks(base: PreTrainedModel) -> list[str]:
         if isinstance(module, PreTrainedModel):
             code = inspect.unwrap(type(module).forward).__code__
             names |= {n for n in code.co_names if n.startswith("create_") and n.endswith(("mask", "masks"))}
-    chunk = getattr(base.config, "attention_chunk_size", None)
-    found = sorted(names - _MASK_FUNCTIONS) + ([f"attention_chunk_size={chunk}"] if chunk else [])
+    found = sorted(names - _MASK_FUNCTIONS)
+    found += [f"{name}={value}" for name, value in vars(base.config).items() if value and _SELECTS_KEYS.search(name)]
+    found += sorted({type(m).__name__ for m in base.modules() if "Indexer" in type(m).__name__})
     return (
         [f"{type(base).__name__} masks its attention in a way that is not known here: {', '.join(found)}"]
         if found

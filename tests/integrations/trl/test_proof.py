@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from prefix_grouper_plugins import UnsupportedModelError
+from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper, prefix_grouped_logps
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
 from prefix_grouper_plugins.integrations.trl import trainer as ours
 from prefix_grouper_plugins.modeling import awaits_proof, is_enabled
@@ -106,3 +106,18 @@ def test_a_model_that_is_to_be_sharded_waits_for_its_first_forward(monkeypatch, 
         trainer.train()
     assert not awaits_proof(trainer.model) and len(proofs(caplog)) == 1
     assert trainer.sharing.packed > 0 and not trainer.sharing.fallbacks
+
+
+def test_models_that_see_padding_on_the_left_are_refused_here_though_not_elsewhere(tmp_path):
+    path = tiny.saved_model(tmp_path, "rwkv", attention_hidden_size=32)
+    with pytest.raises(UnsupportedModelError, match="rwkv runs its state over padding on the left"):
+        make_trainer(path, shared=True, model_init_kwargs={}, **GROUPED)
+    model = enable_prefix_grouper(tiny.model("rwkv", attention_hidden_size=32))
+    rows = tiny.rows({6: [4, 3]})
+    ids = torch.stack([row[:9] for row in rows])
+    ids = torch.nn.functional.pad(ids, (2, 0))  # prompts padded on the left, as a trainer has them
+    real = (torch.arange(11) >= 2).long().expand_as(ids)
+    logps, _ = prefix_grouped_logps(model, ids[:, :8], real[:, :8], ids[:, 8:], real[:, 8:])
+    for row, found in zip(rows, logps, strict=True):
+        alone = model(input_ids=row[None, :9]).logits[0, 5:-1].log_softmax(-1)
+        torch.testing.assert_close(found, alone.gather(-1, row[6:9, None])[:, 0], rtol=1e-4, atol=1e-5)
