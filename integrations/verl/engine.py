@@ -61,6 +61,10 @@ _NO_PROOF_OF_PIECES = (
     "not proved: Ulysses leaves each process a piece of the rows, which a few tokens are too short for; "
     "prefix_grouper.verify=true compares the first update"
 )
+_NO_PROOF_OF_IMAGES = (
+    "not proved: verl's forwards of vision-language models take its own batches only; "
+    "prefix_grouper.verify=true compares the first update"
+)
 
 
 class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
@@ -111,9 +115,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
         report = check_support(module)
-        if self.options.proof and self.use_ulysses_sp:
-            self._warn_once(_NO_PROOF_OF_PIECES)
-        self._to_prove = self.options.proof and not self.use_ulysses_sp
+        unprovable = self._unprovable(module)
+        if self.options.proof and unprovable is not None:
+            self._warn_once(unprovable)
+        self._to_prove = self.options.proof and unprovable is None
         unproven = () if self._to_prove else report.unproven
         reasons = [*lost_attention(module), *report.reasons, *unproven, *self._own_reasons(module)]
         if reasons:
@@ -145,6 +150,14 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             self._cannot_share(reasons)
         elif self.rank == 0:
             logger.log(logging.INFO if proof.passed else logging.WARNING, "prefix grouper: %s", proof)
+
+    def _unprovable(self, module: nn.Module) -> str | None:
+        """Why a tiny forward of the proof's own cannot be made here, None where it can."""
+        if self.use_ulysses_sp:
+            return _NO_PROOF_OF_PIECES
+        if hasattr(getattr(transformers_model(module), "config", None), "vision_config"):
+            return _NO_PROOF_OF_IMAGES
+        return None
 
     def _own_reasons(self, module: nn.Module) -> list[str]:
         """Why this engine cannot share on a model that can be shared elsewhere."""
