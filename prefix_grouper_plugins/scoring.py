@@ -15,7 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from prefix_grouper_plugins.grouping import GroupedBatch
-from prefix_grouper_plugins.modeling import UnsupportedModelError, is_enabled, packed_inputs, transformers_model
+from prefix_grouper_plugins.modeling import (
+    UnsupportedModelError,
+    is_enabled,
+    packed_inputs,
+    transformers_model,
+    without_router_loss,
+)
 from prefix_grouper_plugins.modeling.multimodal import ImageRows, reason_not_to_pack
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
@@ -140,6 +146,7 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
     # Not `base_model`: opt calls the decoder inside of it directly.
     hook = base.get_decoder().register_forward_hook(lambda module, args, output: taken.append(output[0]))
     try:
+        inputs |= without_router_loss(base)
         logits = model(**inputs, logits_to_keep=batch.positions[:1]).logits
     finally:
         hook.remove()

@@ -496,3 +496,18 @@ def test_a_first_response_token_that_is_lost_or_doubled_would_be_seen(monkeypatc
         assert_close(wrong, expected)
     with pytest.raises(AssertionError, match="the gradient of"):
         assert_close((expected[0], wrong[1]), expected)
+
+
+def test_a_config_that_asks_for_router_logits_changes_nothing():
+    """The model's own router loss would weigh a shared token once; nobody reads it here."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    rows = tiny.rows({6: [4, 4]})
+    ids, real = torch.stack(rows), torch.ones(2, 10, dtype=torch.long)
+    scores = [
+        prefix_grouped_logps(
+            enable_prefix_grouper(tiny.model("mixtral", output_router_logits=asked, **experts)),
+            ids[:, :6], real[:, :6], ids[:, 6:], real[:, 6:],
+        )[0]
+        for asked in (False, True)
+    ]  # fmt: skip
+    assert torch.equal(*scores)

@@ -50,6 +50,7 @@ from prefix_grouper_plugins.modeling import (
     refutation,
     settle,
     transformers_model,
+    without_router_loss,
 )
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers
 from prefix_grouper_plugins.verify import check_gradients, local_gradients
@@ -291,6 +292,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             inputs["shift_labels"] = labels[None]
         inputs.update(packed.images)
         inputs.update(layout_inputs(layout, labels.device))
+        inputs.update(without_router_loss(self.module))  # verl's losses do not read it
         output_args["packed"] = packed
         return inputs, output_args
 

@@ -18,6 +18,7 @@ from prefix_grouper_plugins.modeling.support import (
     numbers_padded_columns,
     row_limit,
     transformers_model,
+    without_router_loss,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "settle",
     "transformers_model",
     "without_prefix_grouper",
+    "without_router_loss",
 ]

@@ -34,7 +34,13 @@ from torch.distributed.tensor import DTensor
 
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.interface import is_enabled, packed_inputs
-from prefix_grouper_plugins.modeling.support import attention_configs, largest_window, row_limit, transformers_model
+from prefix_grouper_plugins.modeling.support import (
+    attention_configs,
+    largest_window,
+    row_limit,
+    transformers_model,
+    without_router_loss,
+)
 
 # Differences that need no explanation: of outputs and of gradients, relative to their norms. transformers computes norms,
 # rotary angles and routers in float32 even where the model is in float64.
@@ -177,6 +183,7 @@ class _Comparison:
         takes = inspect.signature(base.forward).parameters
         # verl's fused heads demand the first, and return log-probs of the second.
         self.settings = {"return_dict": True} if "return_dict" in takes else {}
+        self.settings |= without_router_loss(base)
         self.takes_labels = "shift_labels" in takes
         self.probe: Tensor | None = None
         self.dtype = base.dtype

@@ -206,6 +206,15 @@ def attention_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def without_router_loss(model: nn.Module) -> dict[str, bool]:
+    """Keywords that keep a mixture of experts from computing its router loss over packed tokens.
+
+    A shared token would weigh once, however many rows share it. Who wants the loss weighs them (integrations/trl).
+    """
+    config = transformers_model(model).config.get_text_config(decoder=True)
+    return {"output_router_logits": False} if hasattr(config, "output_router_logits") else {}
+
+
 def largest_window(model: nn.Module) -> int | None:
     """The longest sliding window of any attention layer under ``model``; None where there is none."""
     windows = [window for _, m in attention_layers(model) if (window := _sliding_window(m)) is not None]
