@@ -1,6 +1,7 @@
 """An actor backend of verl that encodes every prompt of a micro-batch once: ``model_engine=prefix_grouper``."""
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 # Sets the hooks up: a config that names a class of this package brings its engine along, even in a process where verl
 # was told not to load plugins.
@@ -13,8 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["PrefixGrouperEngine", "PrefixGrouperEngineConfig", "PrefixGrouperOptions"]
 
-__getattr__ = lazy_names(
+_lazy = lazy_names(
     __name__,
     config=["PrefixGrouperEngineConfig", "PrefixGrouperOptions"],
     engine=["PrefixGrouperEngine"],
 )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PrefixGrouperEngine":
+        # verl's engine comes first: the hook that waits for it imports ours, which must not be half imported by then.
+        importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+    return _lazy(name)

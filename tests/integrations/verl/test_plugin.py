@@ -44,6 +44,12 @@ def test_verl_finds_the_engine_for_every_device():
     assert out.stdout.strip() == "['cpu', 'cuda', 'npu'] {'PrefixGrouperEngine'}", out.stderr
 
 
+def test_the_engine_can_be_the_first_import_of_a_process():
+    code = "from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, switch\nprint(switch.failures)"
+    out = python(code + REGISTERED)
+    assert out.stdout.splitlines() == ["[]", "['cpu', 'cuda', 'npu'] {'PrefixGrouperEngine'}"], out.stderr
+
+
 def test_naming_one_of_our_classes_loads_the_plugin_where_verl_was_told_to_load_none():
     code = "from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngineConfig\nimport verl.workers.engine"
     out = python(code + REGISTERED, VERL_USE_EXTERNAL_PLUGINS="none")
