@@ -453,7 +453,8 @@ def _untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
 def _rounding(base: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Move the outputs of the innermost modules and of the layers by up to half a unit in the last place."""
     layers = {id(child) for m in base.modules() if isinstance(m, nn.ModuleList) for child in m}
-    half_unit = torch.finfo(dtype).eps / 2
+    # Norms, rotary angles and recurrent kernels of transformers compute in float32 in a float64 model too.
+    half_unit = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) / 2
 
     def move(output: Tensor) -> Tensor:
         return output * (1 + half_unit * (2 * torch.rand_like(output) - 1))
