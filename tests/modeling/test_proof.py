@@ -152,7 +152,7 @@ def leak_the_state(model: Any, patch: pytest.MonkeyPatch) -> None:
     def straight_on(module: Any, run: Any, layout: Any, args: Any, kwargs: Any) -> Any:
         return run(*args, **{**kwargs, **{name: None for name in kwargs if "mask" in name}})
 
-    patch.setattr(mixers, "expand_run_collapse", straight_on)
+    patch.setattr(mixers, "run_packed", straight_on)
 
 
 PLANTED: dict[str, tuple[str, Callable[[Any, pytest.MonkeyPatch], None]]] = {
