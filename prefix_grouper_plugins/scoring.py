@@ -19,6 +19,7 @@ from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     is_enabled,
     packed_inputs,
+    row_positions,
     transformers_model,
     without_router_loss,
 )
@@ -75,7 +76,8 @@ def prefix_grouped_logps(
     blocks = (prompt_ids, prompt_mask, completion_ids, completion_mask)
     if images is None:
         batch = GroupedBatch(*blocks)
-        inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+        positions = row_positions(model, batch.layout, batch.input_ids)
+        inputs = packed_inputs(batch.layout, batch.input_ids, positions)
     else:
         if (reason := reason_not_to_pack(model, list(images))) is not None:
             raise UnsupportedModelError(reason)

@@ -8,6 +8,7 @@ from prefix_grouper_plugins.modeling.interface import (
     is_enabled,
     layout_inputs,
     packed_inputs,
+    row_positions,
     without_prefix_grouper,
 )
 from prefix_grouper_plugins.modeling.proof import Proof, agreed, prove
@@ -39,6 +40,7 @@ __all__ = [
     "prove",
     "refutation",
     "row_limit",
+    "row_positions",
     "settle",
     "transformers_model",
     "without_prefix_grouper",

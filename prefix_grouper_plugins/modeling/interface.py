@@ -37,6 +37,7 @@ from prefix_grouper_plugins.modeling.mixers import (
     given_layout,
     has_mixers_enabled,
     layout_of_layer,
+    rows_of,
 )
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
 from prefix_grouper_plugins.modeling.support import (
@@ -149,6 +150,25 @@ def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor 
         "use_cache": False,
         **layout_inputs(layout, input_ids.device),
     }
+
+
+def row_positions(model: nn.Module, layout: PrefixLayout, input_ids: Tensor) -> Tensor:
+    """``LongTensor[T]``: the positions that ``model`` gives the tokens of each row where nobody passes any.
+
+    Nearly all models count from 0. RoBERTa and what was made of it count from behind the id of their padding token, and
+    give that token no number.
+
+    Args:
+        model: the model, bare or wrapped.
+        layout: the layout of the packed row.
+        input_ids: ``LongTensor[T]``, packed token ids.
+    """
+    own = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
+    if own is None:
+        return layout.position_ids
+    rows = rows_of(layout)  # what stands behind a row does not change the numbers in front of it
+    numbers = own.create_position_ids_from_input_ids(rows.expand(input_ids[None]), own.padding_idx)  # type: ignore[operator]
+    return rows.collapse(numbers)[0]
 
 
 def layout_inputs(layout: PrefixLayout | ShardedLayout, device: torch.device) -> dict[str, Any]:

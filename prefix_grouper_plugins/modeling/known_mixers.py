@@ -83,6 +83,27 @@ def _llama4_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Ten
     return mask.masked_fill(chunk[:, None] != chunk, torch.finfo(x.dtype).min)
 
 
+def _window_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Causal, within the sliding window of the config if there is one."""
+    mask = _additive_mask(module, x, arguments)
+    config: Any = module.config
+    window = config.sliding_window
+    if window is None:
+        return mask
+    column = torch.arange(x.shape[1], device=x.device)
+    return mask.masked_fill(column[:, None] - column >= window, torch.finfo(x.dtype).min)
+
+
+def _doge_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """As `_window_mask`. From `keep_window_size` keys on, ties between equal scores are broken by the rows' length."""
+    if x.shape[1] > module.keep_window_size:  # type: ignore[operator]
+        raise ValueError(
+            f"a row of {x.shape[1]} tokens is longer than keep_window_size={module.keep_window_size}, from where on doge "
+            "chooses among keys of equal score by the length of the batch: keep rows shorter"
+        )
+    return _window_mask(module, x, arguments)
+
+
 def _has_alibi(module: nn.Module) -> bool:
     return bool(getattr(module.config, "alibi", False))
 
@@ -92,6 +113,11 @@ def _cut_alibi(arguments: dict[str, Any], x: Tensor) -> None:
     alibi = arguments["alibi"]
     if alibi is not None:
         arguments["alibi"] = alibi[..., : x.shape[1]].repeat(x.shape[0], *[1] * (alibi.dim() - 1))
+
+
+def _cut_angles(arguments: dict[str, Any], x: Tensor) -> None:
+    """Angles of one row of T columns, ``[1, 1, T, d]``: the first L are those of each of our rows."""
+    arguments["sinusoidal_pos"] = arguments["sinusoidal_pos"][:, :, : x.shape[1]]
 
 
 _ADDITIVE = Mixer("attention of its own", mask=_additive_mask)
@@ -122,6 +148,13 @@ _MIXERS: dict[str, Mixer] = {
     ),
     "openai.Attention": _ADDITIVE,
     "xglm.XGLMAttention": _ADDITIVE,
+    "big_bird.BigBirdSelfAttention": _ADDITIVE,
+    "megatron_bert.MegatronBertSelfAttention": _ADDITIVE,
+    "rembert.RemBertSelfAttention": _ADDITIVE,
+    "roformer.RoFormerSelfAttention": Mixer(
+        "attention of its own", _additive_mask, _cut_angles, whole=frozenset({"sinusoidal_pos"})
+    ),
+    "doge.DogeAttention": Mixer("attention to the highest-scoring keys", _doge_mask),
     "zaya.ZayaCCAProjection": Mixer(
         "convolution in front of attention",
         outputs_along=frozenset({0, 1, 2}),
@@ -150,6 +183,8 @@ _MIXERS: dict[str, Mixer] = {
     "llama4.Llama4TextAttention": Mixer(
         "chunked attention", _llama4_mask, layer_types=frozenset({"chunked_attention"})
     ),
+    # transformers before 5.23; later it uses the interface.
+    "recurrent_gemma.RecurrentGemmaSdpaAttention": Mixer("attention of its own", _window_mask),
     "recurrent_gemma.RecurrentGemmaRecurrentBlock": Mixer("RG-LRU"),
     "rwkv.RwkvSelfAttention": Mixer("RWKV"),
     "rwkv.RwkvFeedForward": Mixer("token shift"),

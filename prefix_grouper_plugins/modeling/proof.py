@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.interface import is_enabled, packed_inputs
+from prefix_grouper_plugins.modeling.interface import is_enabled, packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.support import (
     attention_configs,
     largest_window,
@@ -306,7 +306,8 @@ class _Comparison:
                 return None
 
     def _forward_packed(self) -> tuple[Tensor, Tensor]:
-        inputs = packed_inputs(self.layout, self.layout.pack(self.rows))
+        ids = self.layout.pack(self.rows)
+        inputs = packed_inputs(self.layout, ids, row_positions(self.base, self.layout, ids))
         return self._forward(self.layout.labels(self.rows), **inputs)
 
     def _forward(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:

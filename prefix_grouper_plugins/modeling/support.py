@@ -27,17 +27,19 @@ from prefix_grouper_plugins.modeling.known_mixers import foreign_mixers, forking
 # Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
 VERIFIED_MODEL_TYPES = frozenset(
     """
-    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam biogpt bitnet bloom codegen cohere cohere2
-    cohere2_moe ctrl cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
-    falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe
-    glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
+    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam bert bert-generation big_bird biogpt bitnet bloom
+    camembert codegen cohere cohere2 cohere2_moe ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama
+    doge dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo
+    flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
+    gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
     granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
     hyperclovax internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama
-    llama4_text longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3
-    mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe
-    openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
-    recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlstm youtu zamba zamba2
-    zaya
+    llama4_text longcat_flash mamba mamba2 megatron-bert mellum mimo_v2_flash minicpm3 minimax minimax_m2
+    ministral ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2
+    olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
+    qwen3_moe qwen3_next recurrent_gemma rembert roberta roberta-prelayernorm roc_bert roformer rwkv seed_oss
+    smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xlstm xmod youtu zamba
+    zamba2 zaya
     """.split()
 )
 
@@ -52,7 +54,6 @@ _TEXT_PARTS = {"glm4v_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"
 
 # Types of which a test has shown, or their code says, that packed rows give something else.
 REFUSED_MODEL_TYPES = {
-    "doge": "doge did not give the numbers of single rows where rows are longer than its keep_window_size",
     "phimoe": "phimoe draws its experts at random while it trains, so that no two forwards agree",
 }
 # Packed rows equal single rows, which is not what these types compute in a batch that is padded on the left.
@@ -64,8 +65,11 @@ _NOT_PADDED_ON_THE_LEFT = {
     },
 }
 
-# Types whose older modeling code gave other numbers in the comparison (nemotron_h, zamba2) or could not be compared.
-_NEEDS_TRANSFORMERS = {"dbrx": "5.23", "nemotron_h": "5.23", "zamba": "5.23", "zamba2": "5.23"}
+# Types whose older code is not causal, so that a prefix depended on what follows it: scans of nemotron_h and zamba2 over
+# more than one chunk; BERT-like decoders that were given a mask for reading both ways.
+_NEEDS_TRANSFORMERS = dict.fromkeys(
+    ("big_bird", "megatron-bert", "nemotron_h", "rembert", "roformer", "zamba2"), "5.23"
+)
 
 # Models that number positions from the attention mask, so that left padding does not count.
 _POSITIONS_SKIP_PADDING = {"opt"}
@@ -154,7 +158,7 @@ def check_support(model: nn.Module) -> SupportReport:
     unproven = _unproven(base)
     if unproven and not reasons:
         reasons += _unknown_masks(base)
-    padded = [_NOT_PADDED_ON_THE_LEFT[config.model_type]] if config.model_type in _NOT_PADDED_ON_THE_LEFT else []
+    padded = _padding_reasons(base, config.model_type)
     device, dtype = _where_attention_runs(base)
     described = [_describe(name, m, device, dtype) for name, m in layers]
     described += [_describe_mixer(name, m) for name, m in mixers]
@@ -236,7 +240,9 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     if kind in REFUSED_MODEL_TYPES:
         return [REFUSED_MODEL_TYPES[kind]]
     if (needed := _NEEDS_TRANSFORMERS.get(kind)) and Version(transformers.__version__) < Version(needed):
-        return [f"{kind} is exact from transformers {needed} on, this is {transformers.__version__}"]
+        return [f"{kind} is causal from transformers {needed} on, this is {transformers.__version__}"]
+    if kind == "doge" and (reasons := _doge_reasons(config)):
+        return reasons
     if not layers:
         return [f"{kind} mixes tokens by code of its own, which is not supported yet"]
     known = _LAYER_TYPES.union(*(mixer.layer_types for _, m in layers if (mixer := mixer_of(m))))
@@ -244,6 +250,22 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     if others:
         return [f"{kind} has layers of type {', '.join(others)}, which mix tokens in a way that is not supported yet"]
     return []
+
+
+def _doge_reasons(config: Any) -> list[str]:
+    """What its config may ask for beyond what packed rows reproduce."""
+    reasons = []
+    if config.keep_window_size < config.max_position_embeddings:
+        reasons.append(
+            f"doge keeps the {config.keep_window_size} keys of the highest scores, and which ones of equal score depends on "
+            f"the length of the batch: set `keep_window_size` to at least {config.max_position_embeddings}"
+        )
+    if config.is_moe:
+        reasons.append("doge with `is_moe=True` mixes the router logits of different tokens")
+    # A row has no mask there unless a window or padding asks for one.
+    if Version(transformers.__version__) < Version("5.23") and "sdpa" in (config._attn_implementation or ""):
+        reasons.append('doge is not causal under sdpa with this transformers: use `attn_implementation="eager"`')
+    return reasons
 
 
 def _unproven(base: PreTrainedModel) -> list[str]:
@@ -263,6 +285,18 @@ def _multimodal_reasons(base: PreTrainedModel) -> list[str]:
     if text_part(base) is base or kind in VERIFIED_MULTIMODAL_TYPES:
         return []
     return [f"{kind} is a multimodal model that no test has compared with single rows"]
+
+
+def _padding_reasons(base: PreTrainedModel, kind: str) -> list[str]:
+    if kind in _NOT_PADDED_ON_THE_LEFT:
+        return [_NOT_PADDED_ON_THE_LEFT[kind]]
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
+        return [
+            f"{kind} numbers positions by its own padding token, which need not be the one that a batch is padded with"
+        ]
+    if getattr(base.config, "rotary_value", False):
+        return [f"{kind} with `rotary_value=True` turns its values by columns, so padding on the left changes them"]
+    return []
 
 
 def _unknown_masks(base: PreTrainedModel) -> list[str]:
@@ -351,7 +385,10 @@ def _attention_reasons(layers: list[tuple[str, nn.Module]]) -> list[str]:
             reasons[f"attention dropout is {dropout}: set `attention_dropout` (or `attn_pdrop`) to 0 in the config"] = (
                 None
             )
-        if not getattr(module, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
+        # A text that only images would be read both ways in ("vision") is causal.
+        both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+        causal = getattr(module, "is_causal", True) and getattr(module, "is_decoder", True)
+        if not causal or both_ways:
             reasons["attention is not causal, so a prefix would depend on what follows it"] = None
         if getattr(config, "reorder_and_upcast_attn", False):
             reasons["`reorder_and_upcast_attn=True` bypasses the attention interface"] = None

@@ -40,6 +40,7 @@ OPTIONAL: dict[str, Any] = {
     "n_layer": LAYERS,
     "n_positions": 128,
     "n_inner": 64,
+    "is_decoder": True,  # of those that are encoders otherwise
 }
 # Multi-head latent attention has as many key heads as query heads.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -106,6 +107,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {"bos_token_id": 2, "cls_token_id": 2, "sep_token_id": 2},
     "zaya": {"num_experts_per_tok": 1},
     "hunyuan_v1_moe": {"moe_topk": 2},
+    "doge": {"sliding_window": 7},
+    # The kind with block-sparse attention is for encoders alone.
+    "big_bird": {"attention_type": "original_full", "sep_token_id": 2},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+        "vocab_size_per_layer_input": 24,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
     "longcat_flash": {
         "num_layers": 2,
         "num_key_value_heads": 4,
@@ -120,6 +134,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
+        "use_mamba_kernels": False,
     },
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
@@ -134,6 +149,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "n_heads": 4,
         "n_layers": 3,
         "max_seq_len": 64,
+        # transformers before 5.23 builds the router for hidden states as wide as the experts
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }
 
@@ -153,8 +170,8 @@ def build(model_type: str) -> PreTrainedModel:
         settings["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
     config = AutoConfig.for_model(model_type, **(settings | CHANGES.get(model_type, {})))
     torch.manual_seed(0)
-    # transformers before 5.11 takes sdpa for such models by default, which ignores the cap.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    # transformers before 5.11 takes sdpa for models with a cap by default, which ignores it; doge was not causal there.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) or model_type == "doge" else None
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model = model.float() if model_type in SINGLE_PRECISION else model.double()
     if hasattr(model, "set_experts_implementation"):

@@ -6,16 +6,29 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from prefix_grouper_plugins import PrefixLayout, check_support, disable_prefix_grouper, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins import check_support, disable_prefix_grouper, enable_prefix_grouper
+from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.modeling import packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers
 from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
 from tests import tiny
 from tests.modeling import families
 
-ROWS = tiny.rows({9: [4, 7, 1], 3: [6, 2]})
+PROMPT_LENGTHS, ROWS = [9, 9, 9, 3, 3], tiny.rows({9: [4, 7, 1], 3: [6, 2]})
+
+
+def padded(tokens: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = pad_sequence(tokens, batch_first=True, padding_side=side)
+    return ids, (ids != 0).long()  # no row holds the padding token
+
+
+BATCH = GroupedBatch(
+    *padded([row[:n] for row, n in zip(ROWS, PROMPT_LENGTHS, strict=True)], "left"),
+    *padded([row[n:] for row, n in zip(ROWS, PROMPT_LENGTHS, strict=True)], "right"),
+)
 
 
 def log_likelihood(logits: list[torch.Tensor]) -> torch.Tensor:
@@ -28,8 +41,9 @@ def single_rows(model):
 
 
 def packed(model):
-    layout = PrefixLayout.from_rows(ROWS)
-    return layout.unpack(model(**packed_inputs(layout, layout.pack(ROWS))).logits[0])
+    """From a batch as trainers hold it: prompts padded on the left, responses on the right."""
+    layout, ids = BATCH.layout, BATCH.input_ids
+    return layout.unpack(model(**packed_inputs(layout, ids, row_positions(model, layout, ids))).logits[0])
 
 
 def gradients(model, logits):

@@ -29,7 +29,14 @@ from prefix_grouper_plugins import (
     disable_prefix_grouper,
     enable_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling import interface, is_enabled, packed_inputs, support, without_prefix_grouper
+from prefix_grouper_plugins.modeling import (
+    interface,
+    is_enabled,
+    packed_inputs,
+    row_positions,
+    support,
+    without_prefix_grouper,
+)
 from tests import tiny
 from tests.modeling import families
 
@@ -322,6 +329,36 @@ def unbuilt(model_type: str, auto: Any = AutoModelForCausalLM, **changes: Any):
         return auto.from_config(AutoConfig.for_model(model_type, **changes))
 
 
+def test_positions_count_from_behind_the_padding_token_as_roberta_does_it():
+    rows = [torch.tensor(row) for row in ([5, 0, 6, 7], [5, 0, 6, 8, 0, 9], [4, 4])]  # 0 is its padding token
+    layout = PrefixLayout.from_rows(rows)
+    model = families.build("roberta")
+    seen = []
+    embedding = model.roberta.embeddings.position_embeddings
+    embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    for row in rows:
+        model(input_ids=row[None])
+    positions = row_positions(model, layout, layout.pack(rows))
+    for got, own in zip(layout.unpack(positions), seen, strict=True):
+        assert got.tolist() == own[:-1].tolist()
+    assert torch.equal(row_positions(families.build("bert"), layout, layout.pack(rows)), layout.position_ids)
+
+
+def test_positions_by_the_padding_token_are_refused_where_a_trainer_pads():
+    assert "numbers positions by its own padding token" in check_support(families.build("xmod")).padded[0]
+    assert not check_support(families.build("bert")).padded
+
+
+def test_rows_from_which_doge_would_choose_keys_are_an_error():
+    model = enable_prefix_grouper(families.build("doge"), prove=False)
+    for layer in model.model.layers:
+        layer.self_attn.keep_window_size = 5
+    rows = tiny.rows({3: [2, 6]})
+    layout = PrefixLayout.from_rows(rows)
+    with pytest.raises(ValueError, match="a row of 8 tokens is longer than keep_window_size=5"):
+        model(**packed_inputs(layout, layout.pack(rows)))
+
+
 @pytest.mark.parametrize(
     ("model_type", "auto", "changes", "reason"),
     [
@@ -332,12 +369,21 @@ def unbuilt(model_type: str, auto: Any = AutoModelForCausalLM, **changes: Any):
             {"text_config": {"num_hidden_layers": 1}, "vision_config": {"num_hidden_layers": 1}},
             "paligemma is a multimodal model that no test has compared with single rows",
         ),
-        ("big_bird", AutoModelForCausalLM, {"num_hidden_layers": 1}, "mixes tokens by code of its own"),
+        ("big_bird", AutoModelForCausalLM, {"num_hidden_layers": 1}, "mixes tokens by code of its own|is causal from"),
         ("deepseek_v32", AutoModelForCausalLM, {"num_hidden_layers": 1}, "layers of type indexed_attention"),
-        ("doge", AutoModelForCausalLM, {"num_hidden_layers": 1}, "longer than its keep_window_size"),
+        ("doge", AutoModelForCausalLM, {"num_hidden_layers": 1, "keep_window_size": 9}, "doge keeps the 9 keys"),
+        ("doge", AutoModelForCausalLM, {"num_hidden_layers": 1, "is_moe": True}, "mixes the router logits"),
         ("phimoe", AutoModelForCausalLM, {"num_hidden_layers": 1}, "draws its experts at random"),
         ("bloom", AutoModelForCausalLM, {"n_layer": 1, "attention_dropout": 0.1}, "attention dropout is 0.1"),
         ("bert", AutoModel, {"num_hidden_layers": 1}, "attention is not causal"),
+        ("roberta", AutoModelForCausalLM, {"num_hidden_layers": 1, "is_decoder": False}, "attention is not causal"),
+        (
+            "bert",
+            AutoModelForCausalLM,
+            {"num_hidden_layers": 1, "is_decoder": True},
+            "attention dropout is 0.1",
+        ),
+        ("rembert", AutoModelForCausalLM, {"num_hidden_layers": 1}, "attention is not causal|is causal from"),
         ("qwen3", AutoModelForCausalLM, {"attention_dropout": 0.1}, "attention dropout is 0.1: set `attention_dropout`"),
         ("gpt2", AutoModelForCausalLM, {"n_layer": 1}, "attention dropout is 0.1: .*attn_pdrop"),
         ("opt", AutoModelForCausalLM, {"num_hidden_layers": 1, "attention_dropout": 0.2}, "attention dropout is 0.2"),
