@@ -124,7 +124,7 @@ def image_token_id(model: nn.Module) -> int | None:
     return getattr(config, "image_token_index", None) if found is None else found
 
 
-def row_positions(
+def multimodal_positions(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -195,7 +195,7 @@ class ImageRows:
 
     Attributes:
         keys: one for each row, for :class:`~prefix_grouper_plugins.grouping.GroupedBatch`.
-        positions (`LongTensor[3, B, P + C]`): the model's own, or None, see :func:`row_positions`.
+        positions (`LongTensor[3, B, P + C]`): the model's own, or None, see :func:`multimodal_positions`.
         block_ids (`LongTensor[B, P + C]`): images that see themselves in both directions, or None.
 
     Raises:
@@ -216,7 +216,7 @@ class ImageRows:
         mask = torch.cat([prompt_mask, completion_mask], dim=1)
         self.images = list(images)
         self.token_tensors = {name: _fill(x, input_ids.shape[1]) for name, x in (token_tensors or {}).items()}
-        self.positions = row_positions(
+        self.positions = multimodal_positions(
             model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
         )
         columns = torch.arange(input_ids.shape[1], device=mask.device)
