@@ -178,6 +178,6 @@ def build(model_type: str) -> PreTrainedModel:
         model.set_experts_implementation("eager")  # the grouped matrix product takes no float64
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() > 1:
+            if weight.dim() > 1 and weight.requires_grad:  # no table of sines
                 weight.normal_(0, 0.3)
     return model.eval()

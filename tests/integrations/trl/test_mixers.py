@@ -17,6 +17,8 @@ from tests.modeling import families
 KINDS = ["falcon", "gptj", "mamba", "falcon_h1", "qwen3_next", "lfm2", "minimax"]
 # Their masks or ALiBi overflow where prompts are padded in float64, in transformers itself.
 IN_FLOAT32 = {"bloom", "mpt", "xglm"}
+# The stock trainer cannot train them: it asks for router logits that there are none of, or for a head as wide as the model.
+NOT_IN_STOCK = {"doge", "rembert"}
 # TRL's own router loss does not find the number of their experts.
 WITHOUT_ROUTER_LOSS = {"granitemoehybrid"}
 # Kernels of recurrent layers compute in float32, in other chunks where a state is forked.
@@ -29,8 +31,9 @@ def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytes
     if dtype == torch.float64:
         use_float64_head(monkeypatch)
     model.to(dtype).save_pretrained(path)
-    if not check_support(model).supported:
-        pytest.skip(f"refused with this transformers: {check_support(model).reasons}")
+    report = check_support(model)
+    if refused := report.reasons + report.padded:
+        pytest.skip(f"refused with this transformers: {refused}")
     assert foreign_mixers(model)
     weights = []
     for shared in (False, True):
@@ -63,7 +66,7 @@ def test_three_steps_give_the_stock_weights(model_type, tmp_path, monkeypatch):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES - set(KINDS)))
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES - NOT_IN_STOCK - set(KINDS)))
 def test_every_type_with_foreign_mixers_gives_the_stock_weights(model_type, tmp_path, monkeypatch):
     if model_type not in CONFIG_MAPPING or not foreign_mixers(families.build(model_type)):
         pytest.skip("no foreign mixers")
