@@ -28,10 +28,14 @@ def use(device: str) -> None:
     torch.manual_seed(0)
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], device: str, note: str = "") -> None:
+def write_csv(
+    path: Path, rows: Iterable[Mapping[str, Any]], device: str, note: str = "", command: str | None = None
+) -> None:
     """Write ``rows``, headed by lines with the command, the machine, the versions, the date and how to read them."""
     rows = list(rows)
-    facts = {"command": " ".join(["python", *sys.argv]), **describe_machine(device)} | ({"note": note} if note else {})
+    facts = {"command": command or " ".join(["python", *sys.argv]), **describe_machine(device)} | (
+        {"note": note} if note else {}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in facts.items())

@@ -38,7 +38,7 @@ OPTIONAL: dict[str, Any] = {
     "n_embd": 32,
     "n_head": 4,
     "n_layer": LAYERS,
-    "n_positions": 128,
+    "n_positions": 512,
     "n_inner": 64,
     "is_decoder": True,  # of those that are encoders otherwise
 }
@@ -46,6 +46,7 @@ OPTIONAL: dict[str, Any] = {
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
+    "gemma4_text": {"vocab_size_per_layer_input": SIZES["vocab_size"]},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": LAYERS, "window_size": 5},
