@@ -183,7 +183,10 @@ _MIXERS: dict[str, Mixer] = {
     "llama4.Llama4TextAttention": Mixer(
         "chunked attention", _llama4_mask, layer_types=frozenset({"chunked_attention"})
     ),
-    # transformers before 5.23; later it uses the interface.
+    # transformers before 5.23; later they use the interface.
+    "diffllama.DiffLlamaSdpaAttention": _ADDITIVE,
+    "moshi.MoshiSdpaAttention": _ADDITIVE,
+    "nemotron.NemotronSdpaAttention": _ADDITIVE,
     "recurrent_gemma.RecurrentGemmaSdpaAttention": Mixer("attention of its own", _window_mask),
     "recurrent_gemma.RecurrentGemmaRecurrentBlock": Mixer("RG-LRU"),
     "rwkv.RwkvSelfAttention": Mixer("RWKV"),
