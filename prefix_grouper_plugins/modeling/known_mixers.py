@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.modeling.state_forking import (
@@ -104,6 +106,11 @@ def _doge_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tenso
     return _window_mask(module, x, arguments)
 
 
+def _ctrl_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """``[L, L]``, 1 where a key is hidden: ctrl takes 1e4 from such scores, so that its other mask may add the 1."""
+    return torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).triu(1)
+
+
 def _has_alibi(module: nn.Module) -> bool:
     return bool(getattr(module.config, "alibi", False))
 
@@ -193,6 +200,9 @@ _MIXERS: dict[str, Mixer] = {
     "rwkv.RwkvFeedForward": Mixer("token shift"),
     "xlstm.xLSTMLayer": Mixer("mLSTM"),
 }
+
+if Version(transformers.__version__) < Version("5.23"):  # the class has the same name there, but uses the interface
+    _MIXERS["ctrl.MultiHeadAttention"] = Mixer("attention of its own", _ctrl_mask)
 
 
 def mixer_of(module: nn.Module) -> Mixer | None:

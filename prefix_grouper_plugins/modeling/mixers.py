@@ -45,7 +45,7 @@ LAYOUT_KWARG = "prefix_layout"
 LAYOUT_TAG = "_prefix_layout"
 
 # Arguments that run along the sequence, `[1, T, ...]`: laid out as rows, like the hidden states themselves.
-_ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings"}
+_ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "k", "q"}
 _CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
 # How ordinary packed batches say where rows begin. The rows are batched here, so there is nothing to say.
 _ROW_BOUNDARIES = {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
