@@ -55,6 +55,8 @@ COLUMNS = """
 model_type verdict reason in_trl layers logits_difference gradient_difference token_ratio update_ratio rows_seconds
 packed_seconds turns
 """.split()
+SHARED = ("exact", "proved on first use")
+VERDICTS = (*SHARED, "differs", "refused", "alias", "not built")
 Row = dict[str, str]
 Step = Callable[[], None]
 
@@ -275,9 +277,9 @@ def parts(rows: list[Row], facts: dict[str, str]) -> dict[str, str]:
     text = [row for row in rows if row["model_type"] not in VERIFIED_MULTIMODAL_TYPES]
     return {
         "counts": counts(text, images, facts),
-        "exact": gains([row for row in text if row["verdict"] in ("exact", "proved on first use")]),
-        "images": gains(images),
-        "others": others([row for row in rows if row["verdict"] not in ("exact", "proved on first use")]),
+        "exact": gains([row for row in text if row["verdict"] in SHARED]),
+        "images": gains([row for row in images if row["verdict"] in SHARED]),
+        "others": others([row for row in rows if row["verdict"] not in SHARED]),
     }
 
 
@@ -302,19 +304,13 @@ def counts(text: list[Row], images: list[Row], facts: dict[str, str]) -> str:
     )
 
 
-VERDICTS = ("exact", "proved on first use", "differs", "refused", "alias", "not built")
-
-
 def gains(rows: list[Row]) -> str:
     """A table of types that share."""
     lines = ["| Type | Verdict | Layers | Tokens | Update time |", "|---" * 5 + "|"]
     for row in rows:
         verdict = row["verdict"] if row["in_trl"] == "yes" else f"{row['verdict']}; not in TRL"
-        layers = "; ".join(f"{kind}: {how}" for kind, how in (x.rsplit(": ", 1) for x in row["layers"].split("; ")))
-        lines.append(
-            f"| `{row['model_type']}` | {verdict} | {layers} | {float(row['token_ratio']):.2f} "
-            f"| {float(row['update_ratio']):.2f} |"
-        )
+        ratios = [f"{float(row[name]):.2f}" for name in ("token_ratio", "update_ratio")]
+        lines.append(f"| `{row['model_type']}` | {verdict} | {row['layers']} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 
