@@ -93,3 +93,23 @@ def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
     for before, after in zip(expected, single_rows(model), strict=True):
         assert torch.equal(before, after), "disabling left something behind"
     assert all(":" not in str(config._attn_implementation) for config in [model.config])
+
+
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES))
+def test_in_float32_logits_and_gradients_stay_within_its_rounding(model_type):
+    """The dtype in which people compare: logits within 1e-4, every gradient within 1e-3 of its largest entry."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    model = families.build(model_type).float()
+    if not (report := check_support(model)).supported:
+        pytest.skip(f"refused with this transformers: {report.reasons}")
+    expected = single_rows(model)
+    expected_gradients = gradients(model, expected)
+    noise = 1e-3 * max(float(g.abs().max()) for g in expected_gradients.values())
+    logits = packed(enable_prefix_grouper(model, prove=False))
+    for row, wanted in zip(logits, expected, strict=True):
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+    for name, got in gradients(model, logits).items():
+        wanted = expected_gradients.pop(name)
+        assert (got - wanted).abs().max() <= 1e-3 * wanted.abs().max().clamp(min=noise), name
+    assert not expected_gradients
