@@ -7,11 +7,12 @@ their log-sum-exp at decoding. Here training is exact too: a flash backward reco
 share of the true gradients, and the shares add up (the argument of Ring Attention, arXiv 2310.01889). Merging and sums
 are in float32, or float64 for float64.
 
-On the CPU each triangle and each rectangle is a call of its own, and a segment that is short beside its descendants is
-*folded*: its keys are put in front of theirs, one descendant at a time, and its rectangle is left out. On CUDA there is one causal varlen call for all segments and one
-non-causal varlen call for each inner level of the tree; *gap* entries in the cumulative lengths (queries without keys,
-keys without queries) step over what the level does not touch, so nothing is gathered or copied. What a kernel writes
-into gaps is never used: FA2 and FA3 disagree about it. With Triton, each merge and each sum is one kernel.
+On the CPU each triangle and each rectangle is a call of its own. Its flash kernel is about half as fast on short triangles
+as on rectangles, so long triangles are halved, again and again, into two triangles and the rectangle between them. On
+CUDA there is one causal varlen call for all segments and one non-causal varlen call for each inner level of the tree;
+*gap* entries in the cumulative lengths (queries without keys, keys without queries) step over what the level does not
+touch, so nothing is gathered or copied. What a kernel writes into gaps is never used: FA2 and FA3 disagree about it.
+With Triton, each merge and each sum is one kernel.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ MAX_CUDA_HEAD_DIM = 256
 # Kernels that torch.nn.attention.activate_flash_attention_impl puts in the place of FA2, and the GPUs that they refuse
 # all others of, by the major number of the compute capability.
 _ACTIVATED = {"FA3": (9,), "FA4": (9, 10)}
-# On the CPU an inner segment is folded where its descendants are this many times as long, on average: few keys make
-# poor use of a call, so a copy of them in front of each descendant's own is faster (benchmarks/attention.py, 64 512 8).
-FOLD_RATIO = 5
+# On the CPU longer triangles are halved, by bytes of an element. Measured: 64 to 256 tokens do about equally well in float32
+# and float64; in half precision a merge costs more, and less than 192 queries at once cost most.
+LONGEST_TRIANGLE = {2: 256, 4: 128, 8: 128}
 # The signature of the aten flash ops; tests pass emulated ones.
 FlashOp = Callable[..., Any]
 
@@ -168,26 +169,10 @@ def _merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor) -
 
 
 class _Triangle(NamedTuple):
-    """Causal attention of queries ``[start, end)`` on the keys of ``front``, all of them, and on their own.
-
-    ``front`` holds the key ranges of folded ancestors, in order. The CPU op aligns causal masks top-left, so as many
-    queries go in front of ``start`` as there are keys in front: whichever stand there, for their results are dropped.
-    """
+    """Tokens ``[start, end)`` among themselves, causally."""
 
     start: int
     end: int
-    front: tuple[tuple[int, int], ...]
-
-    @property
-    def first_query(self) -> int:
-        return self.start - sum(end - start for start, end in self.front)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """The keys' rows of ``x [T, H, D]`` as ``[1, H, N, D]``; a copy where they do not lie side by side."""
-        if not self.front or self.front == ((self.first_query, self.start),):
-            return _heads(x, self.first_query, self.end)
-        parts = [x[start:end] for start, end in (*self.front, (self.start, self.end))]
-        return torch.cat(parts).transpose(0, 1).unsqueeze(0)
 
 
 class _Rectangle(NamedTuple):
@@ -207,19 +192,22 @@ class _CpuPlan(NamedTuple):
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
-def _cpu_plan(forest: Forest) -> _CpuPlan:
-    """One triangle for each segment, one rectangle for each inner segment that is not folded into the triangles."""
-    starts, ends, lasts = (x.tolist() for x in (forest.start, forest.end, forest.subtree_end))
-    descendants = np.searchsorted(forest.start, forest.subtree_end) - np.arange(len(starts)) - 1
-    folded = FOLD_RATIO * (forest.end - forest.start) * descendants <= forest.subtree_end - forest.end
-    fronts: list[tuple[tuple[int, int], ...]] = []  # of each segment's children
+def _cpu_plan(forest: Forest, longest: int) -> _CpuPlan:
+    """Triangles of at most ``longest`` tokens (at least 2), and the rectangles beside and below them."""
     triangles, rectangles = [], []
-    for s, (start, end, last) in enumerate(zip(starts, ends, lasts, strict=True)):
-        front = fronts[forest.parent[s]] if forest.parent[s] >= 0 else ()
-        triangles.append(_Triangle(start, end, front))
-        fronts.append((*front, (start, end)) if folded[s] else front)
-        if last > end and not folded[s]:
+    for start, end, last in zip(*(x.tolist() for x in (forest.start, forest.end, forest.subtree_end)), strict=True):
+        if last > end:
             rectangles.append(_Rectangle(end, last, start, end))
+        waiting = [(start, end)]
+        while waiting:
+            first, behind = waiting.pop()
+            if behind - first <= longest:
+                triangles.append(_Triangle(first, behind))
+                continue
+            step = longest // 2  # the kernel works in blocks of a power of two
+            middle = first + ((behind - first) // 2 + step // 2) // step * step
+            rectangles.append(_Rectangle(middle, behind, first, middle))
+            waiting += [(middle, behind), (first, middle)]
     return _CpuPlan(tuple(triangles), tuple(rectangles))
 
 
@@ -233,12 +221,11 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) 
     acc = accumulation_dtype(q.dtype)
     out = torch.empty(q.shape, dtype=acc)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=acc)
-    plan = _cpu_plan(forest)
-    for triangle in plan.triangles:
-        start, end, first = triangle.start, triangle.end, triangle.first_query
-        partial_out, partial_lse = op(_heads(q, first, end), triangle.keys(k), triangle.keys(v), 0.0, True, scale=scale)
-        out[start:end] = partial_out[0, :, start - first :].transpose(0, 1)
-        lse[:, start:end] = partial_lse[0, :, start - first :]
+    plan = _cpu_plan(forest, LONGEST_TRIANGLE[q.itemsize])
+    for start, end in plan.triangles:
+        partial_out, partial_lse = op(*(_heads(x, start, end) for x in (q, k, v)), 0.0, True, scale=scale)
+        out[start:end] = partial_out[0].transpose(0, 1)
+        lse[:, start:end] = partial_lse[0]
     for q0, q1, k0, k1 in plan.rectangles:
         partial_out, partial_lse = op(_heads(q, q0, q1), _heads(k, k0, k1), _heads(v, k0, k1), 0.0, False, scale=scale)
         _merge(out[q0:q1], lse[:, q0:q1], partial_out[0].transpose(0, 1), partial_lse[0].to(acc))
@@ -250,22 +237,12 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v))
-    plan = _cpu_plan(forest)
-    for triangle in plan.triangles:
-        start, end, first = triangle.start, triangle.end, triangle.first_query
-        do_, q_, out_ = (_heads(x, first, end) for x in (do, q, out))
-        lse_ = lse[None, :, first:end]
-        if first < start:  # exp(score - inf) is 0: the queries in front take no part
-            lse_ = lse_.clone()
-            lse_[..., : start - first] = torch.inf
-        grads = op(do_, q_, triangle.keys(k), triangle.keys(v), out_, lse_, 0.0, True, scale=scale)
-        dq[start:end] = grads[0][0, :, start - first :].transpose(0, 1)
-        for total, grad in ((dk, grads[1]), (dv, grads[2])):
-            done = 0
-            for k0, k1 in triangle.front:  # ancestors: their own triangles have set these rows
-                total[k0:k1] += grad[0, :, done : done + k1 - k0].transpose(0, 1)
-                done += k1 - k0
-            total[start:end] = grad[0, :, done:].transpose(0, 1)
+    plan = _cpu_plan(forest, LONGEST_TRIANGLE[q.itemsize])
+    for start, end in plan.triangles:
+        do_, q_, k_, v_, out_ = (_heads(x, start, end) for x in (do, q, k, v, out))
+        grads = op(do_, q_, k_, v_, out_, lse[None, :, start:end], 0.0, True, scale=scale)
+        for total, grad in zip((dq, dk, dv), grads, strict=True):
+            total[start:end] = grad[0].transpose(0, 1)
     for q0, q1, k0, k1 in plan.rectangles:
         do_, q_, out_ = (_heads(x, q0, q1) for x in (do, q, out))
         grads = op(do_, q_, _heads(k, k0, k1), _heads(v, k0, k1), out_, lse[None, :, q0:q1], 0.0, False, scale=scale)

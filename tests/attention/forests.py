@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.layout import PrefixLayout
 
 CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -105,6 +106,13 @@ def inputs(layout: PrefixLayout, features: Features, dtype: torch.dtype = torch.
     if features.sinks:
         shapes.append((features.heads,))
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def attend(layout: PrefixLayout, features: Features, backend: str) -> Any:
+    """``(q, k, v, sinks) -> out`` on ``layout``."""
+    return lambda q, k, v, sinks: shared_prefix_attention(
+        q, k, v, layout, sinks=sinks, backend=backend, **features.options()
+    )
 
 
 def output_and_gradients(attend: Any, tensors: list[Tensor], seed: int = 1) -> list[Tensor]:

@@ -11,6 +11,7 @@ from forests import (
     PAIRS,
     Features,
     assert_all_close,
+    attend,
     features_of,
     inputs,
     layout_of,
@@ -29,13 +30,6 @@ def names_of(names: tuple[str, ...]) -> str:
 
 
 pair = pytest.mark.parametrize("names", PAIRS, ids=names_of)
-
-
-def attend(layout: PrefixLayout, features: Features, backend: str) -> Any:
-    """``(q, k, v, sinks) -> out`` on ``layout``."""
-    return lambda q, k, v, sinks: shared_prefix_attention(
-        q, k, v, layout, sinks=sinks, backend=backend, **features.options()
-    )
 
 
 def assert_equals_dense(layout: PrefixLayout, features: Features, backend: str) -> None:

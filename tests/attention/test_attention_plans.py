@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from forests import (
     Features,
     assert_all_close,
+    attend,
     emulated_flash_backward,
     emulated_flash_forward,
     inputs,
@@ -17,7 +19,7 @@ from forests import (
     layouts,
     output_and_gradients,
 )
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,49 +97,37 @@ def test_rows_without_shared_prefix_need_one_varlen_call() -> None:
     assert len(merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)) == 1
 
 
-SHORT_ANCESTORS = layout_of([(2, [(3, [(40, []), (25, [])]), (31, [(2, [(30, [])]), (50, [])])]), (1, [(9, [])])])
-
-
 @settings(max_examples=60, deadline=None)
-@given(layout=layouts())
-@example(layout=SHORT_ANCESTORS)
-def test_triangles_and_rectangles_of_the_cpu_cover_each_visible_pair_once(layout: PrefixLayout) -> None:
+@given(layout=layouts(), longest=st.integers(2, 40))
+def test_triangles_and_rectangles_of_the_cpu_cover_each_visible_pair_once(layout: PrefixLayout, longest: int) -> None:
     visible = visibility_mask(layout.segments)
     seen = torch.zeros_like(visible, dtype=torch.int32)
-    triangles, rectangles = merged_lse._cpu_plan(plan.forest_of(layout.segments))
-    assert [x for t in triangles for x in (t.start, t.end)] == layout.segments[:, :2].flatten().tolist()
-    for triangle in triangles:
-        own = slice(triangle.start, triangle.end)
-        seen[own, own] += torch.ones(2 * (triangle.end - triangle.start,), dtype=torch.int32).tril()
-        for k0, k1 in triangle.front:
-            seen[own, k0:k1] += 1
-        assert triangle.first_query >= 0
+    triangles, rectangles = merged_lse._cpu_plan(plan.forest_of(layout.segments), longest)
+    assert [t.start for t in triangles] == [0, *(t.end for t in triangles[:-1])] and triangles[-1].end == len(visible)
+    for start, end in triangles:
+        assert 0 < end - start <= longest
+        seen[start:end, start:end] += torch.ones(end - start, end - start, dtype=torch.int32).tril()
     for q0, q1, k0, k1 in rectangles:
         assert q1 > q0 and k1 > k0
         seen[q0:q1, k0:k1] += 1
     assert torch.equal(seen, visible.int())
 
 
-def test_only_segments_that_are_short_beside_their_descendants_are_folded() -> None:
-    def plan_of(prompt: int, responses: list[int]) -> Any:
-        layout = PrefixLayout.from_groups([prompt], [responses])
-        return merged_lse._cpu_plan(plan.forest_of(layout.segments))
+@settings(max_examples=30, deadline=None)
+@given(layout=layouts(), longest=st.integers(2, 40))
+def test_halved_triangles_give_the_dense_output_and_gradients(layout: PrefixLayout, longest: int) -> None:
+    features = Features(heads=4, kv_heads=2)
+    tensors = inputs(layout, features)
+    with mock.patch.dict(merged_lse.LONGEST_TRIANGLE, {8: longest}):
+        halved = output_and_gradients(attend(layout, features, "merged_lse"), tensors)
+    assert_all_close(halved, output_and_gradients(attend(layout, features, "dense"), tensors))
 
-    assert not plan_of(65, [512] * 8).rectangles and plan_of(65, [512] * 8).triangles[3].front == ((0, 64),)
-    assert plan_of(1024, [512] * 8).rectangles == ((1023, 1023 + 8 * 512, 0, 1023),)
-    nested = merged_lse._cpu_plan(plan.forest_of(SHORT_ANCESTORS.segments))
-    assert max(len(triangle.front) for triangle in nested.triangles) == 2 and nested.rectangles
 
-
-def test_folded_segments_give_the_dense_output_and_gradients() -> None:
-    tensors = inputs(SHORT_ANCESTORS, Features(heads=4, kv_heads=2))
-    merged, dense = (
-        output_and_gradients(
-            lambda q, k, v, _, b=b: shared_prefix_attention(q, k, v, SHORT_ANCESTORS, backend=b), tensors
-        )
-        for b in ("merged_lse", "dense")
-    )
-    assert_all_close(merged, dense)
+def test_a_triangle_is_halved_where_the_kernel_has_its_blocks() -> None:
+    layout = PrefixLayout.from_groups([64], [[500] * 8])
+    triangles, rectangles = merged_lse._cpu_plan(plan.forest_of(layout.segments), 128)
+    assert [t.end - t.start for t in triangles[:5]] == [63, 128, 128, 128, 116]
+    assert rectangles[:2] == ((63, 63 + 8 * 500, 0, 63), (63 + 256, 63 + 500, 63, 63 + 256))
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from forests import Features, assert_all_close, inputs, layout_of, layouts, output_and_gradients
+from forests import Features, assert_all_close, attend, inputs, layout_of, layouts, output_and_gradients
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefix_grouper_plugins.attention import flex, shared_prefix_attention
+from prefix_grouper_plugins.attention import flex
 from prefix_grouper_plugins.attention.dense import visibility_mask
 from prefix_grouper_plugins.attention.plan import Forest, Request, forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
@@ -132,12 +132,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     torch._dynamo.reset()
     flex.fallbacks.clear()
     flex.block_mask.cache_clear()
-
-
-def attend(layout: PrefixLayout, features: Features, backend: str) -> Any:
-    return lambda q, k, v, sinks: shared_prefix_attention(
-        q, k, v, layout, sinks=sinks, backend=backend, **features.options()
-    )
 
 
 def assert_equals_dense(layout: PrefixLayout, features: Features) -> None:
