@@ -1,21 +1,23 @@
 """What does one actor update cost, forward and backward with log-probabilities, gradient checkpointing on?
 
     python benchmarks/actor_update.py --device cuda               Qwen2.5-0.5B, 1.5B and 7B shapes, full and LoRA
-    python benchmarks/actor_update.py --models tiny               a smoke run on the CPU
+    python benchmarks/actor_update.py                             CPU, one thread: 4 layers of the Qwen2.5-0.5B shape
 
-Weights are random, in bfloat16 on a GPU. Four ways, in turns:
+Weights are random, float32 on the CPU and bfloat16 on a GPU. Four ways, in turns:
 
     stock       TRL's: padded rows, logits of the completion and log-softmax on them in full
     rows        each row on its own, without padding (varlen flash attention), head in chunks: packed ordinary
     published   the package `prefix-grouper`, head in chunks
     ours        `prefix_grouped_logps`
 
-A way that runs out of memory gets no time. Peak memory is that of the update above weights (CPU: not measured).
+A way that runs out of memory gets no time. Peak memory is that of the update above weights, gradients included (CPU: of a
+fresh process for each way).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -24,8 +26,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from harness import RESULTS, number, peak_mib, use, write_csv
-from models import MODELS, build, published_inputs, shape_of, use_published_attention
+from harness import RESULTS, in_a_fresh_process, number, peak_mib, use, write_csv
+from models import MODELS, SIZES, build, published_inputs, shape_of, use_published_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +36,11 @@ from prefix_grouper_plugins.bench import Step, Timing, take_turns, times_as_fast
 from prefix_grouper_plugins.cost import compare
 from prefix_grouper_plugins.scoring import CHUNK_SIZE
 
-CASES = {"cpu": ((24, 6, 3),), "cuda": ((8192, 1024, 8), (4096, 512, 8), (4096, 4096, 4))}
+CPU_LAYERS = 4  # all 24 would take an hour
+CASES = {"cpu": ((512, 32, 8),), "cuda": ((8192, 1024, 8), (4096, 512, 8), (4096, 4096, 4))}
+
+
+WARM_UP_IDS = 16  # token ids below this, which every vocabulary has
 
 
 class Batch(NamedTuple):
@@ -155,6 +161,7 @@ def measure(name: str, lora: bool, args: argparse.Namespace) -> list[dict[str, A
     """One row of the CSV for each case and way."""
     model = make_model(name, args.layers, lora, args.device)
     shape = shape_of(name, args.layers)
+    warm_up(model, args)
     found = []
     for sizes in args.cases:
         batch = make_batch(sizes, shape.vocab_size, args.device)
@@ -164,22 +171,41 @@ def measure(name: str, lora: bool, args: argparse.Namespace) -> list[dict[str, A
             f"{name} {'lora' if lora else 'full'} {sizes}: ours at most {bound:.2f} times as fast as rows", flush=True
         )
         steps = {way: step_of(model, batch, way) for way in args.ways}
-        memory = {way: memory_of(step, args.device) for way, step in steps.items()}
+        memory = {way: memory_of(step, way, name, lora, sizes, args) for way, step in steps.items()}
         fitting = {way: step for way, step in steps.items() if memory[way] is not None}
-        cpu = args.device == "cpu"  # elsewhere measuring the memory has warmed up
-        timings = take_turns(fitting, repeats=args.repeats, seconds=args.seconds, device=args.device, warm_up=cpu)
+        timings = take_turns(fitting, repeats=args.repeats, seconds=args.seconds, device=args.device, warm_up=False)
         found += [row(name, lora, sizes, way, timings, memory[way], bound) for way in args.ways]
     return found
 
 
-def memory_of(step: Step, device: str) -> float | None:
-    """Peak MiB of a step; None where it does not fit, not a number on the CPU."""
-    if device == "cpu":
-        return math.nan
+def warm_up(model: nn.Module, args: argparse.Namespace) -> None:
+    """On the CPU a few tokens do well enough; elsewhere measuring the memory runs each way at full length."""
+    for way in args.ways if args.device == "cpu" else ():
+        step_of(model, make_batch((8, 4, 2), WARM_UP_IDS, args.device), way)()
+
+
+def memory_of(
+    step: Step, way: str, name: str, lora: bool, sizes: tuple[int, int, int], args: argparse.Namespace
+) -> float | None:
+    """Peak MiB of a step; None where it does not fit."""
+    if args.device == "cpu":
+        layers = [] if args.layers is None else ["--layers", str(args.layers)]
+        case = ["--models", name, *layers, "--cases", ",".join(map(str, sizes))]
+        training = ["--training", "lora" if lora else "full"]
+        return in_a_fresh_process(["actor_update.py", "--memory-of", way, *case, *training])
     try:
-        return peak_mib(lambda: step, device)
+        return peak_mib(lambda: step, args.device)
     except torch.cuda.OutOfMemoryError:
         return None
+
+
+def print_memory_of(args: argparse.Namespace, name: str) -> None:
+    """In a process of its own: one way, after a few tokens of the same."""
+    args.ways = [args.memory_of]
+    model = make_model(name, args.layers, args.training == ["lora"], args.device)
+    warm_up(model, args)
+    batch = make_batch(args.cases[0], shape_of(name, args.layers).vocab_size, args.device)
+    print(json.dumps(peak_mib(lambda: step_of(model, batch, args.memory_of), args.device)))
 
 
 def row(
@@ -210,8 +236,12 @@ def row(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=tuple(CASES))
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="default: tiny on the CPU, else the three")
-    parser.add_argument("--layers", type=int, help="other than the model's own: a part of the model")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), help="default: the smallest on the CPU, else all three"
+    )
+    parser.add_argument(
+        "--layers", type=int, help=f"of the model, to take a part of it (default on the CPU: {CPU_LAYERS})"
+    )
     parser.add_argument("--cases", nargs="+", help="prompt,response,group, e.g. 8192,1024,8")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--training", nargs="+", choices=("full", "lora"), default=("full", "lora"))
@@ -220,11 +250,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--seconds", type=float, default=5.0, help="go on until this much time is over, for short cases"
     )
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # one way of one case, in a process of its own
     args = parser.parse_args(arguments)
     given = args.cases or []
     args.cases = [tuple(map(int, case.split(","))) for case in given] or list(CASES[args.device])
-    names = args.models or (["tiny"] if args.device == "cpu" else [name for name in MODELS if name != "tiny"])
+    names = args.models or (SIZES[:1] if args.device == "cpu" else SIZES)
+    if args.device == "cpu" and args.models is None and args.layers is None:
+        args.layers = CPU_LAYERS
     use(args.device)
+    if args.memory_of:
+        print_memory_of(args, names[0])
+        return
     found = [row for name in names for kind in args.training for row in measure(name, kind == "lora", args)]
     note = "gradient checkpointing; prompt and responses of equal lengths, so nothing is padded"
     write_csv(args.output or RESULTS / f"actor-update-{args.device}.csv", found, args.device, note)

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from prefix_grouper_plugins.cost import SHAPES, ModelShape
 
 TINY = ModelShape(64, 2, 4, 2, 16, 128, 256, tied_head=True)
-MODELS = {"tiny": TINY, **{name: shape for name, shape in SHAPES.items() if name.startswith("qwen2.5")}}
+SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
+MODELS = {"tiny": TINY, **{name: SHAPES[name] for name in SIZES}}
 _PUBLISHED = "published_prefix_grouper"
 
 

@@ -220,6 +220,7 @@ PARTS: dict[str, tuple[str, Table | None]] = {
     "growth-cpu": ("growth-cpu.csv", None),
     "growth-cuda": ("growth-cuda.csv", None),
     "flops": ("flops.csv", flops_table),
+    "actor-update-cpu": ("actor-update-cpu.csv", update_table),
     "actor-update-cuda": ("actor-update-cuda.csv", update_table),
 }
 
@@ -247,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for device in ("cpu", "cuda"):
         for name, draw in (("attention", draw_attention), ("growth", draw_growth), ("actor-update", draw_updates)):
             path = RESULTS / f"{name}-{device}.csv"
-            if path.exists() and (name, device) != ("actor-update", "cpu"):  # that one is a smoke run
+            if path.exists():
                 draw(read_csv(path), device)
     if (RESULTS / "flops.csv").exists():
         grid = read_csv(RESULTS / "flops.csv")

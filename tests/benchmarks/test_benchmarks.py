@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -202,10 +203,19 @@ def test_growth_measures_both_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
 
 
-def test_actor_update_measures_each_way(tmp_path: Path) -> None:
+def test_actor_update_measures_each_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "update.csv"
-    actor_update.main(["--repeats", "1", "--seconds", "0", "--training", "full", "--output", str(output)])
+    small = ["--models", "tiny", "--cases", "24,6,3", "--repeats", "1", "--seconds", "0", "--training", "full"]
+    with monkeypatch.context() as patch:
+        patch.setattr(actor_update, "in_a_fresh_process", lambda arguments: len(arguments))
+        actor_update.main([*small, "--output", str(output)])
     assert [row["way"] for row in read_csv(output)] == ["stock", "rows", "published", "ours"]
+
+
+def test_actor_update_prints_the_memory_of_one_way(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--models", "tiny", "--cases", "64,16,4", "--training", "lora", "--memory-of", "ours"]
+    actor_update.main(tiny)
+    assert json.loads(capsys.readouterr().out) >= 0
 
 
 @pytest.mark.parametrize(("prefix", "ratio", "group"), [(4096, 0.5, 2), (16384, 32, 16)])
@@ -271,9 +281,8 @@ def test_measured_attention_was_as_fast_as_the_ratio_of_visible_pairs_lets_it_be
     assert float(row["times_as_fast_as_rows"]) >= 0.95 * float(row["pair_ratio"])
 
 
-def test_measured_attention_was_hardly_slower_where_nothing_can_be_gained() -> None:
-    """The aim is 1, which is missed by 1 to 2 % on a quiet core."""
-    assert float(measured((64, 512, 8), "ours:auto")["times_as_fast_as_rows"]) >= 0.97
+def test_measured_attention_was_never_slower_where_nothing_can_be_gained() -> None:
+    assert float(measured((64, 512, 8), "ours:auto")["times_as_fast_as_rows"]) >= 1
 
 
 def test_measured_memory_was_about_half_of_the_published_packages() -> None:
