@@ -63,6 +63,11 @@ def _setting_reasons(args: Any) -> list[str]:
         reasons.append("use_liger_kernel computes its loss past the shared forward in TRL < 1.14: upgrade or unset it")
     if getattr(args, "loss_type", None) == "luspo" and Version(trl.__version__) < Version("1.10"):
         reasons.append("the luspo loss averages over padding too in TRL < 1.10: upgrade or choose another loss_type")
+    if (alpha := getattr(args, "neftune_noise_alpha", None)) is not None:
+        reasons.append(
+            f"neftune_noise_alpha={alpha} adds noise to embeddings by the length of a forward, which is that of all rows "
+            "when they are packed: unset it"
+        )
     return reasons
 
 

@@ -83,6 +83,12 @@ _MASK_FUNCTIONS = {"create_causal_mask", "create_sliding_window_causal_mask", "c
 # Settings of attention that takes some keys and leaves others, beyond what a few short rows show.
 _SELECTS_KEYS = re.compile(r"attention_chunk_size|index_topk|sparse|keep_window|compress|block_topk")
 _ROPE_OF_LONGEST_ROW = {"dynamic", "longrope"}
+# What modules call the rate of their dropout, and that of other random changes while they train: noise on a router's
+# input (mixtral, minimax, dbrx) or on embeddings (NEFTune), layers that are left out (opt, biogpt, xglm; in vision towers).
+_DROPOUT = re.compile(r"dropout|pdrop")
+_OTHER_RANDOMNESS = re.compile(r"jitter|noise|layer_?drop|drop_path|drop_prob")
+# Their fields in a config, where these have other names.
+_FIELD_OF_RANDOMNESS = {"jitter_noise": "router_jitter_noise", "moe_jitter_eps": "ffn_config.moe_jitter_eps"}
 
 # Adapters that tests/modeling/test_peft.py compares: they change weights, or what a layer does with single tokens.
 VERIFIED_ADAPTERS = frozenset(
@@ -148,7 +154,7 @@ def check_support(model: nn.Module) -> SupportReport:
     config = text_part(base).config
     layers, mixers = attention_layers(model), foreign_mixers(model)
     reasons = [
-        *(_multimodal_reasons(base) or _type_reasons(config, layers + mixers)),
+        *(_multimodal_reasons(base) or _type_reasons(config, layers + mixers) or _randomness_reasons(model)),
         *_unknown_layers(config, layers, mixers),
         *_position_reasons(text_part(base)),
         *_attention_reasons(layers + mixers),
@@ -423,6 +429,25 @@ def _adapters(model: nn.Module) -> dict[str, Any]:
     return next((configs for configs in found if isinstance(configs, dict)), {})
 
 
+def _randomness_reasons(model: nn.Module) -> list[str]:
+    """Randomness other than dropout, whose values a packed row would not share out as an ordinary batch does."""
+    found = {
+        (type(module).__name__, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if _OTHER_RANDOMNESS.search(name) and _is_rate(value)
+    }
+    return [
+        f"{owner} draws at random while it trains ({name}={value}), so that no two forwards agree: set "
+        f"`{_FIELD_OF_RANDOMNESS.get(name, name)}` to 0"
+        for owner, name, value in sorted(found)
+    ]
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
 def _quantization_reasons(model: nn.Module, config: Any) -> list[str]:
     """Quantised weights are weights; activations that are quantised together make rows depend on each other."""
     # PEFT's layer around the one of bitsandbytes has the same name, but no state.
@@ -448,7 +473,7 @@ def _notes(model: nn.Module) -> list[str]:
         rate
         for owner in (*model.modules(), *_adapters(model).values())
         for name, rate in vars(owner).items()
-        if "dropout" in name and isinstance(rate, float) and rate > 0
+        if _DROPOUT.search(name) and _is_rate(rate)
     }
     notes = []
     if limit := row_limit(model):

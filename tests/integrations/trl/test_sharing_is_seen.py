@@ -114,6 +114,11 @@ def test_an_unsupported_model_is_an_error_that_names_reason_and_remedy(unsupport
         make_trainer(unsupported, shared=True, **GROUPED)
 
 
+def test_noise_on_embeddings_is_refused_although_the_trainer_adds_it_later(llama):
+    with pytest.raises(UnsupportedModelError, match=r"neftune_noise_alpha=5.0 adds noise .*: unset it"):
+        make_trainer(llama, shared=True, neftune_noise_alpha=5.0, **GROUPED)
+
+
 def test_an_unsupported_model_can_fall_back_and_is_counted_with_its_reason(caplog, monkeypatch, unsupported):
     use_float64_head(monkeypatch)
     stock, _ = train(unsupported, shared=False, **GROUPED)

@@ -1,0 +1,118 @@
+"""Settings that make a forward random in training are refused or told; none passes in silence.
+
+A proof runs in evaluation mode and would not see them, nor would the comparisons of test_families.py, which turn all
+dropout off. So the fields of each config are turned on one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.neftune import activate_neftune
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
+from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
+from tests import tiny
+from tests.modeling import families
+
+# No other field of a verified type's config made a training forward random when each was set to 0.25 (transformers 5.23).
+FIELDS = re.compile("drop|jitter|noise")
+RATE = 0.5  # neither a draw that keeps all nor one that drops all layers is likely
+
+
+def fields_of(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of the settings of a config and the configs inside of it that speak of randomness."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from fields_of(value, (*path, name))
+        elif FIELDS.search(name) and (value is None or isinstance(value, (int, float))) and not isinstance(value, bool):
+            yield *path, name
+
+
+def turned_on(model_type: str, *fields: tuple[str, ...]) -> Any:
+    """The tiny config of a type with those fields at RATE."""
+    config = copy.deepcopy(families.configure(model_type))
+    for *path, name in fields:
+        part = config
+        for step in path:
+            part = getattr(part, step)
+        setattr(part, name, RATE)
+    return config
+
+
+def without_weights(config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def is_told(model_type: str, field: tuple[str, ...]) -> bool:
+    try:
+        model = without_weights(turned_on(model_type, field))
+    except (ValueError, StrictDataclassError) as error:  # transformers refuses it itself
+        return field[-1] in str(error)
+    report = check_support(model)
+    return any(str(RATE) in line for line in report.reasons + report.notes)
+
+
+def is_random(model: nn.Module) -> bool:
+    ids, outputs = torch.arange(3, 15)[None], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            outputs.append(model.train()(input_ids=ids, use_cache=False).logits)
+    return not all(torch.equal(outputs[0], other) for other in outputs)
+
+
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES.intersection(CONFIG_MAPPING)))
+def test_no_setting_that_makes_training_random_passes_in_silence(model_type):
+    fields = fields_of(families.configure(model_type))
+    silent = [field for field in fields if not is_told(model_type, field)]
+    if silent:  # then the model does not read it
+        model = AutoModelForCausalLM.from_config(turned_on(model_type, *silent))
+        assert not is_random(model), silent
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        (
+            "mixtral",
+            {"router_jitter_noise": 0.1},
+            r"MixtralSparseMoeBlock draws at random while it trains \(jitter_noise=0.1\).* set `router_jitter_noise` to 0",
+        ),
+        ("minimax_m2", {"router_jitter_noise": 0.1}, "set `router_jitter_noise` to 0"),
+        ("opt", {"layerdrop": 0.1}, r"OPTDecoder draws at random while it trains \(layerdrop=0.1\).* `layerdrop` to 0"),
+    ],
+)
+def test_other_randomness_than_dropout_is_refused_with_the_field_to_change(model_type, changes, reason):
+    model = tiny.model(model_type, **changes, **({"num_hidden_layers": 1} if model_type == "minimax_m2" else {}))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        enable_prefix_grouper(model)
+    assert check_support(tiny.model(model_type)).supported
+
+
+def test_dbrx_names_its_jitter_and_its_dropout():
+    (reason,) = check_support(without_weights(turned_on("dbrx", ("ffn_config", "moe_jitter_eps")))).reasons
+    assert "(moe_jitter_eps=0.5)" in reason and "set `ffn_config.moe_jitter_eps` to 0" in reason
+    (note,) = check_support(without_weights(turned_on("dbrx", ("resid_pdrop",)))).notes
+    assert note.startswith("dropout of 0.5 is active")
+
+
+def test_noise_on_embeddings_is_refused():
+    """NEFTune scales it by the length of a forward, which is that of all rows when they are packed."""
+    model = tiny.model()
+    handle = activate_neftune(model, 5.0)
+    with pytest.raises(UnsupportedModelError, match=r"neftune_noise_alpha=5.0.* set `neftune_noise_alpha` to 0"):
+        enable_prefix_grouper(model)
+    handle.remove()
+    del model.get_input_embeddings().neftune_noise_alpha
+    assert check_support(model).supported
