@@ -27,6 +27,12 @@ from prefix_grouper_plugins.modeling.multimodal import ImageRows, reason_not_to_
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 
+# What configs call the cap of their logits (gemma; recurrent_gemma; xlstm) and a factor (cohere; falcon_h1; hyperclovax).
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+# granite divides by its `logits_scaling`.
+_MULTIPLIES_BY_SCALING = {"hyperclovax"}
+
 
 def prefix_grouped_logps(
     model: nn.Module,
@@ -105,20 +111,23 @@ def _nothing_to_score(model: nn.Module, shape: torch.Size, compute_entropy: bool
 class _Head:
     """The model's way from a hidden state to its logits, checked against the model's own logits of one position."""
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, modules: list[nn.Module]) -> None:
         config: Any = base.config.get_text_config(decoder=True)
-        self.projection = base.get_output_embeddings()
+        self.modules = modules
         self.softcap: float | None = None
         self.scale = 1.0
         if config is not base.config:  # vision-language models leave scale and cap of their text model out
             return
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        # cohere multiplies its logits by `logit_scale`, granite divides them by `logits_scaling`
-        self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
+        self.scale = next((float(factor) for name in _FACTORS if (factor := getattr(config, name, None))), 1.0)
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        self.scale *= scaling if config.model_type in _MULTIPLIES_BY_SCALING else 1.0 / scaling
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
-        logits = self.projection(hidden) * self.scale
+        for module in self.modules:
+            hidden = module(hidden)
+        logits = hidden * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -138,27 +147,60 @@ class _Head:
 def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]) -> tuple[Tensor, _Head]:
     """Packed forward: last hidden states ``[T, hidden]`` and the head that continues them.
 
-    The call goes through ``model`` itself, so that wrappers (PEFT, DDP) do their part; a hook takes the backbone's
-    output, and the logits of one single position prove that the head is understood.
+    The call goes through ``model`` itself, so that wrappers (PEFT, DDP) do their part; hooks take the decoder's output
+    and what runs behind it, and the logits of one single position prove that the head is understood.
     """
     base = transformers_model(model)
-    if base.get_output_embeddings() is None or base.base_model is base:
+    decoder = _decoder_of(base)
+    if base.get_output_embeddings() is None or decoder is None:
         raise ValueError(f"{type(base).__name__} has no language-model head: a model for causal LM is needed")
     taken: list[Tensor] = []
-    # Not `base_model`: opt calls the decoder inside of it directly.
-    hook = base.get_decoder().register_forward_hook(lambda module, args, output: taken.append(output[0]))
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if taken and args and isinstance(output, Tensor):
+            calls.append((module, args[0], output))
+
+    hooks = [decoder.register_forward_hook(lambda module, args, output: taken.append(output[0]))]
+    behind = [child for child in base.children() if all(module is not decoder for module in child.modules())]
+    hooks += [child.register_forward_hook(note) for child in behind]
     try:
         inputs |= without_router_loss(base)
         logits = model(**inputs, logits_to_keep=batch.positions[:1]).logits
     finally:
-        hook.remove()
-    if not taken:
+        for hook in hooks:
+            hook.remove()
+    modules = _leading_to(logits, calls)
+    if not taken or not modules:
         raise UnsupportedModelError(
-            f"{type(base).__name__} does not run what `get_decoder()` returns: no hidden states"
+            f"{type(base).__name__} does not run its decoder and then modules that give logits: no hidden states"
         )
-    hidden, head = taken[0][0], _Head(base)
-    head.check(hidden[batch.positions[:1]], logits[0])
+    hidden, head, first = taken[0][0], _Head(base, modules), batch.positions[:1]
+    head.check(hidden[first], logits[0] if logits.shape[1] == 1 else logits[0, first])  # xlstm keeps all
     return hidden, head
+
+
+def _decoder_of(base: PreTrainedModel) -> nn.Module | None:
+    """The module whose output are the last hidden states. Not ``base_model``: opt calls the decoder inside of it."""
+    decoder = base.get_decoder()
+    # llama4_text calls it otherwise than it says; what modernbert calls decoder is its projection.
+    wrong = (base, base.get_output_embeddings())
+    return getattr(base, "model", None) if any(decoder is module for module in wrong) else decoder
+
+
+def _leading_to(logits: Tensor, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> list[nn.Module]:
+    """The modules, each called with what the one before it returned, of which the last one returned the logits.
+
+    BERT and its kin transform hidden states before they project them. What else a model runs (a value head, say) gives
+    something else than logits.
+    """
+    modules: list[nn.Module] = []
+    wanted: Tensor | None = None
+    for module, given, returned in reversed(calls):
+        if returned is wanted if modules else returned.shape == logits.shape:
+            modules.insert(0, module)
+            wanted = given
+    return modules
 
 
 def _score(

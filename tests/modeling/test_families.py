@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from prefix_grouper_plugins import check_support, disable_prefix_grouper, enable_prefix_grouper
+from prefix_grouper_plugins import check_support, disable_prefix_grouper, enable_prefix_grouper, prefix_grouped_logps
 from prefix_grouper_plugins.grouping import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers
@@ -25,10 +25,11 @@ def padded(tokens: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.T
     return ids, (ids != 0).long()  # no row holds the padding token
 
 
-BATCH = GroupedBatch(
+BLOCKS = (
     *padded([row[:n] for row, n in zip(ROWS, PROMPT_LENGTHS, strict=True)], "left"),
     *padded([row[n:] for row, n in zip(ROWS, PROMPT_LENGTHS, strict=True)], "right"),
 )
+BATCH = GroupedBatch(*BLOCKS)
 
 
 def log_likelihood(logits: list[torch.Tensor]) -> torch.Tensor:
@@ -44,6 +45,16 @@ def packed(model):
     """From a batch as trainers hold it: prompts padded on the left, responses on the right."""
     layout, ids = BATCH.layout, BATCH.input_ids
     return layout.unpack(model(**packed_inputs(layout, ids, row_positions(model, layout, ids))).logits[0])
+
+
+def assert_log_probs_are_those_of(logits, model):
+    """``prefix_grouped_logps`` finds the head of ``model``, scale and cap of its logits included."""
+    with torch.no_grad():
+        logps, _ = prefix_grouped_logps(model, *BLOCKS)
+    for row, prompt, values, got in zip(ROWS, PROMPT_LENGTHS, logits, logps, strict=True):
+        wanted = values.log_softmax(-1).gather(-1, row[1:, None])[prompt - 1 :, 0]
+        torch.testing.assert_close(got[: len(wanted)], wanted.to(got.dtype), rtol=1e-4, atol=1e-4)
+        assert not got[len(wanted) :].any()
 
 
 def gradients(model, logits):
@@ -67,6 +78,7 @@ def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
     enable_prefix_grouper(model, prove=False)  # the proof is this test, at length
     for before, after in zip(expected, single_rows(model), strict=True):
         assert torch.equal(before, after), "an ordinary forward changed"
+    assert_log_probs_are_those_of(expected, model)
     noise = 1e-6
     if model_type in families.SINGLE_PRECISION:  # gradients that are zero, as those of key biases, come out as noise
         noise = 1e-3 * max(float(g.abs().max()) for g in expected_gradients.values())
