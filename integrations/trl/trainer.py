@@ -44,6 +44,7 @@ from prefix_grouper_plugins.modeling import (
     refutation,
     row_limit,
     settle,
+    transformers_model,
     without_prefix_grouper,
 )
 from prefix_grouper_plugins.modeling.multimodal import ImageRows
@@ -102,6 +103,7 @@ class PrefixGrouperMixin:
         self.sharing = SharingMeter(warn=self._is_main)
         self._shares = bool(self._option("use_prefix_grouper"))
         self._standing_reason: str | None = None
+        self._row_limits: dict[Any, tuple[int, str] | None] = {}  # what enable_prefix_grouper fixed, so it stays
         if self._shares:
             self._enable_models()
 
@@ -261,10 +263,17 @@ class PrefixGrouperMixin:
             return "use_prefix_grouper is off"
         if self._standing_reason is not None:
             return self._standing_reason
-        limit = row_limit(model)
+        limit = self._row_limit(model)
         if limit is not None and columns >= limit[0]:  # the stock path numbers padded columns too
             return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} turns a whole batch"
         return reason_not_to_share(model, given)
+
+    def _row_limit(self, model: Any) -> tuple[int, str] | None:
+        """`row_limit`, which walks all modules, worked out once for each model."""
+        base = transformers_model(model)
+        if base not in self._row_limits:
+            self._row_limits[base] = row_limit(base)
+        return self._row_limits[base]
 
     def _score(
         self,

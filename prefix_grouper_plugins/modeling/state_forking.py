@@ -321,7 +321,7 @@ def why_not_forked(module: nn.Module, recipes: tuple[Recipe, ...]) -> str | None
         return (
             f"transformers {transformers.__version__} has no seam between what mixes tokens and the rest of its forward"
         )
-    if any(hasattr(child, "_hf_hook") for child in module.children()):
+    if any("_hf_hook" in vars(child) for child in module.children()):
         return "accelerate has put hooks on its parts (offloading)"
     if recipe.scan is not None:
         scan = _original(module, code, recipe.scan)
@@ -393,9 +393,13 @@ def _original(module: nn.Module, code: types.FunctionType, name: str) -> Any:
     return code.__globals__[name] if name in _names(code)[0] else getattr(module, name)
 
 
-def _parameters(function: Any) -> set[str]:
+def _parameters(function: Any) -> frozenset[str]:
     """What a kernel takes. transformers wraps kernels so that keywords which they do not take are dropped silently."""
-    function = function.forward if isinstance(function, nn.Module) else function
-    names = set(inspect.signature(function).parameters)
+    return _taken_by(function.forward if isinstance(function, nn.Module) else function)
+
+
+@functools.lru_cache(maxsize=256)  # asked before each call of each mixer, and the answer is that of the object
+def _taken_by(function: Any) -> frozenset[str]:
+    names = frozenset(inspect.signature(function).parameters)
     outer = inspect.getclosurevars(function).nonlocals if inspect.isroutine(function) else {}
     return names & set(outer["applicable_params"]) if "applicable_params" in outer else names

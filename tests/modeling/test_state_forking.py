@@ -261,6 +261,20 @@ def test_a_kernel_that_drops_the_state_is_not_forked(monkeypatch):
     assert "takes no initial_state" in note and "once for each row" in note
 
 
+def test_what_a_kernel_takes_is_looked_up_once_for_each_kernel_and_a_new_one_is_seen(monkeypatch):
+    model = built("qwen3_next")
+    packed(model, ROWS)
+    looked_up = state_forking._taken_by.cache_info().misses
+    packed(model, ROWS)
+    assert state_forking._taken_by.cache_info().misses == looked_up
+
+    def stateless(query, key, value, *, g, beta):
+        raise AssertionError
+
+    monkeypatch.setattr(state_forking, "_original", lambda *args: stateless)
+    assert {mixers.how_it_runs(mixer) for _, mixer in foreign_mixers(model)} == {"expand, run, collapse"}
+
+
 def test_offloaded_parts_are_not_forked():
     model = built("qwen3_next")
     for _, mixer in foreign_mixers(model):

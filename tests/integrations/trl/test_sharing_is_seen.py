@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from prefix_grouper_plugins import UnsupportedModelError
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
+from prefix_grouper_plugins.integrations.trl import trainer as trainer_module
 from prefix_grouper_plugins.modeling import is_enabled
 from tests import tiny
 from tests.integrations.trl.training import largest_difference, logged, make_trainer, reward, train, use_float64_head
@@ -153,6 +154,18 @@ def test_batches_that_reach_the_limit_of_longrope_go_the_stock_way(caplog, monke
     }[packed]
     told = [line for line in warnings(caplog) if f"from {limit} on rope_type 'longrope' turns a whole batch" in line]
     assert bool(told) == (packed != "all")
+
+
+def test_modules_are_walked_for_that_limit_once_for_each_model(monkeypatch, llama):
+    asked = []
+    monkeypatch.setattr(trainer_module, "row_limit", lambda model: asked.append(model))
+    trainer = make_trainer(llama, shared=True, **GROUPED)
+    ids, other = torch.randint(3, 20, (8, 8)), tiny.model()
+    with torch.no_grad():
+        for _ in range(3):
+            trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
+    assert trainer._reason_not_to_share(other, 8, {}) is None
+    assert trainer.sharing.packed == 3 and len(asked) == 2 and asked[0] is trainer.model and asked[1] is other
 
 
 def test_prompt_learning_adapters_are_refused(llama):
