@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 from prefix_grouper_plugins.attention import blockwise
+from prefix_grouper_plugins.attention.gpu import why_not_dtype, why_not_gpu
 from prefix_grouper_plugins.attention.plan import Forest, Request, stream_of, upload
 from prefix_grouper_plugins.metrics import logger
 
@@ -36,6 +37,7 @@ BLOCK = 128
 # Below 128 queries torch chooses another kernel, made for decoding; and a length of one block would be compiled apart.
 SHORTEST = 2 * BLOCK
 HEAD_DIMS = (16, 256)
+KERNELS = "the kernels of FlexAttention"
 # Kinds of layers times forward and backward; lengths do not count, they are dynamic.
 RECOMPILE_LIMIT = 64
 # A mask of 131,072 tokens takes 16 MB on the device, so fewer are kept than plans on the host.
@@ -50,22 +52,18 @@ def why_not(request: Request) -> str | None:
     """Why this backend cannot serve ``request``, in words; None if it can."""
     if request.device.type == "cpu":
         return "FlexAttention has no backward on the CPU"
-    if request.device.type != "cuda" or torch.version.hip is not None:
-        return f"FlexAttention is used on NVIDIA cuda only, not on {request.device.type}"
-    if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"FlexAttention takes float16, bfloat16 and float32, not {request.dtype}"
+    if (reason := why_not_dtype(request, KERNELS) or why_not_gpu(request.device, KERNELS)) is not None:
+        return reason
     fewest, most = HEAD_DIMS
     for head_dim in (request.head_dim, request.value_dim):
         if not fewest <= head_dim <= most:
             return f"head dim {head_dim} is not between {fewest} and {most}, which FlexAttention is used for"
-    return _why_not_compiled(request.device)
+    return _why_not_compiled()
 
 
-def _why_not_compiled(device: torch.device) -> str | None:
+def _why_not_compiled() -> str | None:
     from torch.utils._triton import has_triton
 
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
-        return "FlexAttention is used on GPUs of compute capability 8.0 and above"
     if not has_triton():
         return "FlexAttention is compiled with Triton, which is not installed"
     if torch._dynamo.config.disable:

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_grouper_plugins.attention.gpu import why_not_dtype, why_not_gpu
 from prefix_grouper_plugins.attention.plan import Forest, Request, stream_of
 from prefix_grouper_plugins.attention.triton_tables import TABLE_BLOCK, Tables, tables
 
 # The widest head dim for which there are tiles that do not spill registers.
 MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
+KERNELS = "the Triton kernels"
 LOG2_E = 1 / math.log(2)
 
 
@@ -38,10 +40,9 @@ def is_usable(device: torch.device) -> bool:
 
 def why_not(request: Request) -> str | None:
     """Why this backend cannot serve ``request``, in words; None if it can."""
-    widest = MAX_HEAD_DIM.get(request.dtype)
-    if widest is None:
-        return f"the Triton kernels take float16, bfloat16 and float32, not {request.dtype}"
-    head_dim = max(request.head_dim, request.value_dim)
+    if (reason := why_not_dtype(request, KERNELS)) is not None:
+        return reason
+    head_dim, widest = max(request.head_dim, request.value_dim), MAX_HEAD_DIM[request.dtype]
     if head_dim > widest:
         return f"head dim {head_dim} is above {widest}, the most that the Triton kernels take in {request.dtype}"
     if interpreted() and request.dtype == torch.bfloat16:
@@ -52,16 +53,7 @@ def why_not(request: Request) -> str | None:
 def _why_not_device(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if interpreted():
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"the Triton kernels need an NVIDIA CUDA device, not {device.type}"
-    if not torch.cuda.is_available():
-        return "this process sees no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"the Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    return None
+    return None if interpreted() else why_not_gpu(device, KERNELS)
 
 
 def forward(

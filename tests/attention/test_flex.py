@@ -252,13 +252,15 @@ def test_the_gradient_of_the_log_sum_exp_is_needed(on_cpu: list[int], monkeypatc
     ("changes", "reason"),
     [
         ({"device": CPU}, "no backward on the CPU"),
-        ({"device": torch.device("mps")}, "on NVIDIA cuda only, not on mps"),
+        ({"device": torch.device("mps")}, "need an NVIDIA CUDA device, not mps"),
         ({"dtype": torch.float64}, "not torch.float64"),
         ({"head_dim": 8}, "head dim 8 is not between 16 and 256"),
         ({"value_dim": 512}, "head dim 512 is not between 16 and 256"),
     ],
 )
-def test_why_not_names_the_value(changes: dict[str, Any], reason: str) -> None:
+def test_why_not_names_the_value(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     request = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 64, "value_dim": 64, **changes}
     assert reason in str(flex.why_not(Request(**request)))
 

@@ -135,3 +135,20 @@ def test_an_unknown_name_in_the_environment_is_refused(monkeypatch: pytest.Monke
     message = "PREFIX_GROUPER_BACKEND='flash' is unknown: choose one of auto, merged_lse, .*blockwise$"
     with pytest.raises(ValueError, match=message):
         shared_prefix_attention(*inputs(LAYOUT, Features()), LAYOUT)
+
+
+@pytest.mark.parametrize("backend", ["triton", "flex"])
+def test_kernels_of_triton_name_the_gpu_that_they_cannot_use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+
+    def reason(device: str) -> str:
+        return str(available_backends(device, torch.float16, 64)[backend])
+
+    assert "need an NVIDIA CUDA device, not mps" in reason("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason("cuda") == "this process sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "need compute capability 8.0, this GPU has 7.5" in reason("cuda")
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert "need an NVIDIA CUDA device, not ROCm" in reason("cuda")
