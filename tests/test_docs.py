@@ -35,7 +35,7 @@ from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArgument
 from prefix_grouper_plugins.integrations.trl.launch import split_arguments
 from prefix_grouper_plugins.integrations.trl.regroup import regroup
 from prefix_grouper_plugins.metrics import SharingMeter
-from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -324,7 +324,8 @@ def test_every_reason_to_refuse_a_model_is_documented() -> None:
     quoted = [
         before + " ".join(m.split()) + after for m in quoted_messages() for before in ("", "`") for after in ("", "`")
     ]
-    for pattern in message_patterns(ROOT / "prefix_grouper_plugins/modeling/support.py"):
+    names = ("support", "type_rules", "rope")
+    for pattern in message_patterns(*(ROOT / f"prefix_grouper_plugins/modeling/{name}.py" for name in names)):
         if not pattern.pattern.startswith(("sliding", "expand")):  # these describe a layer
             assert any(pattern.fullmatch(text) for text in quoted), pattern.pattern
 

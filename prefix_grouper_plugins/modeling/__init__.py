@@ -12,12 +12,12 @@ from prefix_grouper_plugins.modeling.interface import (
     without_prefix_grouper,
 )
 from prefix_grouper_plugins.modeling.proof import Proof, agreed, prove
+from prefix_grouper_plugins.modeling.rope import row_limit
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.modeling.support import (
     SupportReport,
     check_support,
     numbers_padded_columns,
-    row_limit,
     transformers_model,
     without_router_loss,
 )

@@ -39,12 +39,11 @@ from prefix_grouper_plugins.modeling.mixers import (
     layout_of_layer,
     rows_of,
 )
+from prefix_grouper_plugins.modeling.rope import modules_with_row_limit, row_limit
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
 from prefix_grouper_plugins.modeling.support import (
     attention_configs,
     attention_layers,
-    modules_with_row_limit,
-    row_limit,
 )
 
 _NAME = "prefix_grouper"

@@ -34,10 +34,10 @@ from torch.distributed.tensor import DTensor
 
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.interface import is_enabled, packed_inputs, row_positions
+from prefix_grouper_plugins.modeling.rope import row_limit
 from prefix_grouper_plugins.modeling.support import (
     attention_configs,
     largest_window,
-    row_limit,
     transformers_model,
     without_router_loss,
 )

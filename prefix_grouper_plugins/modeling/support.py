@@ -2,7 +2,7 @@
 
 A model is supported when every place where it mixes tokens is an attention layer that we can switch, or a mixer that we
 can run on whole rows (modeling/mixers.py), under masks that we know. Where besides a test has compared packed forward and
-gradients of its type with row-by-row forwards (:data:`VERIFIED_MODEL_TYPES`), nothing more is asked; other types and code
+gradients of its type with row-by-row forwards (modeling/type_rules.py), nothing more is asked; other types and code
 from outside of transformers stand or fall with a proof on first use (modeling/proof.py). Everything else is refused
 before training, with the reason: a guess here would be wrong numbers there.
 """
@@ -15,64 +15,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_grouper_plugins.attention.registry import auto_backend
 from prefix_grouper_plugins.modeling.known_mixers import foreign_mixers, forking_notes, how_it_runs, mixer_of
-
-# Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
-VERIFIED_MODEL_TYPES = frozenset(
-    """
-    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam bert bert-generation big_bird biogpt bitnet bloom
-    camembert codegen cohere cohere2 cohere2_moe ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama
-    doge dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo
-    flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
-    gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
-    granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
-    hyperclovax internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama
-    llama4_text longcat_flash mamba mamba2 megatron-bert mellum mimo_v2_flash minicpm3 minimax minimax_m2
-    ministral ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2
-    olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
-    qwen3_moe qwen3_next recurrent_gemma rembert roberta roberta-prelayernorm roc_bert roformer rwkv seed_oss
-    smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xlstm xmod youtu zamba
-    zamba2 zaya
-    """.split()
+from prefix_grouper_plugins.modeling.rope import position_reasons, row_limit
+from prefix_grouper_plugins.modeling.type_rules import (
+    POSITIONS_SKIP_PADDING,
+    TEXT_PARTS,
+    VERIFIED_MODEL_TYPES,
+    VERIFIED_MULTIMODAL_TYPES,
+    padding_reasons,
+    reasons_of_type,
 )
 
-# Likewise in tests/modeling/test_multimodal.py, with images. Text parts are types of the list above, or come with these.
-VERIFIED_MULTIMODAL_TYPES = frozenset(
-    """
-    aya_vision cohere2_vision gemma3 glm4v idefics2 idefics3 internvl llava llava_next llava_onevision mistral3
-    qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm vipllava
-    """.split()
-)
-_TEXT_PARTS = {"glm4v_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
-
-# Types of which a test has shown, or their code says, that packed rows give something else.
-REFUSED_MODEL_TYPES = {
-    "phimoe": "phimoe draws its experts at random while it trains, so that no two forwards agree",
-}
-# Packed rows equal single rows, which is not what these types compute in a batch that is padded on the left.
-_NOT_PADDED_ON_THE_LEFT = {
-    "llama4_text": "llama4_text cuts its attention into chunks by columns, so padding on the left changes what tokens see",
-    **{
-        kind: f"{kind} runs its state over padding on the left, so a padded batch computes something else than single rows"
-        for kind in ("recurrent_gemma", "rwkv", "xlstm")
-    },
-}
-
-# Types whose older code is not causal, so that a prefix depended on what follows it: scans of nemotron_h and zamba2 over
-# more than one chunk; BERT-like decoders that were given a mask for reading both ways.
-_NEEDS_TRANSFORMERS = dict.fromkeys(
-    ("big_bird", "megatron-bert", "nemotron_h", "rembert", "roformer", "zamba2"), "5.23"
-)
-
-# Models that number positions from the attention mask, so that left padding does not count.
-_POSITIONS_SKIP_PADDING = {"opt"}
 # Layers of these types do not mix tokens.
 _POINTWISE_LAYER_TYPES = {"mlp", "moe"}
 # Attention of the core, and mixers of modeling/mixers.py. Chunked, sparse and compressed attention are neither.
@@ -82,7 +40,6 @@ _LAYER_TYPES |= {"attention", "mamba"}  # transformers before 5.23
 _MASK_FUNCTIONS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_masks_for_generate"}
 # Settings of attention that takes some keys and leaves others, beyond what a few short rows show.
 _SELECTS_KEYS = re.compile(r"attention_chunk_size|index_topk|sparse|keep_window|compress|block_topk")
-_ROPE_OF_LONGEST_ROW = {"dynamic", "longrope"}
 # What modules call the rate of their dropout, and that of other random changes while they train: noise on a router's
 # input (mixtral, minimax, dbrx) or on embeddings (NEFTune), layers that are left out (opt, biogpt, xglm; in vision towers).
 _DROPOUT = re.compile(r"dropout|pdrop")
@@ -156,7 +113,7 @@ def check_support(model: nn.Module) -> SupportReport:
     reasons = [
         *(_multimodal_reasons(base) or _type_reasons(config, layers + mixers) or _randomness_reasons(model)),
         *_unknown_layers(config, layers, mixers),
-        *_position_reasons(text_part(base)),
+        *position_reasons(text_part(base)),
         *_attention_reasons(layers + mixers),
         *_adapter_reasons(model),
         *_quantization_reasons(model, config),
@@ -164,7 +121,7 @@ def check_support(model: nn.Module) -> SupportReport:
     unproven = _unproven(base)
     if unproven and not reasons:
         reasons += _unknown_masks(base)
-    padded = _padding_reasons(base, config.model_type)
+    padded = padding_reasons(base, config.model_type)
     device, dtype = _where_attention_runs(base)
     described = [_describe(name, m, device, dtype) for name, m in layers]
     described += [_describe_mixer(name, m) for name, m in mixers]
@@ -236,18 +193,14 @@ def numbers_padded_columns(model: nn.Module) -> bool:
 
     Models with rotary positions give the same result either way; for learned positions it matters.
     """
-    return transformers_model(model).config.model_type not in _POSITIONS_SKIP_PADDING
+    return transformers_model(model).config.model_type not in POSITIONS_SKIP_PADDING
 
 
 def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]:
     kind = config.model_type
     if config.is_encoder_decoder:
         return [f"{kind} is an encoder-decoder model; only decoder-only models share prefixes"]
-    if kind in REFUSED_MODEL_TYPES:
-        return [REFUSED_MODEL_TYPES[kind]]
-    if (needed := _NEEDS_TRANSFORMERS.get(kind)) and Version(transformers.__version__) < Version(needed):
-        return [f"{kind} is causal from transformers {needed} on, this is {transformers.__version__}"]
-    if kind == "doge" and (reasons := _doge_reasons(config)):
+    if reasons := reasons_of_type(config):
         return reasons
     if not layers:
         return [f"{kind} mixes tokens by code of its own, which is not supported yet"]
@@ -258,22 +211,6 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     return []
 
 
-def _doge_reasons(config: Any) -> list[str]:
-    """What its config may ask for beyond what packed rows reproduce."""
-    reasons = []
-    if config.keep_window_size < config.max_position_embeddings:
-        reasons.append(
-            f"doge keeps the {config.keep_window_size} keys of the highest scores, and which ones of equal score depends on "
-            f"the length of the batch: set `keep_window_size` to at least {config.max_position_embeddings}"
-        )
-    if config.is_moe:
-        reasons.append("doge with `is_moe=True` mixes the router logits of different tokens")
-    # A row has no mask there unless a window or padding asks for one.
-    if Version(transformers.__version__) < Version("5.23") and "sdpa" in (config._attn_implementation or ""):
-        reasons.append('doge is not causal under sdpa with this transformers: use `attn_implementation="eager"`')
-    return reasons
-
-
 def _unproven(base: PreTrainedModel) -> list[str]:
     """What no test has compared: an unknown type, and other code than the one that was verified."""
     # FSDP2 puts a class of its own on top.
@@ -281,7 +218,7 @@ def _unproven(base: PreTrainedModel) -> list[str]:
     if not own.__module__.startswith("transformers."):
         return [f"{own.__name__} is code from outside of transformers, which no test has compared with single rows"]
     kind = text_part(base).config.model_type
-    if kind not in VERIFIED_MODEL_TYPES and kind not in _TEXT_PARTS:
+    if kind not in VERIFIED_MODEL_TYPES and kind not in TEXT_PARTS:
         return [f"model type {kind!r} has not been verified: no test has compared its packed forward with single rows"]
     return []
 
@@ -291,18 +228,6 @@ def _multimodal_reasons(base: PreTrainedModel) -> list[str]:
     if text_part(base) is base or kind in VERIFIED_MULTIMODAL_TYPES:
         return []
     return [f"{kind} is a multimodal model that no test has compared with single rows"]
-
-
-def _padding_reasons(base: PreTrainedModel, kind: str) -> list[str]:
-    if kind in _NOT_PADDED_ON_THE_LEFT:
-        return [_NOT_PADDED_ON_THE_LEFT[kind]]
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
-        return [
-            f"{kind} numbers positions by its own padding token, which need not be the one that a batch is padded with"
-        ]
-    if getattr(base.config, "rotary_value", False):
-        return [f"{kind} with `rotary_value=True` turns its values by columns, so padding on the left changes them"]
-    return []
 
 
 def _unknown_masks(base: PreTrainedModel) -> list[str]:
@@ -331,54 +256,6 @@ def _unknown_layers(config: Any, layers: list[tuple[str, nn.Module]], mixers: li
     if known and known < expected:
         return [f"only {known} of {expected} layers mix tokens in a way that is known here"]
     return []
-
-
-def _position_reasons(base: PreTrainedModel) -> list[str]:
-    config: Any = base.config
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    per_layer_kind = [value for value in parameters.values() if isinstance(value, dict)]
-    kinds = {p.get("rope_type", p.get("type")) for p in (per_layer_kind or [parameters])}
-    found = (kinds & _ROPE_OF_LONGEST_ROW) - {kind for _, kind in _row_limits(base)}
-    if found:
-        return [f"rope_type {found.pop()!r} makes every position depend on the longest row of the batch"]
-    return []
-
-
-def row_limit(model: nn.Module) -> tuple[int, str] | None:
-    """The length in tokens from which on one row changes the rotary angles of all rows of its forward.
-
-    So it is with RoPE of the kinds "dynamic" and "longrope" (transformers' ``dynamic_rope_update``). While every row of
-    a forward is shorter, padding included where it is numbered, each has the angles that it has alone.
-
-    Returns:
-        that length and the kind, of the module with the lowest; None where there is no such module.
-    """
-    return min(_row_limits(model), default=None)
-
-
-def modules_with_row_limit(model: nn.Module) -> list[nn.Module]:
-    """The modules that hand positions to a rotary embedding of those kinds."""
-    return [module for module in model.modules() if any(_limits_of(child) for child in module.children())]
-
-
-def _row_limits(model: nn.Module) -> list[tuple[int, str]]:
-    return [limit for module in model.modules() for limit in _limits_of(module)]
-
-
-def _limits_of(rotary: Any) -> list[tuple[int, str]]:
-    """As `row_limit`, for one rotary embedding; some have a kind for each type of layers."""
-    kinds = getattr(rotary, "rope_type", None)
-    if not kinds or not hasattr(rotary, "original_max_seq_len"):
-        return []
-    parameters = rotary.config.rope_parameters
-    each = (
-        [(kind, parameters[name]) for name, kind in kinds.items()] if isinstance(kinds, dict) else [(kinds, parameters)]
-    )
-    limits = {
-        "dynamic": lambda _: rotary.original_max_seq_len,
-        "longrope": lambda p: p["original_max_position_embeddings"],
-    }
-    return [(limits[kind](options), kind) for kind, options in each if kind in limits]
 
 
 def _attention_reasons(layers: list[tuple[str, nn.Module]]) -> list[str]:

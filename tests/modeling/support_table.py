@@ -5,7 +5,7 @@
     python -m tests.modeling.support_table --page                        the page again, from the file that is there
 
 The types are those of transformers' causal-LM mapping and the vision-language models that we have verified. What a line
-says was seen in this run: a type is "exact" where it is in the list of modeling/support.py *and* packed logits and
+says was seen in this run: a type is "exact" where it is in the list of modeling/type_rules.py *and* packed logits and
 gradients equalled those of single rows just now, by the comparisons of test_families.py and test_multimodal.py. One that
 is in the list and differs ends the run with an error.
 """
@@ -36,11 +36,8 @@ from prefix_grouper_plugins import PrefixLayout, UnsupportedModelError, check_su
 from prefix_grouper_plugins.grouping import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.multimodal import ImageRows
-from prefix_grouper_plugins.modeling.support import (
-    VERIFIED_MODEL_TYPES,
-    VERIFIED_MULTIMODAL_TYPES,
-    SupportReport,
-)
+from prefix_grouper_plugins.modeling.support import SupportReport
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests import tiny
 from tests.modeling import families, multimodal_families, test_families, test_multimodal
 

@@ -13,7 +13,7 @@ from prefix_grouper_plugins import check_support, disable_prefix_grouper, enable
 from prefix_grouper_plugins.grouping import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers
-from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES
 from tests import tiny
 from tests.modeling import families
 

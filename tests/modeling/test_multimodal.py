@@ -14,7 +14,7 @@ from prefix_grouper_plugins import (
 )
 from prefix_grouper_plugins.grouping import GroupedBatch
 from prefix_grouper_plugins.modeling.multimodal import ImageRows, reason_not_to_pack, split_images
-from prefix_grouper_plugins.modeling.support import VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MULTIMODAL_TYPES
 from tests.modeling import multimodal_families as families
 
 

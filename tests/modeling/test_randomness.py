@@ -20,7 +20,7 @@ from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES
 from tests import tiny
 from tests.modeling import families
 

@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.harness import read_csv, read_facts
 from prefix_grouper_plugins import check_support
-from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests.modeling import support_table
 
 ROWS = {row["model_type"]: row for row in read_csv(support_table.FILE)}

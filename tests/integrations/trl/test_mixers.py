@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins.modeling import check_support
 from prefix_grouper_plugins.modeling.mixers import foreign_mixers
-from prefix_grouper_plugins.modeling.support import VERIFIED_MODEL_TYPES
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES
 from tests.integrations.trl.training import make_trainer, use_float64_head
 from tests.modeling import families
 
