@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_grouper_plugins.attention.registry import auto_backend
 from prefix_grouper_plugins.modeling.known_mixers import foreign_mixers, forking_notes, how_it_runs, mixer_of
+from prefix_grouper_plugins.modeling.masks import mask_functions, reads_both_ways, window_reasons
 from prefix_grouper_plugins.modeling.rope import position_reasons, row_limit
 from prefix_grouper_plugins.modeling.type_rules import (
     POSITIONS_SKIP_PADDING,
@@ -114,7 +115,8 @@ def check_support(model: nn.Module) -> SupportReport:
         *(_multimodal_reasons(base) or _type_reasons(config, layers + mixers) or _randomness_reasons(model)),
         *_unknown_layers(config, layers, mixers),
         *position_reasons(text_part(base)),
-        *_attention_reasons(layers + mixers),
+        *_attention_reasons(layers + mixers, reads_both_ways(text_part(base))),
+        *window_reasons(text_part(base), layers),
         *_adapter_reasons(model),
         *_quantization_reasons(model, config),
     ]
@@ -232,12 +234,7 @@ def _multimodal_reasons(base: PreTrainedModel) -> list[str]:
 
 def _unknown_masks(base: PreTrainedModel) -> list[str]:
     """Masks that a packed forward leaves out, and whose effect a few short rows may not show."""
-    names: set[str] = set()
-    for module in base.modules():
-        if isinstance(module, PreTrainedModel):
-            code = inspect.unwrap(type(module).forward).__code__
-            names |= {n for n in code.co_names if n.startswith("create_") and n.endswith(("mask", "masks"))}
-    found = sorted(names - _MASK_FUNCTIONS)
+    found = sorted(mask_functions(base) - _MASK_FUNCTIONS)
     found += [f"{name}={value}" for name, value in vars(base.config).items() if value and _SELECTS_KEYS.search(name)]
     found += sorted({type(m).__name__ for m in base.modules() if "Indexer" in type(m).__name__})
     return (
@@ -258,7 +255,7 @@ def _unknown_layers(config: Any, layers: list[tuple[str, nn.Module]], mixers: li
     return []
 
 
-def _attention_reasons(layers: list[tuple[str, nn.Module]]) -> list[str]:
+def _attention_reasons(layers: list[tuple[str, nn.Module]], noncausal_config: bool) -> list[str]:
     reasons: dict[str, None] = {}  # ordered set: the layers of a model mostly share one reason
     for _, module in layers:
         dropout = _attention_dropout(module)
@@ -271,7 +268,7 @@ def _attention_reasons(layers: list[tuple[str, nn.Module]]) -> list[str]:
         # A text that only images would be read both ways in ("vision") is causal.
         both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
         causal = getattr(module, "is_causal", True) and getattr(module, "is_decoder", True)
-        if not causal or both_ways:
+        if not causal or both_ways or noncausal_config:
             reasons["attention is not causal, so a prefix would depend on what follows it"] = None
         if getattr(config, "reorder_and_upcast_attn", False):
             reasons["`reorder_and_upcast_attn=True` bypasses the attention interface"] = None

@@ -159,8 +159,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 _KINDS_BY_PERIOD = {"jamba", "nemotron_h", "zamba", "zamba2", "bamba"}
 
 
-def configure(model_type: str) -> Any:
-    """Its tiny config."""
+def configure(model_type: str, **changes: Any) -> Any:
+    """Its tiny config. ``changes`` are settings of it."""
     defaults = CONFIG_MAPPING[model_type]().to_dict()
     settings = {k: v for k, v in SIZES.items() if k not in OPTIONAL} | {
         k: v for k, v in OPTIONAL.items() if k in defaults
@@ -169,12 +169,12 @@ def configure(model_type: str) -> Any:
     if defaults.get("layer_types") and model_type not in _KINDS_BY_PERIOD:
         kinds = list(dict.fromkeys(defaults["layer_types"]))
         settings["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
-    return AutoConfig.for_model(model_type, **(settings | CHANGES.get(model_type, {})))
+    return AutoConfig.for_model(model_type, **(settings | CHANGES.get(model_type, {}) | changes))
 
 
-def build(model_type: str) -> PreTrainedModel:
-    """In float64 where the code allows, with all dropout off."""
-    config = configure(model_type)
+def build(model_type: str, **changes: Any) -> PreTrainedModel:
+    """In float64 where the code allows, with all dropout off. ``changes`` are settings of its config."""
+    config = configure(model_type, **changes)
     torch.manual_seed(0)
     # transformers before 5.11 takes sdpa for models with a cap by default, which ignores it; doge was not causal there.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) or model_type == "doge" else None
