@@ -27,14 +27,19 @@ from prefix_grouper_plugins.grouping import plan_micro_batches, spread_micro_bat
 from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.images import (
     COMPARED_MODEL_TYPES,
+    WITH_VERLS_FORWARD,
     placeholder_ids,
     reason_not_to_share,
     row_inputs,
 )
+from prefix_grouper_plugins.integrations.verl.lent_images import lend_images
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, mend_positions, row_sizes
 from prefix_grouper_plugins.integrations.verl.model_patches import (
     fit_to_packed_rows,
+    has_verls_forward,
+    leaves_images_out,
     lost_attention,
+    numbered_rows,
     remember_attention,
 )
 from prefix_grouper_plugins.integrations.verl.switch import raise_failures
@@ -60,10 +65,6 @@ from prefix_grouper_plugins.verify import check_gradients, local_gradients
 _ROWS_MIX_FREELY = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
 _NO_PROOF_OF_PIECES = (
     "not proved: Ulysses leaves each process a piece of the rows, which a few tokens are too short for; "
-    "prefix_grouper.verify=true compares the first update"
-)
-_NO_PROOF_OF_IMAGES = (
-    "not proved: verl's forwards of vision-language models take its own batches only; "
     "prefix_grouper.verify=true compares the first update"
 )
 
@@ -102,6 +103,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._standing_reason: str | None = None
         self._to_prove = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
+        self._model_type = self.model_config.hf_config.model_type
         self._to_verify = self.options.verify and not engine_config.forward_only
 
     # ----------------------------------------------------------------------------------------------------- the model
@@ -116,10 +118,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
         report = check_support(module)
-        unprovable = self._unprovable(module)
-        if self.options.proof and unprovable is not None:
-            self._warn_once(unprovable)
-        self._to_prove = self.options.proof and unprovable is None
+        if self.options.proof and self.use_ulysses_sp:
+            self._warn_once(_NO_PROOF_OF_PIECES)
+        self._to_prove = self.options.proof and not self.use_ulysses_sp
         unproven = () if self._to_prove else report.unproven
         reasons = [*lost_attention(module), *report.reasons, *unproven, *self._own_reasons(module)]
         if reasons:
@@ -144,7 +145,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         """Compare a tiny packed forward with its rows, before the first batch: on all ranks, as FSDP demands."""
         self._to_prove = False
         device, dtype = torch.device(get_device_name()), self._autocast_dtype
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # as verl does
+        autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)  # as verl does
+        with autocast, numbered_rows(self.module):
             proof = agreed(settle(self.module, device), device)
         if reasons := refutation(check_support(self.module), proof):
             disable_prefix_grouper(self.module)
@@ -152,24 +154,32 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         elif self.rank == 0:
             logger.log(logging.INFO if proof.passed else logging.WARNING, "prefix grouper: %s", proof)
 
-    def _unprovable(self, module: nn.Module) -> str | None:
-        """Why a tiny forward of the proof's own cannot be made here, None where it can."""
-        if self.use_ulysses_sp:
-            return _NO_PROOF_OF_PIECES
-        if hasattr(getattr(transformers_model(module), "config", None), "vision_config"):
-            return _NO_PROOF_OF_IMAGES
-        return None
-
     def _own_reasons(self, module: nn.Module) -> list[str]:
         """Why this engine cannot share on a model that can be shared elsewhere."""
-        reasons = []
-        config: Any = getattr(transformers_model(module), "config", None)
-        if hasattr(config, "vision_config") and config.model_type not in COMPARED_MODEL_TYPES:
-            reasons.append(f"images of {config.model_type} have not been compared with verl's own engine")
+        reasons = self._reasons_of_images(module) if self._sees_images(module) else []
         if self.use_ulysses_sp and foreign_mixers(module):
             reasons.append(
                 "layers that run on whole rows cannot be shared under Ulysses, which leaves each process a piece of them"
             )
+        return reasons
+
+    def _sees_images(self, module: nn.Module) -> bool:
+        return hasattr(getattr(transformers_model(module), "config", None), "vision_config")
+
+    @property
+    def _waits_for_towers(self) -> bool:
+        """Whether a vision tower runs on the ranks with images only, and others have to wait."""
+        alone = dist.get_world_size(self.get_data_parallel_group()) == 1
+        return bool(self._placeholders) and self._model_type not in WITH_VERLS_FORWARD and not alone
+
+    def _reasons_of_images(self, module: nn.Module) -> list[str]:
+        kind, reasons = self._model_type, []
+        if leaves_images_out(module):
+            reasons.append(f"verl's fused kernels leave the images of {kind} out of the forward")
+        elif has_verls_forward(module) and kind not in COMPARED_MODEL_TYPES:
+            reasons.append(f"verl has a forward of its own for {kind}, which no test has compared with packed rows")
+        if self.use_ulysses_sp and kind not in WITH_VERLS_FORWARD:
+            reasons.append(f"verl does not cut the rows of {kind} for Ulysses, as it does for the families it knows")
         return reasons
 
     # ----------------------------------------------------------------------------------------------------- the batch
@@ -214,9 +224,13 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         def planned(data: TensorDict, dp_group: Any = None, **kwargs: Any) -> tuple[list[TensorDict], Any]:
             plan = self._plan(data, dp_group) if self._may_move_rows(loss_function) else None
             if plan is None:
-                return stock(data=data, dp_group=dp_group, **kwargs)  # type: ignore[no-any-return]
-            tu.assign_non_tensor(data, use_dynamic_bsz=True)  # verl restores the order of rows only then
-            return [tu.index_select_tensor_dict(data, rows) for rows in plan], plan
+                micro_batches, plan = stock(data=data, dp_group=dp_group, **kwargs)
+            else:
+                tu.assign_non_tensor(data, use_dynamic_bsz=True)  # verl restores the order of rows only then
+                micro_batches = [tu.index_select_tensor_dict(data, rows) for rows in plan]
+            if self._waits_for_towers:
+                lend_images(micro_batches, self._placeholders, dp_group)
+            return micro_batches, plan
 
         fsdp.prepare_micro_batches = planned
         try:
@@ -254,7 +268,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         agreed = torch.tensor([len(plan), int(not shares)], device=get_device_name())
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=dp_group)
         count, refused = agreed.tolist()
-        return None if refused else spread_micro_batches(plan, sizes, count)
+        if refused:
+            return None
+        return spread_micro_batches(plan, sizes, count)
 
     def _reason_not_to_share(self, data: TensorDict) -> str | None:
         """Why rows of ``data`` go the ordinary way, None where they are shared."""
@@ -266,15 +282,17 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             return "each row has a temperature of its own"
         if "prompts" not in data:
             return "the batch does not say where prompts end (`prompts` is missing)"
-        return reason_not_to_share(row_inputs(data), self._placeholders)
+        lengths = data["input_ids"].offsets().diff().tolist()
+        return reason_not_to_share(row_inputs(data), lengths, self._placeholders, self._model_type)
 
     # ----------------------------------------------------------------------------------------------- one micro-batch
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
         reason = self._reason_not_to_share(micro_batch)
-        if reason is None and not (packed := PackedMicroBatch(micro_batch, self._placeholders)).positions_agree:
-            reason = "rows that share a prompt number its tokens differently"
+        if reason is None:
+            packed = PackedMicroBatch(micro_batch, self._placeholders)
+            reason = packed.reason_not_to_share
         if reason is not None:
             self._count_fallback(reason, micro_batch)
             return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
@@ -282,7 +300,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             self._warn_once("rows with an image in the response, or at the very end of the prompt, share nothing")
         self._count_packed(packed)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
-        layout = packed.layout.pad_to(packed.layout.num_tokens + output_args.get("pad_size", 0))
+        layout = packed.layout.pad_to(packed.num_tokens + output_args.get("pad_size", 0))
         labels = pad(packed.labels, (0, layout.num_padding))
         if self.use_ulysses_sp:
             labels = ulysses_pad_and_slice_inputs(labels[None], sp_size=self.ulysses_sequence_parallel_size)[0][0]
@@ -291,6 +309,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if tu.get_non_tensor_data(micro_batch, "use_fused_kernels", False):
             inputs["shift_labels"] = labels[None]
         inputs.update(packed.images)
+        inputs.update(packed.token_inputs(self._model_type, layout))
         inputs.update(layout_inputs(layout, labels.device))
         inputs.update(without_router_loss(self.module))  # verl's losses do not read it
         output_args["packed"] = packed

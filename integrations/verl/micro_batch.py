@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from verl.utils import tensordict_utils as tu
 
 from prefix_grouper_plugins.grouping import RowSize, prompt_group
-from prefix_grouper_plugins.integrations.verl.images import ALONE, row_inputs, sharing_keys
+from prefix_grouper_plugins.integrations.verl.images import (
+    ALONE,
+    TOKEN_TYPES,
+    merged,
+    row_inputs,
+    sharing_keys,
+    token_types,
+)
+from prefix_grouper_plugins.integrations.verl.lent_images import lent_image
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import sharing_metrics
-from prefix_grouper_plugins.modeling.multimodal import first_rows, merge_images
+from prefix_grouper_plugins.modeling.multimodal import first_rows, image_blocks, packed_blocks
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -91,10 +101,11 @@ class PackedMicroBatch:
         layout (`PrefixLayout`): of the rows, on that device.
         surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
             original one.
+        num_tokens: of the surrogate: those of the layout, and the placeholders of a lent image behind them.
         labels (`LongTensor[T]`): next token of each packed position.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
         some_alone (`bool`): whether there are rows whose images keep them from sharing.
-        positions_agree (`bool`): whether rows number their shared tokens alike.
+        reason_not_to_share: None, unless rows differ in what they should share.
         tally (`Tally`): what is forwarded, and what would have been.
     """
 
@@ -105,7 +116,7 @@ class PackedMicroBatch:
         keys = sharing_keys(row_keys(micro_batch), rows, prompt_lengths, inputs, placeholders)
         self.some_alone = any(key[0] is ALONE for key in keys)
         layout = PrefixLayout.from_rows(rows, keys, shareable=prompt_lengths)
-        self.images = merge_images([inputs[row] for row in first_rows(layout)])
+        self.images = merged([inputs[row] for row in first_rows(layout)])
         self.tally = Tally.of_rows(lengths)
         self.tally.tokens, self.tally.packed = layout.num_tokens, 1
         self.tally.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
@@ -118,14 +129,52 @@ class PackedMicroBatch:
         is_last = torch.zeros(layout.num_row_tokens, dtype=torch.bool, device=ids.device)
         is_last[self._offsets[1:] - 1] = True
         self._transitions = (~is_last).nonzero().squeeze(1)
-        self.positions_agree = torch.equal(packed_positions[..., layout.row_index], positions[..., self._transitions])
+        self._types = token_types(inputs, lengths)
+        self.reason_not_to_share: str | None = None
+        if not self._agree(positions):
+            self.reason_not_to_share = "rows that share a prompt number its tokens differently"
+        elif self._types is not None and not self._agree(torch.cat(self._types).to(ids.device)):
+            self.reason_not_to_share = "rows that share a prompt do not agree which of its tokens are images"
         self.labels = ids.values()[layout.source_index + 1]
+        packed_ids = ids.values()[layout.source_index]
+        if (lent := lent_image(micro_batch)) is not None:
+            packed_ids = torch.cat([packed_ids, lent.placeholders.to(packed_ids)])
+            packed_positions = pad(packed_positions, (0, len(lent.placeholders)))
+            self.images = merged([lent.inputs])
+            self.tally.tokens += len(lent.placeholders)
+            self.tally.squares += len(lent.placeholders) ** 2
+        self.num_tokens = len(packed_ids)
         self.surrogate = TensorDict(
-            {"input_ids": _one_row(ids.values()[layout.source_index]), "position_ids": _one_row(packed_positions)},
-            batch_size=[1],
+            {"input_ids": _one_row(packed_ids), "position_ids": _one_row(packed_positions)}, batch_size=[1]
         )
         settings = {key: tu.get(micro_batch, key) for key in _SETTINGS if key in micro_batch}
         tu.assign_non_tensor(self.surrogate, **settings)
+
+    def _agree(self, values: Tensor) -> bool:
+        """Whether the rows' ``values [..., tokens]`` are equal where they share."""
+        packed = values[..., self.layout.source_index]
+        return torch.equal(packed[..., self.layout.row_index], values[..., self._transitions])
+
+    def token_inputs(self, model_type: str, layout: PrefixLayout) -> dict[str, Tensor]:
+        """What the model takes for each token beside its id and position; images that see themselves go to ``layout``.
+
+        Args:
+            model_type: of the model.
+            layout: :attr:`layout`, with any padding.
+        """
+        if self._types is None:
+            return {}
+        last = torch.tensor([len(row) for row in self._types]) - 1
+        padded = pad_sequence(self._types, batch_first=True)
+        blocks = image_blocks(model_type, padded, last)
+        if blocks is not None:
+            rows = blocks[torch.arange(padded.shape[1]) <= last[:, None]].to(layout.position_ids.device)
+            layout.blocks = packed_blocks(self._packed(rows, layout, -1), layout)
+        types = torch.cat(self._types).to(layout.position_ids.device)
+        return {TOKEN_TYPES: self._packed(types, layout, 0)[None]}
+
+    def _packed(self, rows: Tensor, layout: PrefixLayout, padding: int) -> Tensor:
+        return pad(rows[self.layout.source_index], (0, layout.num_padding), value=padding)
 
     def unpack(self, values: Tensor) -> Tensor:
         """Packed values ``[T]`` as a nested tensor of the rows, zero at each row's last token. Differentiable."""

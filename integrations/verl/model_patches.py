@@ -5,22 +5,26 @@ verl gives some classes another forward (``verl/models/transformers/monkey_patch
 - The attention of Qwen2-VL, Qwen2.5-VL and GLM-4V calls flash-attn past transformers' attention interface, and reads from
   the positions where rows begin. It would take a packed row for many short texts. Here packed rows go to the forward
   that the class had before, which looks its attention up in the interface; all other calls stay verl's.
-- The models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank gathers
+- Some of the models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank gathers
   the tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 stumbles there over what the tower of transformers 5
   returns. Keeping groups whole makes such micro-batches where verl's mixture of rows has none, so here the tower
   returns the features alone, which verl's code takes as well.
+- With fused kernels, models of which verl knows no forward get one for text, which leaves their images out.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from verl.utils.model import get_hf_auto_model_class
 
+from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.mixers import LAYOUT_KWARG
 
 _TOWER_WITHOUT_DEEPSTACK = {"qwen2_vl", "qwen2_5_vl"}
@@ -49,6 +53,42 @@ def fit_to_packed_rows(model: Any) -> None:
             module.__class__ = _with_both(cls, _original[cls], cls.forward)
     if model.config.model_type in _TOWER_WITHOUT_DEEPSTACK:
         model.model.visual.register_forward_hook(_features_alone)
+
+
+def has_verls_forward(model: nn.Module) -> bool:
+    """Whether a vision-language model, or its part without the head, runs verl's forward in place of its own."""
+    return any(cls.forward.__module__.startswith("verl.") for cls in _model_classes(model))
+
+
+def leaves_images_out(model: nn.Module) -> bool:
+    """Whether what verl runs in place of the forward of a vision-language model takes text only."""
+    return any(cls.forward.__module__ == "verl.models.transformers.dense_common" for cls in _model_classes(model))
+
+
+def _model_classes(model: nn.Module) -> list[Any]:
+    base: Any = transformers_model(model)
+    return [type(base), type(base.model)]
+
+
+@contextmanager
+def numbered_rows(model: nn.Module) -> Iterator[None]:
+    """Number the tokens of forwards of one row of text as verl's forwards demand: ``[4, 1, tokens]``, never None."""
+
+    def number(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        kwargs["position_ids"] = positions.expand(4, 1, -1)
+        return args, kwargs
+
+    base: Any = transformers_model(model)
+    needed = base.config.model_type in _TOWER_WITHOUT_DEEPSTACK
+    hook = base.register_forward_pre_hook(number, with_kwargs=True) if needed else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def lost_attention(model: nn.Module) -> list[str]:

@@ -40,7 +40,7 @@ IMAGE_TENSORS = (
 TOKEN_TENSORS = ("token_type_ids", "mm_token_type_ids")
 
 # Image tokens see all others of their image.
-_BIDIRECTIONAL_IMAGES = {"gemma3"}
+BIDIRECTIONAL_IMAGES = {"gemma3"}
 
 RowTensors = Mapping[str, Tensor]  # image tensors of one row; empty for a row without images
 
@@ -220,8 +220,10 @@ class ImageRows:
             model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
         )
         columns = torch.arange(input_ids.shape[1], device=mask.device)
-        self.block_ids = _image_blocks(
-            model, self.token_tensors.get("token_type_ids"), torch.where(mask != 0, columns, 0).amax(1)
+        self.block_ids = image_blocks(
+            transformers_model(model).config.model_type,
+            self.token_tensors.get("token_type_ids"),
+            torch.where(mask != 0, columns, 0).amax(1),
         )
         self.keys = self._keys(image_token_id(model), input_ids.cpu(), mask.cpu() != 0, prompt_ids.shape[1])
 
@@ -261,39 +263,42 @@ class ImageRows:
         """Keyword arguments of the packed forward of ``batch``, which was made of these rows with :attr:`keys`."""
         positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
         if self.block_ids is not None:
-            batch.layout.blocks = self._blocks(batch)
+            batch.layout.blocks = packed_blocks(batch.pack(self.block_ids), batch.layout)
         return {
             **packed_inputs(batch.layout, batch.input_ids, positions),
             **{name: batch.pack(x)[None] for name, x in self.token_tensors.items()},
             **merge_images([self.images[batch.kept[row]] for row in first_rows(batch.layout)]),
         }
 
-    def _blocks(self, batch: GroupedBatch) -> Blocks:
-        """The blocks of the rows, numbered anew so that those of different trees differ."""
-        assert self.block_ids is not None
-        segments = batch.layout.segments
-        tree = torch.zeros(batch.layout.num_tokens, dtype=torch.long)
-        tree[segments[segments[:, 2] < 0, 0].long()] = 1
-        own = batch.pack(self.block_ids)
-        numbered = own + tree.cumsum(0).to(own.device) * self.block_ids.shape[1]
-        return Blocks(numbered.where(own >= 0, -1), batch.layout, cut_by_window=_window_cuts_blocks())
 
-
-def _image_blocks(model: nn.Module, token_type_ids: Tensor | None, last_tokens: Tensor) -> Tensor | None:
-    """``LongTensor[B, L]``: images of each row that the model lets see themselves in both directions, -1 elsewhere.
+def image_blocks(model_type: str, token_type_ids: Tensor | None, last_tokens: Tensor) -> Tensor | None:
+    """``LongTensor[B, L]``: a number for each image that the model lets see itself in both directions, -1 elsewhere.
 
     Args:
-        model: the vision-language model.
+        model_type: of the vision-language model.
         token_type_ids: ``[B, L]``, 1 on images. Without them such a model is causal.
         last_tokens: the column of each row's last token.
+
+    Raises:
+        UnsupportedModelError: a row ends within such an image.
     """
-    if token_type_ids is None or transformers_model(model).config.model_type not in _BIDIRECTIONAL_IMAGES:
+    if token_type_ids is None or model_type not in BIDIRECTIONAL_IMAGES:
         return None
     image = token_type_ids == 1
     if bool(image.gather(1, last_tokens[:, None]).any()):
         raise UnsupportedModelError("a row ends within an image, whose last token is not forwarded but would be seen")
     first = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
-    return (first.long().cumsum(1) - 1).where(image, -1)
+    return (first.flatten().cumsum(0).view_as(image) - 1).where(image, -1)
+
+
+def packed_blocks(block_ids: Tensor, layout: PrefixLayout) -> Blocks:
+    """What to set as ``layout.blocks``.
+
+    Args:
+        block_ids: ``LongTensor[T]``, those of :func:`image_blocks` at the tokens of the packed row.
+        layout: of the packed row.
+    """
+    return Blocks(block_ids, layout, cut_by_window=_window_cuts_blocks())
 
 
 def _window_cuts_blocks() -> bool:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+from tests.integrations.verl import other_vision as others
+
+MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", *others.MODELS)
 IMAGE, VIDEO, START, END = 252, 253, 254, 255  # of the byte-level tokenizer, whose other tokens stand for text
 PER_TOKEN = ("response", "mask", "old", "ref", "advantage")
 PATCH, MERGE, WIDTH = 4, 2, 64
@@ -21,6 +23,8 @@ def make_model(kind: str, tokenizer: Any, tied: bool) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(0)
+    if kind in others.MODELS:
+        return others.make_model(kind, tokenizer, tied)
     config = AutoConfig.for_model(
         kind,
         text_config=text_config(kind, tokenizer),
@@ -99,8 +103,22 @@ def video(frames: int, height: int, width: int, seed: int) -> dict[str, Tensor]:
     return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[frames, height, width]])}
 
 
-def placeholders(kind: str, shown: dict[str, Tensor]) -> Tensor:
+def picture(kind: str, height: int, width: int, seed: int) -> Any:
+    """One picture: of ``height`` x ``width`` patches, or one of the two sizes of the other families."""
+    return others.picture(kind, width > 4, seed) if kind in others.MODELS else image(height, width, seed)
+
+
+def row_inputs(kind: str, shown: list[Any], ids: Tensor) -> dict[str, Tensor]:
+    """What belongs to the pictures of one row with the tokens ``ids``."""
+    if kind in others.MODELS:
+        return others.row_inputs(kind, shown, ids)
+    return {name: torch.cat([one[name] for one in shown]) for name in (shown[0] if shown else ())}
+
+
+def placeholders(kind: str, shown: Any) -> Tensor:
     """The tokens that stand for one picture or video, between their markers; Qwen3-VL marks each frame."""
+    if kind in others.MODELS:
+        return others.placeholders(shown)
     token, grid = (VIDEO, shown["video_grid_thw"]) if "video_grid_thw" in shown else (IMAGE, shown["image_grid_thw"])
     count = int(grid.prod()) // MERGE**2
     parts = int(grid[0, 0]) if kind == "qwen3_vl" else 1
@@ -112,7 +130,7 @@ def add_images(kind: str, what: str, rows: list[dict[str, Any]]) -> None:
 
     Args:
         kind: the model.
-        what: ``one`` picture in each prompt, of another size in each group; ``two``; ``some`` groups without; ``twins``:
+        what: ``one`` picture in each prompt, of another size in each group; ``two``; ``mixed``: one or two; ``some`` groups without; ``few``, those of one group's second half, without; ``twins``:
             one text and one size for all groups, which then differ by their pictures alone; ``response``: also one and
             the same in two responses of each group; ``end``: at the very end of the prompt; ``video``; ``unknown``: with a tensor
             that no model takes; ``shifted``: with positions of their own in some rows; ``even``: rows of one length.
@@ -121,28 +139,29 @@ def add_images(kind: str, what: str, rows: list[dict[str, Any]]) -> None:
     first = rows[0]["prompt"]
     for row in rows:
         group = int(row["uid"][1:])
-        shown = [image(4, 4 + 2 * group, seed=group)]
+        shown: list[Any] = [picture(kind, 4, 4 + 2 * group, seed=group)]
         if what == "twins":
-            row["uid"], row["prompt"], shown = "g0", first, [image(4, 4, seed=group)]
+            row["uid"], row["prompt"], shown = "g0", first, [picture(kind, 4, 4, seed=group)]
         if what == "even":
-            row["prompt"], shown = first, [image(4, 4, seed=group)]
+            row["prompt"], shown = first, [picture(kind, 4, 4, seed=group)]
             for name in PER_TOKEN:
                 row[name] = torch.cat([row[name]] * 6)[:6]
-        if what == "two":
-            shown.append(image(6, 4, seed=10 + group))
+        if what == "two" or (what == "mixed" and group):
+            shown.append(picture(kind, 6, 4, seed=10 + group))
         if what == "video":
             shown = [video(2, 4, 4 + 2 * group, seed=group)]
-        if what == "some" and group == 1:
+        if (what == "some" and group == 1) or (what == "few" and group == 1 and row["order"] >= 6):
             shown = []
         blocks = [placeholders(kind, one) for one in shown]
         row["prompt"] = torch.cat([row["prompt"], *blocks] if what == "end" else [*blocks, row["prompt"]])
         if what == "end":
             row["prompt"] = row["prompt"][:-1]  # so that the last token is a placeholder
         if what == "response" and row["order"] < 6:
-            shown.append(image(4, 4, seed=20 + group))
+            shown.append(picture(kind, 4, 4, seed=20 + group))
             lengthen(row, placeholders(kind, shown[-1]))
-        row["inputs"] = {k: torch.cat([one[k] for one in shown]) for k in (shown[0] if shown else ())}
-        row["positions"] = position_ids(kind, torch.cat([row["prompt"], row["response"]]), row["inputs"])
+        ids = torch.cat([row["prompt"], row["response"]])
+        row["inputs"] = row_inputs(kind, shown, ids)
+        row["positions"] = position_ids(kind, ids, row["inputs"])
         if what == "unknown":
             row["inputs"]["pixel_mask"] = torch.ones(1)
         if what == "shifted":
@@ -157,7 +176,9 @@ def lengthen(row: dict[str, Any], tokens: Tensor) -> None:
 
 
 def position_ids(kind: str, ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """``[4, L]``, as in verl: text positions, then those that the model's own rope index gives."""
+    """``[4, L]``, as in verl: text positions, then those that the model's own rope index gives; ``[L]`` without one."""
+    if kind in others.MODELS:
+        return torch.arange(len(ids))
     text = torch.arange(len(ids))[None]
     if not inputs:
         return text.expand(4, -1)
@@ -193,7 +214,7 @@ def patched_classes() -> list[Any]:
     names = ["{}Model", "{}TextModel", "{}ForConditionalGeneration", "{}Attention"]
     kinds = [(qwen2, "Qwen2VL"), (qwen2_5, "Qwen2_5_VL"), (qwen3, "Qwen3VL")]
     found = [getattr(module, name.format(kind), None) for module, kind in kinds for name in names]
-    return [cls for cls in found if cls is not None]
+    return [cls for cls in found if cls is not None] + others.classes()
 
 
 def stand_in_for_flash_attention() -> None:
@@ -219,10 +240,15 @@ def stand_in_for_flash_attention() -> None:
 
 @contextmanager
 def watched_tower(model: torch.nn.Module) -> Iterator[list[int]]:
-    """How many patches the vision tower of ``model`` gets, call by call."""
+    """How many patches, tiles or pictures the vision tower of ``model`` gets, call by call."""
     calls: list[int] = []
-    towers = [module for name, module in model.named_modules() if name.split(".")[-1] == "visual"]
-    hooks = [tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0]))) for tower in towers]
+    names = ("visual", "vision_tower", "vision_model")
+    towers = [module for name, module in model.named_modules() if name.endswith(names)][:1]  # the outermost
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        calls.append(len(args[0] if args else kwargs["pixel_values"]))
+
+    hooks = [tower.register_forward_pre_hook(note, with_kwargs=True) for tower in towers]
     yield calls
     for hook in hooks:
         hook.remove()
