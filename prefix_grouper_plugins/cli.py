@@ -36,11 +36,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["trl"]:  # everything behind it is the script's, so argparse must not look at it
-        try:
-            launcher = importlib.import_module("prefix_grouper_plugins.integrations.trl.launch")
-        except ModuleNotFoundError as error:
-            raise SystemExit(f"{error.name} is not installed: pip install 'prefix-grouper-plugins[trl]'") from error
-        launcher.main(arguments[1:])
+        importlib.import_module("prefix_grouper_plugins.integrations.trl.launch").main(arguments[1:])
         return
     parser = argparse.ArgumentParser(
         prog="prefix-grouper", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -120,12 +120,12 @@ def test_trl_with_a_script_that_is_not_there_names_it():
         cli.main(["trl", "my_script.py", "--use_prefix_grouper"])
 
 
-def test_trl_without_trl_says_what_to_install(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("prefix_grouper_plugins.integrations")]:
-        monkeypatch.delitem(sys.modules, name)
+def test_trl_without_trl_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "my_script.py").write_text("raise AssertionError")
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(SystemExit, match=r"pip install 'prefix-grouper-plugins\[trl\]'"):
-        cli.main(["trl", "--help"])
+    monkeypatch.setenv("USE_PREFIX_GROUPER", "true")  # taken back afterwards
+    with pytest.raises(SystemExit, match=r"trl is not installed: pip install 'prefix-grouper-plugins\[trl\]'"):
+        cli.main(["trl", str(tmp_path / "my_script.py"), "--use_prefix_grouper"])
 
 
 def figures(output: str) -> dict[str, list[str]]:

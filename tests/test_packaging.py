@@ -22,7 +22,7 @@ PACKAGE = "prefix_grouper_plugins"
 FOLDERS = {ROOT / PACKAGE: PACKAGE, ROOT / "integrations": f"{PACKAGE}.integrations"}
 # From the ground up; a floor may use the floors below it and itself, not its neighbours.
 FLOORS: list[set[str]] = [
-    {"layout", "lazy", "metrics", "version"},
+    {"after_import", "layout", "lazy", "metrics", "version"},
     {"attention", "grouping", "cost"},
     {"modeling"},
     {"scoring"},
@@ -134,7 +134,17 @@ def test_the_core_imports_where_trl_and_peft_are_not_installed(tmp_path):
 # --- names that are imported when they are asked for -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.integrations.verl", f"{PACKAGE}.integrations.verl.plugin"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        PACKAGE,
+        f"{PACKAGE}.cli",
+        f"{PACKAGE}.integrations.trl",
+        f"{PACKAGE}.integrations.trl.launch",
+        f"{PACKAGE}.integrations.verl",
+        f"{PACKAGE}.integrations.verl.plugin",
+    ],
+)
 def test_importing_a_package_that_every_process_imports_is_cheap(tmp_path, module):
     code = f"import {module}, sys\nprint([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     assert run(code, tmp_path).strip() == "[]"
@@ -176,7 +186,7 @@ def named_for_type_checkers(module: str) -> dict[str, str]:
     return {alias.name: str(node.module) for node in imports for alias in node.names}
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.integrations.verl"])
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.integrations.trl", f"{PACKAGE}.integrations.verl"])
 def test_type_checkers_see_the_names_that_are_imported_late(module):
     assert lazily_named(module) == named_for_type_checkers(module)
     (names,) = [

@@ -11,6 +11,7 @@ from transformers.hf_argparser import string_to_bool
 from trl import GRPOConfig, RLOOConfig
 
 from prefix_grouper_plugins.attention.registry import BACKENDS
+from prefix_grouper_plugins.integrations.trl.options import SWITCHES
 from prefix_grouper_plugins.integrations.trl.regroup import rows_mix_freely
 from prefix_grouper_plugins.metrics import logger
 
@@ -87,10 +88,6 @@ class PrefixGrouperArguments:
         if self.use_prefix_grouper and self.prefix_grouper_rebatch:
             _rebatch(self)
         super().__post_init__()  # type: ignore[misc]
-
-
-OPTIONS = {option.name for option in fields(PrefixGrouperArguments)}
-SWITCHES = {option.name for option in fields(PrefixGrouperArguments) if str(option.type).startswith("bool")}
 
 
 def _rebatch(args: Any) -> None:

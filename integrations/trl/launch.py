@@ -15,25 +15,32 @@ The flag and its companions may stand before or after the script, or in the YAML
     --prefix_grouper_proof [true|false]         prove on a few tokens that the model can share (default true)
 
 Without any of them the script runs as if it had been started by python itself. With them, `trl.GRPOTrainer` and
-`trl.GRPOConfig` (and RLOO's) are the prefix-grouping subclasses before the script imports them.
+`trl.GRPOConfig` (and RLOO's) are the prefix-grouping subclasses from the moment at which the script imports `trl`. Until
+then neither torch nor transformers is imported, so the environment variables that a script sets first are heeded.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
-import yaml
-from transformers.hf_argparser import string_to_bool
-
-import prefix_grouper_plugins.integrations.trl as ours
-from prefix_grouper_plugins.integrations.trl.config import OPTIONS, SWITCHES
+from prefix_grouper_plugins.after_import import after_import
+from prefix_grouper_plugins.integrations import trl as ours
+from prefix_grouper_plugins.integrations.trl.options import OPTIONS, SWITCHES
 from prefix_grouper_plugins.metrics import logger
 
 _TRL_SCRIPTS = {"grpo": "trl.scripts.grpo", "rloo": "trl.scripts.rloo"}
+_YES, _NO = {"true", "yes", "t", "y", "1"}, {"false", "no", "f", "n", "0"}
+# Our modules that put the classes in the place of TRL's, each with what it defines last.
+_MODULES = {
+    f"{ours.__name__}.config": "PrefixGrouperRLOOConfig",
+    f"{ours.__name__}.trainer": "PrefixGrouperRLOOTrainer",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,12 +51,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if rest else "prefix-grouper trl: name the script to run, or grpo or rloo for TRL's own")
     target, arguments = _target(rest)
     in_yaml = _options_in_yaml(arguments)
-    wanted = bool(options or in_yaml) and string_to_bool(str({**in_yaml, **options}.get("use_prefix_grouper", "true")))
+    wanted = bool(options or in_yaml) and _is_on({**in_yaml, **options}.get("use_prefix_grouper", True))
     if wanted or in_yaml:  # TRL's parser would not know our keys in the YAML file, even where they say "off"
         # The script's own parser never sees our options; its config reads them from the environment, where they win
         # over YAML as a command line should.
         os.environ.update({name.upper(): value for name, value in options.items()})
-        patch_trl()
+        if importlib.util.find_spec("trl") is None:
+            raise SystemExit("trl is not installed: pip install 'prefix-grouper-plugins[trl]'")
+        for module in ("trl", *_MODULES):
+            after_import(module, _patch_unless_half_imported)
     _run(target, arguments)
     if wanted:
         _warn_if_unused()
@@ -94,8 +104,26 @@ def patch_trl() -> None:
                     setattr(home, name, getattr(ours, f"PrefixGrouper{name}"))
 
 
+def _patch_unless_half_imported(_: ModuleType) -> None:
+    """Once TRL has been imported. Where our own modules import it, for a script that uses them, once they are done."""
+    for name, last in _MODULES.items():
+        if name in sys.modules and not hasattr(sys.modules[name], last):
+            return
+    patch_trl()
+
+
 def _is_bool(text: str) -> bool:
-    return text.lower() in ("true", "false", "yes", "no", "1", "0", "t", "f", "y", "n")
+    return text.lower() in _YES | _NO
+
+
+def _is_on(value: object) -> bool:
+    """
+    Raises:
+        SystemExit: ``value`` is neither yes nor no.
+    """
+    if not _is_bool(text := str(value)):
+        raise SystemExit(f"--use_prefix_grouper is {text!r}: it takes true or false")
+    return text.lower() in _YES
 
 
 def _target(rest: list[str]) -> tuple[str, list[str]]:
@@ -118,6 +146,8 @@ def _options_in_yaml(arguments: list[str]) -> dict[str, object]:
         name, has_value, value = token.partition("=")
         path = Path(value if has_value else arguments[i + 1] if i + 1 < len(arguments) else "")
         if name == "--config" and path.is_file():
+            import yaml  # a dependency of transformers
+
             settings = yaml.safe_load(path.read_text())
             return {k: v for k, v in (settings or {}).items() if k in OPTIONS}
     return {}
@@ -133,7 +163,8 @@ def _run(target: str, arguments: list[str]) -> None:
 
 
 def _warn_if_unused() -> None:
-    if not ours.PrefixGrouperMixin.built:
+    trainer = sys.modules.get(f"{ours.__name__}.trainer")  # never imported where the script did not import TRL
+    if trainer is None or not trainer.PrefixGrouperMixin.built:
         logger.warning(
             "prefix grouper: the script built no GRPOTrainer or RLOOTrainer of TRL, so nothing was shared. Scripts that "
             "bring a trainer of their own can put PrefixGrouperMixin in front of its base class"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from prefix_grouper_plugins.integrations.trl import launch
-from prefix_grouper_plugins.integrations.trl.config import OPTIONS
+from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
+from prefix_grouper_plugins.integrations.trl.options import OPTIONS, SWITCHES
 from tests import tiny
 from tests.integrations.trl.training import run_python
 
@@ -148,6 +150,46 @@ def test_a_script_without_a_grpo_trainer_is_told_that_nothing_was_shared(tmp_pat
     assert "nothing was shared" in done.stderr
 
 
+def test_nothing_that_reads_the_environment_is_imported_before_the_script_sets_it(tmp_path):
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent(
+            """
+            import os, sys
+            print(sorted({"torch", "transformers", "huggingface_hub", "accelerate", "trl"} & sys.modules.keys()))
+            os.environ["HF_HOME"] = "set-by-the-script"
+            from huggingface_hub import constants
+            print(constants.HF_HOME)
+            """
+        )
+    )
+    assert run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper").stdout.split() == [
+        "[]",
+        "set-by-the-script",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", ["config import REGROUP", "trainer import PrefixGrouperMixin"])
+def test_trls_names_are_ours_in_scripts_that_import_something_of_ours_first(tmp_path, ours):
+    """Our modules import TRL then, so they are not complete when it is."""
+    (tmp_path / "script.py").write_text(
+        f"from prefix_grouper_plugins.integrations.trl.{ours}\n"
+        "import trl, trl.trainer.grpo_trainer, trl.trainer.rloo_config\n"
+        "from trl.trainer import RLOOTrainer\n"
+        "for cls in (trl.GRPOConfig, RLOOTrainer, trl.trainer.grpo_trainer.GRPOTrainer, trl.trainer.rloo_config.RLOOConfig):\n"
+        "    print(cls.__name__)\n"
+    )
+    done = run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper")
+    names = ["GRPOConfig", "RLOOTrainer", "GRPOTrainer", "RLOOConfig"]
+    assert done.stdout.split() == [f"PrefixGrouper{name}" for name in names]
+
+
+def test_the_launcher_knows_the_options_of_the_config():
+    own = {option.name: str(option.type) for option in fields(PrefixGrouperArguments)}
+    assert own.keys() == OPTIONS
+    assert {name for name, kind in own.items() if kind.startswith("bool")} == SWITCHES
+
+
 @pytest.mark.parametrize(
     ("argv", "options", "rest"),
     [
@@ -171,6 +213,7 @@ def test_our_options_are_taken_out_of_the_command_line(argv, options, rest):
         (["s.py", "--prefix_grouper_regruop", "group"], "--prefix_grouper_regruop is unknown: the options are"),
         (["s.py", "--prefix_grouper_backend"], "--prefix_grouper_backend needs a value"),
         (["-m"], "-m needs the name of a module"),
+        ([__file__, "--use_prefix_grouper=maybe"], "--use_prefix_grouper is 'maybe': it takes true or false"),
     ],
 )
 def test_mistakes_get_plain_errors(argv, message):

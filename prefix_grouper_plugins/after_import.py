@@ -2,7 +2,8 @@
 
 verl loads our entry point in every process, at the very beginning of ``import verl``. Importing its engines and trainers
 there would cost every reward and rollout worker seconds and pull in Megatron where that is installed; instead each hook
-waits for the module that it is for.
+waits for the module that it is for. The launcher of TRL scripts waits so too, since a script may set environment
+variables that torch and transformers read when they are imported.
 """
 
 from __future__ import annotations
