@@ -287,13 +287,18 @@ FAMILIES |= {
 }
 
 
-def build(model_type: str, **text: Any) -> PreTrainedModel:
-    """In float64, with weights large enough that positions, masks and images matter."""
+def configure(model_type: str, **text: Any) -> Any:
+    """Its tiny config."""
     settings = {**FAMILIES[model_type].config}
     settings["text_config"] = {**settings["text_config"], **text}
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def build(model_type: str, **text: Any) -> PreTrainedModel:
+    """In float64, with weights large enough that positions, masks and images matter."""
     # Decays of recurrent layers are drawn; with some, their float32 kernels round too much for a float64 model's proof.
     torch.manual_seed(1)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings))
+    model = AutoModelForImageTextToText.from_config(configure(model_type, **text))
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped matrix product takes no float64
     generator = torch.Generator().manual_seed(0)

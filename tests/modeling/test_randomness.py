@@ -15,14 +15,14 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES
+from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests import tiny
-from tests.modeling import families
+from tests.modeling import families, multimodal_families
 
 # No other field of a verified type's config made a training forward random when each was set to 0.25 (transformers 5.23).
 FIELDS = re.compile("drop|jitter|noise")
@@ -38,9 +38,9 @@ def fields_of(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
             yield *path, name
 
 
-def turned_on(model_type: str, *fields: tuple[str, ...]) -> Any:
-    """The tiny config of a type with those fields at RATE."""
-    config = copy.deepcopy(families.configure(model_type))
+def turned_on(config: Any, *fields: tuple[str, ...]) -> Any:
+    """A copy of ``config`` with those fields at RATE."""
+    config = copy.deepcopy(config)
     for *path, name in fields:
         part = config
         for step in path:
@@ -49,14 +49,14 @@ def turned_on(model_type: str, *fields: tuple[str, ...]) -> Any:
     return config
 
 
-def without_weights(config: Any) -> nn.Module:
+def without_weights(config: Any, auto: Any = AutoModelForCausalLM) -> nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto.from_config(config)
 
 
-def is_told(model_type: str, field: tuple[str, ...]) -> bool:
+def is_told(config: Any, field: tuple[str, ...], auto: Any = AutoModelForCausalLM) -> bool:
     try:
-        model = without_weights(turned_on(model_type, field))
+        model = without_weights(turned_on(config, field), auto)
     except (ValueError, StrictDataclassError) as error:  # transformers refuses it itself
         return field[-1] in str(error)
     report = check_support(model)
@@ -74,11 +74,18 @@ def is_random(model: nn.Module) -> bool:
 
 @pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES.intersection(CONFIG_MAPPING)))
 def test_no_setting_that_makes_training_random_passes_in_silence(model_type):
-    fields = fields_of(families.configure(model_type))
-    silent = [field for field in fields if not is_told(model_type, field)]
+    config = families.configure(model_type)
+    silent = [field for field in fields_of(config) if not is_told(config, field)]
     if silent:  # then the model does not read it
-        model = AutoModelForCausalLM.from_config(turned_on(model_type, *silent))
+        model = AutoModelForCausalLM.from_config(turned_on(config, *silent))
         assert not is_random(model), silent
+
+
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES.intersection(CONFIG_MAPPING)))
+def test_none_of_a_vision_language_model_does_either(model_type):
+    """Those of the vision tower too, whose draws the rows of a group share."""
+    config = multimodal_families.configure(model_type)
+    assert [f for f in fields_of(config) if not is_told(config, f, AutoModelForImageTextToText)] == []
 
 
 @pytest.mark.parametrize(
@@ -101,9 +108,11 @@ def test_other_randomness_than_dropout_is_refused_with_the_field_to_change(model
 
 
 def test_dbrx_names_its_jitter_and_its_dropout():
-    (reason,) = check_support(without_weights(turned_on("dbrx", ("ffn_config", "moe_jitter_eps")))).reasons
+    (reason,) = check_support(
+        without_weights(turned_on(families.configure("dbrx"), ("ffn_config", "moe_jitter_eps")))
+    ).reasons
     assert "(moe_jitter_eps=0.5)" in reason and "set `ffn_config.moe_jitter_eps` to 0" in reason
-    (note,) = check_support(without_weights(turned_on("dbrx", ("resid_pdrop",)))).notes
+    (note,) = check_support(without_weights(turned_on(families.configure("dbrx"), ("resid_pdrop",)))).notes
     assert note.startswith("dropout of 0.5 is active")
 
 
