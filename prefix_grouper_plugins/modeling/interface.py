@@ -3,8 +3,8 @@
 transformers looks its attention up by the name in ``config._attn_implementation`` (``AttentionInterface``; its masks in
 ``AttentionMaskInterface``). We register one name for each implementation that a user may have chosen, say
 ``prefix_grouper:auto:sdpa``: with a layout it runs the shared-prefix core, without one it calls exactly what ``sdpa``
-would have called, so that generation, evaluation and reward models do not notice. The name is the only state, but for a
-check of the positions in models whose rotary angles depend on the longest row.
+would have called, so that generation, evaluation and reward models do not notice. The name is the only state, but for
+hooks that check packed calls.
 
 The layout travels as a model keyword and, for the few families that drop keywords on the way to the layer (stablelm,
 nemotron), also as a tag on the 4-D placeholder mask. Not through a context variable: gradient checkpointing recomputes
@@ -29,6 +29,7 @@ from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.known_mixers import foreign_mixers
 from prefix_grouper_plugins.modeling.mixers import (
     LAYOUT_KWARG,
     LAYOUT_TAG,
@@ -44,6 +45,7 @@ from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, seq
 from prefix_grouper_plugins.modeling.support import (
     attention_configs,
     attention_layers,
+    transformers_model,
 )
 
 _NAME = "prefix_grouper"
@@ -59,7 +61,13 @@ def enable_layers(model: nn.Module, backend: str) -> None:
     if attention_layers(model):  # attention with code of its own may compare the name
         for config in attention_configs(model):
             config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
-    _unhook_positions(model)
+    _unhook(model)
+    configs = list({id(m.config): m.config for _, m in attention_layers(model) if hasattr(m, "config")}.values())
+    base = transformers_model(model)
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    base.register_forward_pre_hook(
+        functools.partial(_check_call, configs=configs, takes_positions=takes_positions), with_kwargs=True
+    )
     for module in modules_with_row_limit(model):
         limit, kind = row_limit(module)  # type: ignore[misc]
         check = functools.partial(_check_positions, limit=limit, kind=kind)
@@ -71,16 +79,40 @@ def disable_prefix_grouper(model: nn.Module) -> nn.Module:
     """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
     for config in attention_configs(model):
         config._attn_implementation = base_implementation(config._attn_implementation)
-    _unhook_positions(model)
+    _unhook(model)
     disable_mixers(model)
     return model
 
 
-def _unhook_positions(model: nn.Module) -> None:
+def _unhook(model: nn.Module) -> None:
     for module in model.modules():  # not by the handles: those of a copied model belong to the original
         hooks = module._forward_pre_hooks.items()
-        for key in [key for key, hook in hooks if getattr(hook, "func", None) is _check_positions]:
+        for key in [key for key, hook in hooks if getattr(hook, "func", None) in (_check_call, _check_positions)]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+def _check_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], configs: list[Any], takes_positions: bool
+) -> None:
+    """Forward pre-hook: refuse a packed call that a model would read otherwise than its layout says."""
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
+        return
+    others = [config._attn_implementation for config in configs if not _is_ours(config)]
+    if others:
+        raise ValueError(
+            f"the attention implementation has become {others[0]!r} since enable_prefix_grouper(model), and would read the "
+            "packed row as one text: call enable_prefix_grouper(model) again"
+        )
+    if takes_positions and kwargs.get("position_ids") is None and len(args) < 3:
+        raise ValueError(
+            "a packed call has no `position_ids`, so that its tokens would be counted through: pass what "
+            "packed_inputs(layout, input_ids) returns"
+        )
+    if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
+        raise ValueError(
+            "the model would shift `labels` along the packed row, from one response to the next: compare its logits with "
+            "layout.labels(rows)"
+        )
 
 
 def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: int, kind: str) -> None:
@@ -98,8 +130,12 @@ def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether :func:`~prefix_grouper_plugins.enable_prefix_grouper` is in force on ``model``."""
-    names = [config._attn_implementation for config in attention_configs(model)]
-    return has_mixers_enabled(model) or any(name.startswith(f"{_NAME}:") for name in names)
+    # A model that was built from the config of another one has its names, but not its mixers.
+    return has_mixers_enabled(model) if foreign_mixers(model) else any(map(_is_ours, attention_configs(model)))
+
+
+def _is_ours(config: Any) -> bool:
+    return config._attn_implementation.startswith(f"{_NAME}:")
 
 
 @contextmanager
@@ -178,8 +214,8 @@ def layout_inputs(layout: PrefixLayout | ShardedLayout, device: torch.device) ->
         device: the model's device.
     """
     # transformers hands a 4-D mask through unchanged. Without one it would read the positions as packed sequences and
-    # cut the responses off from their prefix.
-    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    # cut the responses off from their prefix. Attention that does not know the layout cannot apply an empty mask.
+    placeholder = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device)
     setattr(placeholder, LAYOUT_TAG, layout)
     return {"attention_mask": placeholder, LAYOUT_KWARG: layout}
 
@@ -238,7 +274,7 @@ def _attention(
 
 def _is_placeholder(mask: Any) -> bool:
     """Whether ``mask`` is that of :func:`layout_inputs`, with its tag or without."""
-    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 1, 1)
+    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 0, 0)
 
 
 def _check_packed_call(

@@ -39,16 +39,11 @@ def reads_both_ways(base: nn.Module) -> bool:
 
 def window_reasons(base: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[str]:
     """Layers whose mask has another sliding window than their attention function is told."""
-    if _SLIDING_MASK not in mask_functions(base):
-        return []
+    in_masks = _SLIDING_MASK in mask_functions(base)
     reasons: dict[str, None] = {}  # ordered set: the layers of a model mostly share one reason
     for _, module in layers:
-        config: Any = getattr(module, "config", None)
-        kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-        if not kinds or not isinstance(index, int) or index >= len(kinds):
-            continue
-        masked = getattr(config, "sliding_window", None) if kinds[index] in _SLIDING_LAYER_TYPES else None
-        told = _told(module, masked)
+        masked, told = _windows(module)
+        masked = masked if in_masks else None
         if masked != told:
             reasons[
                 f"{type(module).__name__} masks with sliding_window={masked} but calls its attention function with {told}, "
@@ -57,13 +52,20 @@ def window_reasons(base: nn.Module, layers: list[tuple[str, nn.Module]]) -> list
     return list(reasons)
 
 
-def _told(module: nn.Module, masked: int | None) -> int | None:
-    """The window that a layer hands on; those that keep none read it where the mask does, if they hand on any."""
-    if not any("sliding_window" in _strings(code) for code in _codes_of(module)):
-        return None
-    if not hasattr(module, "sliding_window"):
-        return masked
-    return module.sliding_window if getattr(module, "is_sliding", True) else None  # type: ignore[return-value]
+def _windows(module: nn.Module) -> tuple[int | None, int | None]:
+    """The window of a layer's mask, if its model makes such masks, and the one that its attention function is told."""
+    config: Any = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    hands_on = any("sliding_window" in _strings(code) for code in _codes_of(module))
+    if hands_on and not hasattr(module, "sliding_window"):  # it reads the config when it is called, as the mask does
+        return window, window
+    masked = window
+    if kinds := getattr(config, "layer_types", None):  # without them all layers are alike
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index < len(kinds) and kinds[index] not in _SLIDING_LAYER_TYPES:
+            masked = None
+    told = module.sliding_window if hands_on and getattr(module, "is_sliding", True) else None
+    return masked, told  # type: ignore[return-value]
 
 
 def _codes_of(module: nn.Module) -> Iterator[CodeType]:

@@ -104,7 +104,8 @@ _ROWS: weakref.WeakKeyDictionary[PrefixLayout, Rows] = weakref.WeakKeyDictionary
 def rows_of(layout: PrefixLayout) -> Rows:
     """The batch of rows of ``layout``, worked out once for each layout."""
     if layout not in _ROWS:
-        _ROWS[layout] = Rows(layout)
+        with torch.inference_mode(False):  # a later training step may use it as well
+            _ROWS[layout] = Rows(layout)
     return _ROWS[layout]
 
 
@@ -198,6 +199,11 @@ class _PackedLayer:
         if not isinstance(call, _Call) or call.layout is None:
             with _open(_LAYER, _Call(None)):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(self, _PackedLayer):  # what a checkpoint kept is our forward, run on the class of before
+            raise RuntimeError(
+                f"{type(self).__name__} was disabled between a packed forward and its backward, which runs checkpointed "
+                "layers again: call disable_prefix_grouper(model) after the backward"
+            )
         self._packed_before = True
         if self._takes_keywords:  # type: ignore[attr-defined]
             kwargs[LAYOUT_KWARG] = call.layout  # for attention that does use the interface

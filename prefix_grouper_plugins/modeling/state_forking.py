@@ -133,7 +133,8 @@ class Forest:
     def convolve(self, run: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
         """``run``, a causal convolution over ``width`` tokens of ``[1, L, d]``, on the packed ``x [1, T, d]``."""
         if width not in self._contexts:
-            self._contexts[width] = self._with_context(width)
+            with torch.inference_mode(False):
+                self._contexts[width] = self._with_context(width)
         index, home = self._contexts[width]
         inputs = x[0][index.clamp(min=0)].masked_fill((index < 0)[:, None], 0)
         return run(inputs.unsqueeze(0))[0][home].unsqueeze(0)
@@ -183,7 +184,8 @@ def forest_of(layout: PrefixLayout, chunk: int = _CHUNK) -> Forest:
     """The order of the scan of ``layout``, worked out once for each layout and chunk size."""
     forests = _FORESTS.setdefault(layout, {})
     if chunk not in forests:
-        forests[chunk] = Forest(layout, chunk)
+        with torch.inference_mode(False):  # a later training step may use it as well
+            forests[chunk] = Forest(layout, chunk)
     return forests[chunk]
 
 

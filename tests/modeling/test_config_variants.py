@@ -30,6 +30,8 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
             {"use_sliding_window": False, "sliding_window": 3, "layer_types": ALTERNATING},
             "SmolLM3Attention masks with sliding_window=3 but calls its attention function with None",
         ),
+        # And the other way round: kernels without a mask would hide what the model's mask shows.
+        ("olmoe", {"sliding_window": 3}, "OlmoeAttention masks with sliding_window=None but calls .* with 3"),
         # transformers then makes masks for reading both ways.
         ("llama", {"is_causal": False}, "attention is not causal"),
         ("falcon", {"is_causal": False}, "attention is not causal"),
