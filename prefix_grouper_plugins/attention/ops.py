@@ -19,12 +19,16 @@ from prefix_grouper_plugins.attention.plan import Forest, Request, accumulation_
 from prefix_grouper_plugins.attention.registry import Backend, select
 
 _OPTIONS = "Tensor segments, Tensor? sinks, float scale, SymInt? window, float? softcap, str backend"
+# A replayed CUDA graph repeats the plans of the call that it captured, whatever the segments on the host say by then. Since
+# torch 2.9 inductor captures operators with arguments on the CPU too, unless they are marked.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 @library.custom_op(
     "prefix_grouper::shared_prefix_attention",
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 def attention_op(
     query: Tensor,
@@ -52,6 +56,7 @@ def attention_op(
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 def attention_backward_op(
     grad_out: Tensor,
@@ -84,10 +89,23 @@ def _prepare(
     query: Tensor, value: Tensor, segments: Tensor, window: int | None, softcap: float | None, backend: str
 ) -> tuple[Forest, int | None, Backend]:
     """The forest, the window that is left of ``window``, and the backend; the same in forward and backward."""
+    _refuse_capture(query.device)
     forest = forest_of(segments)
     window = forest.effective_window(window)
     request = Request(query.device, query.dtype, query.shape[2], value.shape[2], window, softcap)
     return forest, window, select(backend, request)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """
+    Raises:
+        RuntimeError: the current stream is recording a CUDA graph.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "shared_prefix_attention is being captured into a CUDA graph, whose replays would take the layout of this call "
+            "for that of every batch: leave packed forwards and backwards out of CUDA graphs"
+        )
 
 
 @attention_op.register_fake

@@ -11,8 +11,8 @@ from forests import Features, assert_all_close, inputs, output_and_gradients
 from torch import Tensor, library
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.attention.ops import attention_op
+from prefix_grouper_plugins.attention import ops, shared_prefix_attention
+from prefix_grouper_plugins.attention.ops import attention_backward_op, attention_op
 from prefix_grouper_plugins.layout import PrefixLayout
 
 LAYOUT = PrefixLayout.from_groups([33, 7], [[9, 14, 5], [6, 3]])
@@ -153,3 +153,14 @@ def test_second_derivatives_are_refused_loudly() -> None:
     (dq,) = torch.autograd.grad(shared_prefix_attention(q, k, v, LAYOUT).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="shared_prefix_attention_backward"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("op", [attention_op, attention_backward_op], ids=["forward", "backward"])
+def test_no_cuda_graph_repeats_the_layout_of_another_batch(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor cuts its graphs at the operators, and a capture by hand is refused: replays never read the segments."""
+    assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
+    query = torch.empty(LAYOUT.num_tokens, 2, 8)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert ops._prepare(query, query, LAYOUT.segments, None, None, "auto")[0].num_tokens == LAYOUT.num_tokens
+    with pytest.raises(RuntimeError, match="leave packed forwards and backwards out of CUDA graphs"):
+        ops._refuse_capture(torch.device("cuda"))
