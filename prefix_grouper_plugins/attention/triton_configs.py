@@ -2,9 +2,10 @@
 
 The configurations were chosen by compiling them ahead of time for sm_80 and sm_90: none of them spills registers or
 needs more shared memory than these GPUs have, with any feature (`tests/attention/test_triton_compiles.py`). Triton's
-autotuner times them at the first call with a head dim, dtype and features, and keeps the result on disk; lengths do not
-matter to the choice. Results are the same bits in every run with the same configuration, and another configuration
-rounds differently; ``PREFIX_GROUPER_TRITON_TILES`` pins it where that matters.
+autotuner times them at the first call of `TIMED_FROM` tokens or more with a head dim, dtype and features, and keeps the
+result on disk for all lengths; shorter calls, on which all take about the same time, neither ask it nor decide for it.
+Results are the same bits in every run with the same configuration, and another configuration rounds differently;
+``PREFIX_GROUPER_TRITON_TILES`` pins it where that matters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from prefix_grouper_plugins.attention.triton_tables import TABLE_BLOCK
 
 ENVIRONMENT = "PREFIX_GROUPER_TRITON_TILES"
 KERNELS = ("forward", "dq", "dkdv")
+# Calls of fewer tokens, such as the proof before the first packed forward, would choose by chance, once and for all.
+TIMED_FROM = 1024
 _PIN = re.compile(r"(\w+)=(\d+)x(\d+)x(\d+)x(\d+)")
 
 
@@ -31,7 +34,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By kernel and widest head dim, the likely best one first. For two bytes an element:
+# By kernel and widest head dim, the likely best one first, and last one that fits the smallest GPUs. For two bytes an element:
 HALF: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("forward", 64): (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3)),
     ("forward", 128): (Tiles(128, 32, 8, 3), Tiles(64, 32, 4, 3)),
@@ -111,8 +114,11 @@ def launch(
     constants: dict[str, Any],
     itemsize: int,
     capability: tuple[int, int] | None,
+    tokens: int,
 ) -> None:
-    """Run ``kernel`` with the pinned configuration, else with the one measured best; under the interpreter, the first.
+    """Run ``kernel`` with the pinned configuration, else with the one measured best.
+
+    Short calls take the last one, which fits every GPU, and the interpreter takes the first.
 
     Args:
         name: one of `KERNELS`.
@@ -121,21 +127,23 @@ def launch(
         arguments, constants: of the kernel, by position and by name.
         itemsize: bytes of an element of query, key and value.
         capability: of the GPU; None under the interpreter.
+        tokens: of the call.
     """
     tiles = pinned(name)
     if tiles is None:
         width = max(constants["HEAD_DIM"], constants["VALUE_DIM"])
         choices = configurations(name, width, itemsize, capability or (8, 0))
-        if capability is not None and len(choices) > 1:
-            _tuned(kernel, choices)[grid](*arguments, **constants)
+        if capability is not None and len(choices) > 1 and tokens >= TIMED_FROM:
+            _tuned(kernel, choices, capability)[grid](*arguments, **constants)
             return
-        tiles = choices[0]
+        tiles = choices[0] if capability is None else choices[-1]
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
     kernel[grid(blocks)](*arguments, **constants, **blocks, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 @lru_cache
-def _tuned(kernel: Any, choices: tuple[Tiles, ...]) -> Any:
+def _tuned(kernel: Any, choices: tuple[Tiles, ...], capability: tuple[int, int]) -> Any:
+    """The autotuner, one for each kind of GPU: its key says nothing of the device, and another may have less memory."""
     import triton
 
     configs = [

@@ -143,11 +143,11 @@ class _Call:
         window: int | None,
         softcap: float | None,
     ) -> None:
-        self.heads, self.kv_heads = query.shape[1], key.shape[1]
+        self.tokens, self.heads, self.kv_heads = *query.shape[:2], key.shape[1]
         self.device, self.itemsize = query.device, query.element_size()
         self.plan = tables(forest, window, self.kv_heads, query.device, stream_of(query.device))
         inner, outer = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
-        self.options = (query.shape[0], self.heads // self.kv_heads, window or 0, inner, outer)
+        self.options = (self.tokens, self.heads // self.kv_heads, window or 0, inner, outer)
         self.constants = {
             "HEAD_DIM": query.shape[2],
             "VALUE_DIM": value.shape[2],
@@ -169,7 +169,7 @@ class _Call:
 
         with torch.cuda.device_of(arguments[0]):
             capability = None if interpreted() else torch.cuda.get_device_capability(self.device)
-            launch(name, kernel, grid, arguments, self.constants, self.itemsize, capability)
+            launch(name, kernel, grid, arguments, self.constants, self.itemsize, capability, self.tokens)
 
 
 def _padded(dim: int) -> int:

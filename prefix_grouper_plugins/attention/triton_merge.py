@@ -47,7 +47,11 @@ def accumulate(total: Tensor, partial: Tensor, gaps: Tensor | None) -> None:
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# The stride of heads in `lse` is the number of tokens, and rows begin anywhere: neither is worth compiling another kernel.
+@triton.jit(
+    do_not_specialize=["num_rows", "lse_head", "partial_lse_head"],
+    do_not_specialize_on_alignment=["lse_pointer", "partial_lse_pointer"],
+)
 def _merge_kernel(
     out_pointer, lse_pointer, partial_out_pointer, partial_lse_pointer, gaps_pointer,
     out_stride, out_head, lse_head, lse_stride, partial_stride, partial_head, partial_lse_head, partial_lse_stride,

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from prefix_grouper_plugins.attention.plan import CACHED_LAYOUTS, Forest, upload
 
+# Tables begin at multiples of so many numbers. Triton compiles a kernel anew for each set of pointers that are multiples of
+# 16 bytes and others that are not, so tables laid end to end would compile it up to eight times, one layout or another.
+ALIGNMENT = 16 // 4
 # Tokens of a block in the tables. Tiles of the kernels divide it; full spans are multiples of it.
 TABLE_BLOCK = 128
 # An item has at least this many queries: below, writing and adding partial sums costs more than it spreads.
@@ -75,9 +78,10 @@ def tables(forest: Forest, window: int | None, kv_heads: int, device: torch.devi
     keys, split_rows = key_items(forest, window, kv_heads)
     per_token = (forest.token_subtree_end, forest.token_depth)
     parts = [*per_token, queries.rows, queries.spans, keys.rows, keys.spans, split_rows]
-    flat = upload(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
-    views = flat.split([part.size for part in parts])
-    ends, depth, *blocks = (view.view(part.shape) for view, part in zip(views, parts, strict=True))
+    padded = [np.pad(part.ravel(), (0, -part.size % ALIGNMENT)) for part in parts]
+    flat = upload(np.concatenate(padded).astype(np.int32), device)
+    views = flat.split([part.size for part in padded])
+    ends, depth, *blocks = (view[: part.size].view(part.shape) for view, part in zip(views, parts, strict=True))
     query_rows, key_spans, key_rows, query_spans, split = blocks
     num_slots = int(split_rows[:, 2].sum())
     return Tables(ends, depth, query_rows, key_spans, key_rows, query_spans, split, num_slots)

@@ -283,23 +283,33 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("capability", "pin", "tuned"), [((9, 0), "", True), ((9, 0), "dq=64x16x4x2", False), (None, "", False)], ids=str
+    ("capability", "pin", "tokens", "chosen"),
+    [
+        ((9, 0), "", 1024, None),
+        ((9, 0), "", 1023, triton_configs.Tiles(64, 32, 4, 2)),  # the last one
+        ((9, 0), "dq=64x16x4x2", 1024, triton_configs.Tiles(64, 16, 4, 2)),
+        (None, "", 1024, triton_configs.Tiles(128, 32, 8, 2)),  # the first one
+    ],
+    ids=str,
 )
-def test_configurations_are_timed_on_a_gpu_unless_pinned(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, pin: str, tuned: bool
+def test_configurations_are_timed_on_a_gpu_by_long_calls_unless_pinned(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] | None,
+    pin: str,
+    tokens: int,
+    chosen: triton_configs.Tiles | None,
 ) -> None:
     kernel, tuner = Recorder(), Recorder()
     monkeypatch.setenv(triton_configs.ENVIRONMENT, pin)
-    monkeypatch.setattr(triton_configs, "_tuned", lambda kernel, choices: tuner)
+    monkeypatch.setattr(triton_configs, "_tuned", lambda kernel, choices, capability: tuner)
     dims = {"HEAD_DIM": 96, "VALUE_DIM": 64}
-    triton_configs.launch("dq", kernel, lambda blocks: (blocks["BLOCK_M"], 1), (), dims, 2, capability)
-    if tuned:
+    triton_configs.launch("dq", kernel, lambda blocks: (blocks["BLOCK_M"], 1), (), dims, 2, capability, tokens)
+    if chosen is None:
         assert len(tuner.launches) == 1 and not kernel.launches
         return
-    tiles = triton_configs.pinned("dq") or triton_configs.configurations("dq", 96, 2, (8, 0))[0]
-    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
-    options = {**dims, **blocks, "num_warps": tiles.warps, "num_stages": tiles.stages}
-    assert kernel.launches == [((tiles.block_m, 1), options)] and not tuner.launches
+    blocks = {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n}
+    options = {**dims, **blocks, "num_warps": chosen.warps, "num_stages": chosen.stages}
+    assert kernel.launches == [((chosen.block_m, 1), options)] and not tuner.launches
 
 
 @needs_triton
@@ -307,8 +317,13 @@ def test_the_autotuner_has_the_shipped_configurations_and_keeps_its_choice() -> 
     from prefix_grouper_plugins.attention.triton_forward import forward_kernel
 
     choices = triton_configs.configurations("forward", 128, 2, (9, 0))
-    tuner = triton_configs._tuned(forward_kernel, choices)
+    tuner = triton_configs._tuned(forward_kernel, choices, (9, 0))
     made = [(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps, c.num_stages) for c in tuner.configs]
     assert made == list(choices) and len(made) > 1
     assert tuner.cache_results and set(tuner.keys) <= set(forward_kernel.arg_names)
-    assert triton_configs._tuned(forward_kernel, choices) is tuner
+    assert triton_configs._tuned(forward_kernel, choices, (9, 0)) is tuner
+    half = triton_configs.configurations("forward", 128, 2, (8, 0))  # the same for an A100 and a 4090
+    assert half == triton_configs.configurations("forward", 128, 2, (8, 9))
+    assert triton_configs._tuned(forward_kernel, half, (8, 0)) is not triton_configs._tuned(
+        forward_kernel, half, (8, 9)
+    )

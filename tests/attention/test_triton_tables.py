@@ -87,3 +87,19 @@ def test_tables_are_made_once_for_all_layers() -> None:
     made = [triton_tables.tables(forest, None, 2, torch.device("cpu"), 0) for _ in range(3)]
     assert made[0] is made[2] and triton_tables.tables.cache_info().misses == 1
     assert made[0].key_rows.dtype == torch.int32
+
+
+@pytest.mark.parametrize("responses", [[7, 9], [33] * 21, [2048] * 16], ids=str)
+def test_tables_begin_where_triton_needs_no_other_code(responses: list[int]) -> None:
+    """At multiples of 16 bytes: their alignment is part of what Triton compiles for."""
+    forest = plan.forest_of(PrefixLayout.from_groups([131], [responses]).segments)
+    made = triton_tables.tables(forest, None, 4, torch.device("cpu"), 0)
+    assert forest.num_tokens % 4, "else the first tables lie well by chance"
+    parts = [part for part in made if isinstance(part, torch.Tensor)]
+    assert len(parts) == 7
+    assert all(part.storage_offset() % 4 == 0 and part.is_contiguous() for part in parts)
+    queries = triton_tables.query_blocks(forest, None)
+    for part, expected in zip(
+        parts, (forest.token_subtree_end, forest.token_depth, queries.rows, queries.spans), strict=False
+    ):
+        np.testing.assert_array_equal(part.numpy(), expected)
