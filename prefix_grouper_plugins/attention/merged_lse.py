@@ -40,6 +40,9 @@ MAX_CUDA_HEAD_DIM = 256
 # Kernels that torch.nn.attention.activate_flash_attention_impl puts in the place of FA2, and the GPUs that they refuse
 # all others of, by the major number of the compute capability.
 _ACTIVATED = {"FA3": (9,), "FA4": (9, 10)}
+# FA4 is made for head dims up to 128 (flash_attn/cute/interface.py); its kernel for 256 on Blackwell hung, or read behind its
+# tensors, with entries of length 0, of which a forest has many (Dao-AILab/flash-attention, issue 2562 and pull request 2568).
+_ACTIVATED_HEAD_DIM = {"FA4": 128}
 # On the CPU longer triangles are halved, by bytes of an element. Measured: 64 to 256 tokens do about equally well in float32
 # and float64; in half precision a merge costs more, and less than 192 queries at once cost most.
 LONGEST_TRIANGLE = {2: 256, 4: 128, 8: 128}
@@ -71,11 +74,14 @@ def _why_not_gpu(device: torch.device, head_dim: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"the CUDA flash ops need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    activated = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()  # torch >= 2.11
+    activated = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()  # torch >= 2.10
     majors = _ACTIVATED.get(activated or "", (capability[0],))
     if capability[0] not in majors:
         needed = " or ".join(f"{major}.x" for major in majors)
         return f"{activated} is activated and needs compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
+    widest = _ACTIVATED_HEAD_DIM.get(activated or "", MAX_CUDA_HEAD_DIM)
+    if head_dim > widest:
+        return f"{activated} is activated and is used for head dims up to {widest}, not for {head_dim}"
     if head_dim > 192 and (capability in ((8, 6), (8, 9)) or capability[0] == 12):
         return (
             f"flash backward with head dim {head_dim} does not fit compute capability {capability[0]}.{capability[1]}"
@@ -375,6 +381,12 @@ def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
     return Rows(start, end, upload(gaps, device) if gaps.any() else None)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy where a token or a head begins within 16 bytes: CUDA flash kernels read so many at once, unchecked."""
+    inside = x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1])
+    return x.clone(memory_format=torch.contiguous_format) if inside else x
+
+
 def varlen_forward(
     op: FlashOp, q: Tensor, k: Tensor, v: Tensor, calls: tuple[VarlenCall, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -387,6 +399,7 @@ def varlen_forward(
     Returns:
         ``out [T, H, D]`` and ``lse [H, T]``.
     """
+    q, k, v = (_aligned(x) for x in (q, k, v))
     acc = accumulation_dtype(q.dtype)
     out = lse = torch.empty(0)
     for call in calls:
@@ -423,6 +436,7 @@ def varlen_backward(
     Returns:
         Gradients of q, k and v in float32 or float64, or with one call alone, where nothing is added, as ``op`` gives.
     """
+    do, q, k, v, out = (_aligned(x) for x in (do, q, k, v, out))
     # Dropout is off, so the random state is never read; the op still wants the tensors (as in torch's varlen_attn).
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)

@@ -61,6 +61,35 @@ def assert_varlen_equals_dense(layout: PrefixLayout, poison: bool) -> None:
     assert_all_close(actual, expected)
 
 
+@pytest.mark.parametrize(("before", "behind"), [(1, 1), (0, 1), (0, 2)], ids=["offset", "stride", "aligned"])
+def test_flash_kernels_get_rows_that_begin_at_16_bytes(before: int, behind: int) -> None:
+    """They read 16 bytes at once, unchecked: views into a fused projection of odd width would end the process."""
+    layout = PrefixLayout.from_groups([9], [[5, 4]])
+    calls = merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)
+    plain = [x.detach() for x in inputs(layout, Features())]
+    edges = [torch.zeros(layout.num_tokens, width, dtype=torch.float64) for width in (before, behind)]
+    fused = torch.cat([edges[0], *(x.flatten(1) for x in plain), edges[1]], 1)
+    views = [x.unflatten(1, (2, 8)) for x in fused[:, before : before + 48].split(16, 1)]
+    taken: list[Tensor] = []
+
+    def forward(*tensors: Any, **options: Any) -> Any:
+        taken.extend(tensors[:3])
+        return emulated_flash_forward(*tensors, **options)
+
+    def backward(*tensors: Any, **options: Any) -> Any:
+        taken.extend(tensors[:5])
+        return emulated_flash_backward(*tensors, **options)
+
+    out, lse = merged_lse.varlen_forward(forward, *views, calls, 8**-0.5)
+    grads = merged_lse.varlen_backward(backward, views[0], *views, out, lse, calls, 8**-0.5)
+    assert all(x.data_ptr() % 16 == 0 and all(stride % 2 == 0 for stride in x.stride()[:2]) for x in taken)
+    assert (taken[0] is views[0]) == (behind == 2)  # what lies well is not copied
+    expected = merged_lse.varlen_forward(emulated_flash_forward, *plain, calls, 8**-0.5)
+    assert_all_close([out, lse], list(expected))
+    expected = merged_lse.varlen_backward(emulated_flash_backward, plain[0], *plain, *expected, calls, 8**-0.5)
+    assert_all_close(list(grads), list(expected))
+
+
 @pytest.mark.parametrize("poison", [False, True], ids=["fa2_gaps", "nan_in_gaps"])
 @settings(max_examples=40, deadline=None)
 @given(layout=layouts())

@@ -61,21 +61,28 @@ def test_the_table_in_the_docs_is_what_the_code_does() -> None:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
-    ("activated", "capability", "reason"),
+    ("activated", "capability", "head_dim", "reason"),
     [
-        (None, (8, 0), None),
-        ("FA3", (9, 0), None),
-        ("FA3", (8, 0), "FA3 is activated and needs compute capability 9.x, this GPU has 8.0"),
-        ("FA4", (10, 0), None),
-        ("FA4", (12, 0), "FA4 is activated and needs compute capability 9.x or 10.x, this GPU has 12.0"),
+        (None, (8, 0), 256, None),
+        (None, (12, 0), 256, "flash backward with head dim 256 does not fit compute capability 12.0"),
+        ("FA3", (9, 0), 256, None),
+        ("FA3", (8, 0), 128, "FA3 is activated and needs compute capability 9.x, this GPU has 8.0"),
+        ("FA4", (10, 0), 128, None),
+        ("FA4", (12, 0), 128, "FA4 is activated and needs compute capability 9.x or 10.x, this GPU has 12.0"),
+        ("FA4", (10, 0), 129, "FA4 is activated and is used for head dims up to 128, not for 136"),
+        ("FA4", (9, 0), 256, "FA4 is activated and is used for head dims up to 128, not for 256"),
     ],
 )
-def test_activated_flash_kernels_are_taken_on_their_gpus_only(
-    activated: str | None, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+def test_activated_flash_kernels_are_taken_where_they_run_only(
+    activated: str | None,
+    capability: tuple[int, int],
+    head_dim: int,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: activated, raising=False)
-    assert available_backends("cuda", torch.bfloat16, 128)["merged_lse"] == reason
+    assert available_backends("cuda", torch.bfloat16, head_dim)["merged_lse"] == reason
 
 
 def test_every_backend_is_described_in_the_docs() -> None:
