@@ -10,9 +10,12 @@ The kernels are imported with the first call, so on a machine without Triton the
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import os
+import re
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,7 +50,21 @@ def why_not(request: Request) -> str | None:
         return f"head dim {head_dim} is above {widest}, the most that the Triton kernels take in {request.dtype}"
     if interpreted() and request.dtype == torch.bfloat16:
         return "Triton's interpreter does not multiply bfloat16 matrices; take float16 or float32"
-    return _why_not_device(request.device)
+    return _why_not_device(request.device) or _why_not_compiled(request.device)
+
+
+def _why_not_compiled(device: torch.device) -> str | None:
+    """Triton 3.4 breaks off in its pass TritonGPUHoistTMEMAlloc where it compiles dK and dV for Blackwell; 3.5 does not."""
+    if interpreted() or torch.cuda.get_device_capability(device)[0] not in (10, 11) or _triton_version() >= (3, 5):
+        return None
+    version = ".".join(map(str, _triton_version()))
+    return f"Triton {version} does not compile the kernels for compute capability 10.0 and above: upgrade it to 3.5"
+
+
+@lru_cache
+def _triton_version() -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))[:2]))
 
 
 def _why_not_device(device: torch.device) -> str | None:

@@ -29,9 +29,10 @@ from prefix_grouper_plugins.attention import (
     merged_lse,
     shared_prefix_attention,
     triton_configs,
+    triton_kernels,
     triton_tables,
 )
-from prefix_grouper_plugins.attention.plan import forest_of
+from prefix_grouper_plugins.attention.plan import Request, forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -244,6 +245,36 @@ def test_the_varlen_driver_with_fused_merges_equals_dense(interpreted: Call) -> 
 )
 def test_why_not_tells_the_reason(arguments: tuple[Any, ...], reason: str) -> None:
     assert reason in str(available_backends(*arguments)["triton"])
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        (
+            (10, 0),
+            (3, 4),
+            "Triton 3.4 does not compile the kernels for compute capability 10.0 and above: upgrade it to 3.5",
+        ),
+        ((10, 3), (3, 5), None),
+        ((9, 0), (3, 4), None),
+        ((12, 0), (3, 4), None),  # without the tensor memory that the compiler stumbles over
+    ],
+    ids=str,
+)
+def test_a_triton_that_cannot_compile_the_kernels_is_told(
+    capability: tuple[int, int], version: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(triton_kernels, "_triton_version", lambda: version)
+    assert triton_kernels.why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 64)) == reason
+    assert triton_kernels.is_usable(torch.device("cuda"))  # for the kernels that only add
+
+
+@needs_triton
+def test_the_version_of_triton_is_read() -> None:
+    assert triton_kernels._triton_version() >= (3, 4)
 
 
 def test_without_triton_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
