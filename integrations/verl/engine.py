@@ -308,6 +308,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         output_args["input_ids_rmpad_rolled"] = labels
         if tu.get_non_tensor_data(micro_batch, "use_fused_kernels", False):
             inputs["shift_labels"] = labels[None]
+        for lengths in ("cu_seqlens", "cu_seqlens_cpu"):  # for verl's gated delta nets: those of one long row
+            inputs.pop(lengths, None)
         inputs.update(packed.images)
         inputs.update(packed.token_inputs(self._model_type, layout))
         inputs.update(layout_inputs(layout, labels.device))

@@ -23,7 +23,7 @@ from prefix_grouper_plugins.modeling.multimodal import BIDIRECTIONAL_IMAGES
 
 # Model types whose images a test has compared with verl's own engine: those whose forward verl replaces by one that
 # shows the vision tower an empty picture where a micro-batch has none, and those that it leaves as they are.
-WITH_VERLS_FORWARD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+WITH_VERLS_FORWARD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 COMPARED_MODEL_TYPES = (
     *WITH_VERLS_FORWARD,
     *("llava", "llava_next", "llava_onevision", "gemma3", "internvl", "smolvlm", "idefics3"),

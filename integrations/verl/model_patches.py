@@ -4,7 +4,8 @@ verl gives some classes another forward (``verl/models/transformers/monkey_patch
 
 - The attention of Qwen2-VL, Qwen2.5-VL and GLM-4V calls flash-attn past transformers' attention interface, and reads from
   the positions where rows begin. It would take a packed row for many short texts. Here packed rows go to the forward
-  that the class had before, which looks its attention up in the interface; all other calls stay verl's.
+  that the class had before, which looks its attention up in the interface; all other calls stay verl's. So they do for
+  the gated delta nets of Qwen3.5, whose own forward has the seam that state forking needs.
 - Some of the models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank gathers
   the tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 stumbles there over what the tower of transformers 5
   returns. Keeping groups whole makes such micro-batches where verl's mixture of rows has none, so here the tower
@@ -27,12 +28,13 @@ from verl.utils.model import get_hf_auto_model_class
 from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.mixers import LAYOUT_KWARG
 
+_REPLACED = ("Attention", "GatedDeltaNet")  # how the names of the classes end
 _TOWER_WITHOUT_DEEPSTACK = {"qwen2_vl", "qwen2_5_vl"}
 _original: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def remember_attention(config: Any) -> None:
-    """Keep the forwards of the attention classes of the model type of ``config``, as they are before verl's patch.
+    """Keep the forwards of the classes that mix tokens, of the model type of ``config``, as they are before verl's patch.
 
     A class that is known already stays as it was: it may have been patched since, for another model of the process.
     """
@@ -40,8 +42,8 @@ def remember_attention(config: Any) -> None:
     if not isinstance(model, type):  # code from outside of transformers
         return
     for value in vars(sys.modules[model.__module__]).values():
-        is_attention = isinstance(value, type) and issubclass(value, nn.Module) and value.__name__.endswith("Attention")
-        if is_attention and value.forward.__module__ == value.__module__:
+        mixes_tokens = isinstance(value, type) and issubclass(value, nn.Module) and value.__name__.endswith(_REPLACED)
+        if mixes_tokens and value.forward.__module__ == value.__module__:
             _original.setdefault(value, value.forward)
 
 
@@ -97,7 +99,7 @@ def lost_attention(model: nn.Module) -> list[str]:
     return [
         f"verl has replaced {name}.forward for another engine of this process, before this one was built"
         for name in sorted(found)
-        if name.endswith("Attention")
+        if name.endswith(_REPLACED)
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.modeling.multimodal_families import FAMILIES, Image
 
-MODELS = ("llava", "llava_next", "llava_onevision", "gemma3", "internvl", "smolvlm", "idefics3", "vipllava", "glm4v")
+MODELS = ("llava", "llava_next", "llava_onevision", "gemma3", "internvl", "smolvlm", "idefics3", "vipllava")
 IMAGE, START, END = 252, 254, 255  # as in vision.py
 
 

@@ -76,11 +76,13 @@ def results(cases: list[Case], processes: int, folder: Path) -> list[dict]:
 
 
 def assert_equal(case: Case, result: dict) -> None:
+    # In gated delta nets verl's own rows, padded and one by one, differ by 2e-5: gradients by decays are sums that cancel.
+    bound = 1e-4 if case.model.startswith("qwen3_5") else 1e-5
     assert "error" not in result, f"{case}: {result['error']}"
-    assert result["gradient"] < 1e-5, (str(case), result)
+    assert result["gradient"] < bound, (str(case), result)
     assert result["smallest_gradient"] > 1e-4, f"{case}: a gradient of zero would be equal to anything"
     assert {"log_probs", "entropy"} <= result["scores"].keys()
-    assert max(result["scores"].values()) < 1e-5, (str(case), result)
+    assert max(result["scores"].values()) < bound, (str(case), result)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.integrations.verl import other_vision as others
 
-MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", *others.MODELS)
+MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", *others.MODELS)
+LIKE_QWEN3 = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 IMAGE, VIDEO, START, END = 252, 253, 254, 255  # of the byte-level tokenizer, whose other tokens stand for text
 PER_TOKEN = ("response", "mask", "old", "ref", "advantage")
 PATCH, MERGE, WIDTH = 4, 2, 64
@@ -39,8 +40,15 @@ def make_model(kind: str, tokenizer: Any, tied: bool) -> Any:
 
 
 def text_config(kind: str, tokenizer: Any) -> dict[str, Any]:
-    interleaved = {"mrope_interleaved": True} if kind == "qwen3_vl" else {}
-    own = {"head_dim": WIDTH // 4} if kind == "qwen3_vl" else {}
+    interleaved: dict[str, Any] = {"mrope_interleaved": True} if kind in LIKE_QWEN3 else {}
+    own: dict[str, Any] = {"head_dim": WIDTH // 4} if kind in LIKE_QWEN3 else {}
+    if kind.endswith("moe"):
+        own |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH, "decoder_sparse_step": 1}
+    if kind.startswith("qwen3_5"):
+        own |= {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": WIDTH}
+        own |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        own |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+        interleaved["partial_rotary_factor"] = 1.0
     return own | {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -79,9 +87,10 @@ def vision_config(kind: str) -> dict[str, Any]:
                 "intermediate_size": 64,
                 "out_hidden_size": WIDTH,
                 "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
+                **({} if kind.startswith("qwen3_5") else {"deepstack_visual_indexes": [0]}),
             },
-        }[kind]
+            "glm4v": {"hidden_size": 32, "out_hidden_size": WIDTH, "intermediate_size": 64, "image_size": 16},
+        }["qwen3_vl" if kind in LIKE_QWEN3 else kind]
     )
 
 
@@ -121,7 +130,7 @@ def placeholders(kind: str, shown: Any) -> Tensor:
         return others.placeholders(shown)
     token, grid = (VIDEO, shown["video_grid_thw"]) if "video_grid_thw" in shown else (IMAGE, shown["image_grid_thw"])
     count = int(grid.prod()) // MERGE**2
-    parts = int(grid[0, 0]) if kind == "qwen3_vl" else 1
+    parts = int(grid[0, 0]) if kind in LIKE_QWEN3 else 1
     return torch.tensor([START, *[token] * (count // parts), END] * parts)
 
 
@@ -207,12 +216,18 @@ def rope_model(kind: str) -> Any:
 
 def patched_classes() -> list[Any]:
     """Model classes whose forward verl replaces."""
+    from transformers.models.glm4v import modeling_glm4v as glm4v
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
     from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen3_5_moe
     from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
+    from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as qwen3_moe
 
-    names = ["{}Model", "{}TextModel", "{}ForConditionalGeneration", "{}Attention"]
-    kinds = [(qwen2, "Qwen2VL"), (qwen2_5, "Qwen2_5_VL"), (qwen3, "Qwen3VL")]
+    parts = "Model TextModel ForConditionalGeneration Attention TextAttention DecoderLayer GatedDeltaNet".split()
+    names = [f"{{}}{part}" for part in parts]
+    kinds = [(qwen2, "Qwen2VL"), (qwen2_5, "Qwen2_5_VL"), (qwen3, "Qwen3VL"), (qwen3_moe, "Qwen3VLMoe")]
+    kinds += [(qwen3_5, "Qwen3_5"), (qwen3_5_moe, "Qwen3_5Moe"), (glm4v, "Glm4v")]
     found = [getattr(module, name.format(kind), None) for module, kind in kinds for name in names]
     return [cls for cls in found if cls is not None] + others.classes()
 
