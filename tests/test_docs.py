@@ -353,7 +353,7 @@ def test_public_names_of_the_pages_exist() -> None:
     import prefix_grouper_plugins
     from prefix_grouper_plugins.integrations import trl as integration
 
-    known = {*prefix_grouper_plugins.__all__, *dir(integration), *dir(PrefixGrouperGRPOConfig)}
+    known = {*prefix_grouper_plugins.__all__, *integration.__all__, *dir(PrefixGrouperGRPOConfig)}
     # verl is not in this environment
     known |= set(re.findall(r'"(Prefix\w+)"', (ROOT / "integrations/verl/__init__.py").read_text()))
     for page in PAGES:
