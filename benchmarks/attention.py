@@ -6,7 +6,8 @@
 Methods take turns. `times_as_fast_as_rows` is the median, turn by turn, of the time of `rows` (causal flash attention over
 each row, the prompt repeated) divided by the method's; its bound is `pair_ratio`, the ratio of visible pairs of query and
 key. On the CPU times are those of the process (one thread), for other programs may be running. Peak memory holds inputs,
-outputs and gradients, each method in a fresh process (CUDA: max_memory_allocated).
+outputs and gradients, each method in a fresh process (CUDA: max_memory_allocated of a second run; a method that runs out of
+memory gets no figures). The CSV is written case by case.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,11 +97,16 @@ def why_not(name: str, case: Case) -> str | None:
         return f"a mask of {case.layout.num_tokens} x {case.layout.num_tokens} does not fit"
     if name == "tree_attention" and case.device == "cpu":
         return "FlashAttention 3 needs a GPU; `gathered` does the same with torch's own attention"
-    if name == "tree_attention":
-        try:
-            other_step(name, Case(8, 8, 2, 28, 4, 128, case.device, case.dtype))()
-        except Exception as error:  # no `kernels`, no network, no kernel for this GPU: whatever it is, say it
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return why_no_tree_attention(case.device, case.dtype) if name == "tree_attention" else None
+
+
+@lru_cache  # without a network each attempt to load the kernel takes its time
+def why_no_tree_attention(device: str, dtype: torch.dtype) -> str | None:
+    """The error of TRL's tree attention on this GPU, if there is one."""
+    try:
+        other_step("tree_attention", Case(8, 8, 2, 28, 4, 128, device, dtype))()
+    except Exception as error:  # no `kernels`, no network, no kernel for this GPU: whatever it is, say it
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
 
 
@@ -109,9 +116,26 @@ def measure(sizes: tuple[int, int, int], args: argparse.Namespace) -> list[dict[
     print(f"{sizes[0]:>6} {sizes[1]:>5} {sizes[2]:>3}  pair ratio {case.pair_ratio:.2f}", flush=True)
     steps = makers(case, args.methods)
     wanted = args.device != "cpu" or sizes in args.memory
-    memory = {name: memory_of(name, sizes, args.device) for name in steps} if wanted else {}
-    timings = time_all(case, steps, args)
-    return [row(name, case, timings, memory.get(name, math.nan)) for name in steps]
+    memory: dict[str, float | None] = dict.fromkeys(steps, math.nan)
+    for name in steps if wanted else ():
+        memory[name] = memory_of(name, sizes) if args.device == "cpu" else memory_on_gpu(steps[name], args.device)
+    timings = time_what_fits(case, steps, memory, args)
+    return [row(name, case, timings, memory[name]) for name in steps]
+
+
+def time_what_fits(
+    case: Case, found: dict[str, Callable[[], Step]], memory: dict[str, float | None], args: argparse.Namespace
+) -> dict[str, list[Timing]]:
+    """`time_all` without the methods that have no ``memory``; the inputs of all must fit at once, else the largest goes."""
+    fitting = {name: make for name, make in found.items() if memory[name] is not None}
+    while fitting:
+        try:
+            return time_all(case, fitting, args)
+        except torch.OutOfMemoryError:
+            largest = max(fitting, key=lambda name: memory[name] or 0.0)
+            print(f"  {largest} is not timed: it does not fit beside the inputs of the others", flush=True)
+            del fitting[largest]
+    return {}
 
 
 def time_all(case: Case, found: dict[str, Callable[[], Step]], args: argparse.Namespace) -> dict[str, list[Timing]]:
@@ -123,19 +147,27 @@ def time_all(case: Case, found: dict[str, Callable[[], Step]], args: argparse.Na
     return take_turns(steps, repeats=args.repeats, seconds=args.seconds, device=args.device, warm_up=not cpu)
 
 
-def memory_of(name: str, sizes: tuple[int, int, int], device: str) -> float:
-    """Peak MiB of one method."""
-    if device != "cpu":
-        return peak_mib(makers(case_of(sizes, device), [name])[name], device)
+def memory_of(name: str, sizes: tuple[int, int, int]) -> float:
+    """Peak MiB of one method on the CPU."""
     return in_a_fresh_process(["attention.py", "--memory-of", name, "--cases", ",".join(map(str, sizes))])
 
 
-def row(name: str, case: Case, timings: dict[str, list[Timing]], memory: float) -> dict[str, Any]:
+def memory_on_gpu(make: Callable[[], Step], device: str) -> float | None:
+    """Peak MiB of one method; None where it does not fit. A first run compiles, and times tiles with buffers of its own."""
+    try:
+        make()()
+        return peak_mib(make, device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def row(name: str, case: Case, timings: dict[str, list[Timing]], memory: float | None) -> dict[str, Any]:
     """What the CSV holds about one method, printed too."""
-    seconds = median(timing.cpu for timing in timings[name])
-    ratio = times_as_fast(timings[name], timings["rows"]) if "rows" in timings else math.nan
+    turns = timings.get(name, [])
+    seconds, wall = (median(getattr(turn, clock) for turn in turns) if turns else math.nan for clock in ("cpu", "wall"))
+    ratio = times_as_fast(turns, timings["rows"]) if turns and "rows" in timings else math.nan
     flops = 14 * case.num_heads * case.head_dim * visible_pairs(case.layout.segments)
-    held = "" if math.isnan(memory) else f"{memory:9.0f} MiB"
+    held = "  out of memory" if memory is None else "" if math.isnan(memory) else f"{memory:9.0f} MiB"
     print(f"    {name:18}{seconds:9.3f} s {ratio:7.2f} times as fast as rows{held}", flush=True)
     return {
         "prompt": case.prompt,
@@ -143,11 +175,11 @@ def row(name: str, case: Case, timings: dict[str, list[Timing]], memory: float) 
         "group": case.group,
         "method": name,
         "seconds": number(seconds),
-        "wall_seconds": number(median(timing.wall for timing in timings[name])),
-        "turns": len(timings[name]),
+        "wall_seconds": number(wall),
+        "turns": len(turns),
         "times_as_fast_as_rows": number(ratio),
         "pair_ratio": number(case.pair_ratio),
-        "peak_mib": number(memory),
+        "peak_mib": number(math.nan if memory is None else memory),
         "gflops_per_second_of_visible_pairs": number(flops / seconds / 1e9),
     }
 
@@ -166,11 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.memory_of:
         print_memory_of(args)
         return
-    rows = [row for sizes in args.cases for row in measure(sizes, args)]
     note = (
         f"forward and backward, {'float32, 8:2 heads of 64' if args.device == 'cpu' else 'bfloat16, 28:4 heads of 128'}"
     )
-    write_csv(args.output, rows, args.device, note)
+    rows: list[dict[str, Any]] = []
+    for sizes in args.cases:
+        rows += measure(sizes, args)
+        write_csv(args.output, rows, args.device, note)  # now: a later case may end the process
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for sweep, sizes in sweeps(args.device, args.groups, args.prompts):
         rows += [{"sweep": sweep, **row} for row in measure(sizes, args)]
-    write_csv(args.output or RESULTS / f"growth-{args.device}.csv", rows, args.device, "as attention.py")
+        write_csv(args.output or RESULTS / f"growth-{args.device}.csv", rows, args.device, "as attention.py")
 
 
 if __name__ == "__main__":

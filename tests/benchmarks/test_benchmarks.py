@@ -191,7 +191,44 @@ def test_peak_memory_is_that_of_the_step() -> None:
 
 def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
     """The rows of the case hold 4 x 1,088 tokens; query, output and their gradients alone take 34 MiB."""
-    assert 30 < attention.memory_of("rows", (1024, 64, 4), "cpu") < 120
+    assert 30 < attention.memory_of("rows", (1024, 64, 4)) < 120
+
+
+def test_on_a_gpu_what_does_not_fit_leaves_the_other_methods_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`published` does not fit alone, and `gathered` not beside the inputs of the others."""
+    real = attention.time_all
+
+    def peak(make: Callable[[], Any], device: str) -> float:
+        step = make()
+        if "published" in step.__qualname__:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 7.0 + ("gathered" in step.__qualname__)
+
+    def time_all(case: Any, found: dict[str, Any], args: Any) -> Any:
+        if "gathered" in found:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(case, found, args)
+
+    def step(name: str, case: bench.Case) -> bench.Step:
+        run = methods.other_step(name, case)
+        return with_name(lambda: run(), name)
+
+    def with_name(run: Any, name: str) -> Any:
+        run.__qualname__ = name
+        return run
+
+    monkeypatch.setattr(attention, "case_of", lambda sizes, device: bench.Case(*sizes))
+    monkeypatch.setattr(attention, "other_step", step)
+    monkeypatch.setattr(attention, "peak_mib", peak)
+    monkeypatch.setattr(attention, "time_all", time_all)
+    args = attention.parse_arguments(["--device", "cuda", "--repeats", "1", "--seconds", "0"])
+    args.device = "cuda"
+    monkeypatch.setattr(attention, "take_turns", lambda steps, device, **o: bench.take_turns(steps, device="cpu", **o))
+    rows = {row["method"]: row for row in attention.measure((40, 8, 3), args)}
+    assert rows["published"]["peak_mib"] == rows["published"]["seconds"] == rows["gathered"]["seconds"] == "nan"
+    assert rows["gathered"]["peak_mib"] == "8" and rows["gathered"]["turns"] == 0
+    assert float(rows["ours:auto"]["seconds"]) > 0 and rows["ours:auto"]["peak_mib"] == "7"
+    assert float(rows["rows"]["times_as_fast_as_rows"]) == 1
 
 
 def test_growth_measures_both_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
