@@ -245,6 +245,54 @@ def test_the_gradient_of_the_log_sum_exp_is_needed(on_cpu: list[int], monkeypatc
         assert_equals_dense(PrefixLayout.from_groups([300], [[60, 20]]), FEATURES["gqa_sinks"])
 
 
+def kernel_lse(mask: torch_flex.BlockMask, scores: Tensor, tile: int, options: dict[str, Any]) -> Tensor:
+    """Log-sum-exp of each query as torch's Triton kernel takes it: partial blocks first, tile after tile of their keys.
+
+    Without ``ROWS_GUARANTEED_SAFE`` the kernel looks after queries that have seen no key yet (forward_block_mn in
+    torch/_inductor/kernel/flex/templates/common.py.jinja).
+    """
+    found = []
+    for block in range(scores.shape[0] // flex.BLOCK):
+        queries = torch.arange(block * flex.BLOCK, (block + 1) * flex.BLOCK)
+        top, total = torch.full((flex.BLOCK,), -torch.inf), torch.zeros(flex.BLOCK)
+        for kind in ("kv", "full_kv"):
+            count = int(getattr(mask, f"{kind}_num_blocks")[0, 0, block])
+            for first in (getattr(mask, f"{kind}_indices")[0, 0, block, :count] * flex.BLOCK).tolist():
+                for keys in torch.arange(first, first + flex.BLOCK).split(tile):
+                    seen = mask.mask_mod(*torch.zeros(2), queries[:, None], keys)
+                    s = scores[queries[:, None], keys].masked_fill(~seen, -torch.inf)
+                    new_top = torch.maximum(top, s.amax(1))
+                    shift = new_top
+                    if not options.get("ROWS_GUARANTEED_SAFE"):
+                        shift = new_top.masked_fill(new_top == -torch.inf, 0.0)
+                    total = total * (top - shift).exp() + (s - shift[:, None]).exp().sum(1)
+                    top = new_top
+        found.append(top + total.log())
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_kernel_is_promised_nothing_that_a_forest_does_not_hold(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled on a GPU is not run here: responses begin within a block, so that their first tile shows them no key."""
+    layout = layout_of([(150, [(40, []), (25, []), (90, [])]), (30, [])])
+    mask = flex.block_mask(forest_of(layout.segments), window, CPU)
+    asked: dict[str, Any] = {}
+
+    def kernel(*tensors: Tensor, **options: Any) -> Any:
+        asked.update(options)
+        return tensors[0], torch_flex.AuxOutput(lse=tensors[0])
+
+    monkeypatch.setattr(torch_flex, "flex_attention", kernel)
+    flex._attention(*torch.zeros(3, 1), mask, 1.0, None)
+    scores = torch.randn(mask.seq_lengths, generator=torch.Generator().manual_seed(0))
+    seen = visibility_mask(segments_of(flex.padded_forest(forest_of(layout.segments), len(scores))), window)
+    expected = scores.masked_fill(~seen, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(kernel_lse(mask, scores, 32, asked.get("kernel_options") or {}), expected)
+    assert kernel_lse(mask, scores, 32, {"ROWS_GUARANTEED_SAFE": True}).isnan().any()
+
+
 # ------------------------------------------------------------------------------------------------------------ why not
 
 
