@@ -70,7 +70,19 @@ def _triton_version() -> tuple[int, ...]:
 def _why_not_device(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    return None if interpreted() else why_not_gpu(device, KERNELS)
+    return None if interpreted() else why_not_gpu(device, KERNELS) or _why_not_started()
+
+
+@lru_cache
+def _why_not_started() -> str | None:
+    """Triton builds the library by which it talks to the driver when it is first asked: many containers have no compiler."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018 - builds it, or finds it in Triton's cache
+    except Exception as error:  # RuntimeError without a compiler, CalledProcessError without Python.h, ...
+        return f"Triton does not start on this machine ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return None
 
 
 def forward(

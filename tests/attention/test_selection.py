@@ -11,7 +11,13 @@ import pytest
 import torch
 from forests import Features, inputs
 
-from prefix_grouper_plugins.attention import available_backends, blockwise, merged_lse, shared_prefix_attention
+from prefix_grouper_plugins.attention import (
+    available_backends,
+    blockwise,
+    merged_lse,
+    shared_prefix_attention,
+    triton_kernels,
+)
 from prefix_grouper_plugins.attention.registry import BACKENDS, auto_backend
 from prefix_grouper_plugins.layout import PrefixLayout
 
@@ -46,6 +52,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(triton_kernels, "_why_not_started", lambda: None)
 
 
 @pytest.mark.usefixtures("gpu")

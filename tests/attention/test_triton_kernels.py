@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -268,8 +269,22 @@ def test_a_triton_that_cannot_compile_the_kernels_is_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(triton_kernels, "_triton_version", lambda: version)
+    monkeypatch.setattr(triton_kernels, "_why_not_started", lambda: None)
     assert triton_kernels.why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 64)) == reason
     assert triton_kernels.is_usable(torch.device("cuda"))  # for the kernels that only add
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton starts here")
+def test_a_triton_that_does_not_start_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a C compiler, say; here it is a driver that is missing. The merge is then made of torch's own kernels."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    triton_kernels._why_not_started.cache_clear()
+    reason = triton_kernels.why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 64))
+    assert re.fullmatch(r"Triton does not start on this machine \(\w+Error: .+\)", str(reason))
+    assert not triton_kernels.is_usable(torch.device("cuda"))
+    triton_kernels._why_not_started.cache_clear()
 
 
 @needs_triton
