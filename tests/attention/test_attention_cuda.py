@@ -139,6 +139,7 @@ def test_flex_gradients_stay_near_float64_for_all_lengths(
     request = Request(torch.device("cuda"), dtype, head_dim, head_dim, features.window, features.softcap)
     if (reason := flex.why_not(request)) is not None:
         pytest.skip(reason)
+    torch._dynamo.reset()  # the kinds of layers of all cases together come near the limit of compilations
     flex.fallbacks.clear()
     for build in LAYOUTS.values():
         layout = build()
@@ -163,3 +164,72 @@ def test_no_call_waits_for_the_device_also_with_a_layout_that_is_new(backend: st
             torch.autograd.grad(out, tensors, torch.ones_like(out))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+PLAIN = Features(heads=8, kv_heads=2, head_dim=64, value_dim=64)
+
+
+@pytest.mark.parametrize("backend", ["merged_lse", "triton"])
+def test_views_into_a_fused_projection_of_odd_width_are_no_trouble(backend: str) -> None:
+    layout = LAYOUTS["group"]()
+    skip_where_unavailable(backend, PLAIN, torch.bfloat16)
+    tensors = inputs(layout, PLAIN, torch.bfloat16)
+    widths = [x[0].numel() for x in tensors]
+    fused = torch.cat([*(x.detach().flatten(1) for x in tensors), torch.zeros(layout.num_tokens, 3)], 1)
+    views = fused.to(DEVICE, torch.bfloat16).split([*widths, 3], 1)[:3]
+    heads = [x.unflatten(1, (-1, PLAIN.head_dim)).detach().requires_grad_() for x in views]
+    expected = run(layout, PLAIN, "dense", on_device(tensors, torch.float64))
+    assert_all_close(run(layout, PLAIN, backend, heads), expected, 3e-2)
+
+
+@pytest.mark.parametrize("backend", ["merged_lse", "triton"])
+def test_a_layout_that_is_known_on_one_stream_is_known_on_another(backend: str) -> None:
+    layout = LAYOUTS["forest"]()
+    skip_where_unavailable(backend, PLAIN, torch.bfloat16)
+    tensors = on_device(inputs(layout, PLAIN), torch.bfloat16)
+    first = run(layout, PLAIN, backend, tensors)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = run(layout, PLAIN, backend, tensors)
+    torch.cuda.synchronize()
+    # FA2 adds up dq in any order
+    assert_all_close([x.double() for x in second], [x.double() for x in first], 1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("backend", ["merged_lse", "triton", "flex", "blockwise"])
+def test_tensors_may_lie_on_another_gpu_than_the_current_one(backend: str) -> None:
+    layout = LAYOUTS["forest"]()
+    skip_where_unavailable(backend, PLAIN, torch.bfloat16)
+    tensors = inputs(layout, PLAIN, torch.bfloat16)
+    expected = run(layout, PLAIN, "dense", on_device(tensors, torch.float64))
+    there = [x.detach().to("cuda:1").requires_grad_() for x in tensors]
+    actual = run(layout, PLAIN, backend, there)
+    assert torch.cuda.current_device() == 0
+    assert_all_close([x.to("cuda:0") for x in actual], expected, 3e-2)
+
+
+def test_cuda_graphs_of_torch_compile_follow_the_layout_of_each_batch() -> None:
+    """Two layouts with tensors of the same shapes, by turns: compiled, warmed up, recorded and replayed."""
+    compiled = torch.compile(
+        lambda q, k, v, layout: shared_prefix_attention(q * 2, k, v, layout), mode="reduce-overhead"
+    )
+    layouts = [PrefixLayout.from_groups([40], [lengths]) for lengths in ([30, 50], [50, 30])]
+    for layout in layouts * 4:
+        tensors = inputs(layout, PLAIN, torch.bfloat16)
+        torch.compiler.cudagraph_mark_step_begin()
+        actual = output_and_gradients(
+            lambda q, k, v, _, layout=layout: compiled(q, k, v, layout), on_device(tensors, torch.bfloat16)
+        )
+        doubled = [tensors[0] * 2, *tensors[1:]]
+        out, dq, *grads = run(layout, PLAIN, "dense", on_device(doubled, torch.float64))
+        assert_all_close([x.clone() for x in actual], [out, 2 * dq, *grads], 3e-2)
+
+
+def test_a_capture_by_hand_is_refused() -> None:
+    layout = LAYOUTS["group"]()
+    tensors = on_device(inputs(layout, PLAIN), torch.bfloat16)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="captured into a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        shared_prefix_attention(*tensors, layout)
