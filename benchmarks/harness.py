@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import resource
 import subprocess
@@ -69,6 +70,7 @@ def peak_mib(make: Callable[[], Step], device: str) -> float:
     be used again unseen.
     """
     if device != "cpu":
+        gc.collect()  # what a step that ran out of memory left in cycles would count as held before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
