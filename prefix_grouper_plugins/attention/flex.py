@@ -313,6 +313,7 @@ def _compiled_attention(
         finish: what is made of the results. A backward may be compiled only when it runs, so it belongs in here.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 
     query, key, value = tensors
     widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
@@ -329,7 +330,7 @@ def _compiled_attention(
             return finish(*_compiled()(query, key, value, mask, scale, softcap))
     except FailOnRecompileLimitHit:
         reason = f"torch has compiled it {RECOMPILE_LIMIT} times"
-    except TorchDynamoException as error:
+    except (TorchDynamoException, NoTritonConfigsError) as error:  # the latter from a first run, out of shared memory
         cause = getattr(error, "inner_exception", error)
         reason = f"torch could not compile it ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})"
     _given_up[kind] = reason

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.exc import InductorError
+from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -219,6 +220,21 @@ def test_a_kernel_that_does_not_compile_is_replaced_once_and_for_all(
     assert reason == "torch could not compile it (RuntimeError: out of shared memory)"
     assert calls == {"forward": 4, "backward": 3}[broken_pass]  # of two forwards and two backwards
     assert len(attempts) <= 2  # torch tries to compile a backward at once, and again when it is needed
+
+
+def test_a_kernel_that_fits_no_gpu_of_this_kind_is_replaced_when_its_first_run_says_so(
+    on_cpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*arguments: Any) -> Any:
+        raise NoTritonConfigsError("No valid triton configs. OutOfResources: out of resource: shared memory")
+
+    monkeypatch.setattr(flex, "_compiled", lambda: too_large)
+    assert_equals_dense(PrefixLayout.from_groups([300], [[60, 20]]), FEATURES["gqa_sinks"])
+    ((reason, calls),) = flex.fallbacks.items()
+    assert (
+        reason.startswith("torch could not compile it (NoTritonConfigsError: No valid triton configs. OutOfRes")
+        and calls == 2
+    )
 
 
 def test_a_fault_that_is_no_compilation_is_not_swallowed(on_cpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
