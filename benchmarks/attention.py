@@ -6,8 +6,8 @@
 Methods take turns. `times_as_fast_as_rows` is the median, turn by turn, of the time of `rows` (causal flash attention over
 each row, the prompt repeated) divided by the method's; its bound is `pair_ratio`, the ratio of visible pairs of query and
 key. On the CPU times are those of the process (one thread), for other programs may be running. Peak memory holds inputs,
-outputs and gradients, each method in a fresh process (CUDA: max_memory_allocated of a second run; a method that runs out of
-memory gets no figures). The CSV is written case by case.
+outputs and gradients, each method in a fresh process (CUDA: max_memory_allocated of a second run; a method that fails, mostly
+for lack of memory, gets no figures). The CSV is written case by case.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def measure(sizes: tuple[int, int, int], args: argparse.Namespace) -> list[dict[
     wanted = args.device != "cpu" or sizes in args.memory
     memory: dict[str, float | None] = dict.fromkeys(steps, math.nan)
     for name in steps if wanted else ():
-        memory[name] = memory_of(name, sizes) if args.device == "cpu" else memory_on_gpu(steps[name], args.device)
+        memory[name] = memory_of(name, sizes) if args.device == "cpu" else memory_on_gpu(name, steps[name], args.device)
     timings = time_what_fits(case, steps, memory, args)
     return [row(name, case, timings, memory[name]) for name in steps]
 
@@ -152,12 +152,17 @@ def memory_of(name: str, sizes: tuple[int, int, int]) -> float:
     return in_a_fresh_process(["attention.py", "--memory-of", name, "--cases", ",".join(map(str, sizes))])
 
 
-def memory_on_gpu(make: Callable[[], Step], device: str) -> float | None:
+def memory_on_gpu(name: str, make: Callable[[], Step], device: str) -> float | None:
     """Peak MiB of one method; None where it does not fit. A first run compiles, and times tiles with buffers of its own."""
     try:
         make()()
         return peak_mib(make, device)
     except torch.OutOfMemoryError:
+        return None
+    except Exception as error:
+        if name not in OTHERS:
+            raise
+        print(f"  {name} left out: {type(error).__name__}: {error}", flush=True)  # no reason to lose our own figures
         return None
 
 
@@ -167,7 +172,7 @@ def row(name: str, case: Case, timings: dict[str, list[Timing]], memory: float |
     seconds, wall = (median(getattr(turn, clock) for turn in turns) if turns else math.nan for clock in ("cpu", "wall"))
     ratio = times_as_fast(turns, timings["rows"]) if turns and "rows" in timings else math.nan
     flops = 14 * case.num_heads * case.head_dim * visible_pairs(case.layout.segments)
-    held = "  out of memory" if memory is None else "" if math.isnan(memory) else f"{memory:9.0f} MiB"
+    held = "  did not run" if memory is None else "" if math.isnan(memory) else f"{memory:9.0f} MiB"
     print(f"    {name:18}{seconds:9.3f} s {ratio:7.2f} times as fast as rows{held}", flush=True)
     return {
         "prompt": case.prompt,

@@ -195,13 +195,15 @@ def test_peak_memory_is_measured_in_a_process_of_its_own() -> None:
 
 
 def test_on_a_gpu_what_does_not_fit_leaves_the_other_methods_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`published` does not fit alone, and `gathered` not beside the inputs of the others."""
+    """`published` does not fit alone, `gathered` not beside the inputs of the others, and `dense_mask` breaks down."""
     real = attention.time_all
 
     def peak(make: Callable[[], Any], device: str) -> float:
         step = make()
         if "published" in step.__qualname__:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        if "dense_mask" in step.__qualname__:
+            raise RuntimeError("no valid execution plans")
         return 7.0 + ("gathered" in step.__qualname__)
 
     def time_all(case: Any, found: dict[str, Any], args: Any) -> Any:
@@ -226,9 +228,18 @@ def test_on_a_gpu_what_does_not_fit_leaves_the_other_methods_their_figures(monke
     monkeypatch.setattr(attention, "take_turns", lambda steps, device, **o: bench.take_turns(steps, device="cpu", **o))
     rows = {row["method"]: row for row in attention.measure((40, 8, 3), args)}
     assert rows["published"]["peak_mib"] == rows["published"]["seconds"] == rows["gathered"]["seconds"] == "nan"
+    assert rows["dense_mask"]["seconds"] == "nan"
     assert rows["gathered"]["peak_mib"] == "8" and rows["gathered"]["turns"] == 0
     assert float(rows["ours:auto"]["seconds"]) > 0 and rows["ours:auto"]["peak_mib"] == "7"
     assert float(rows["rows"]["times_as_fast_as_rows"]) == 1
+
+
+def test_an_error_of_ours_is_no_missing_figure() -> None:
+    def broken() -> Any:
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        attention.memory_on_gpu("ours:auto", broken, "cuda")
 
 
 def test_growth_measures_both_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
