@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from prefix_grouper_plugins.grouping import prompt_group
-from prefix_grouper_plugins.modeling.multimodal import IMAGE_TENSORS, image_key
+from prefix_grouper_plugins.modeling.multimodal import IMAGE_TENSORS, first_alike
 
 # Losses that are a mean over rows, or a sum with a normaliser that is the same for the whole generation batch.
 _ROW_SUM_LOSSES = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
@@ -75,23 +74,24 @@ def regroup(micro_batches: list[MicroBatch], window: int) -> list[MicroBatch]:
 def _regroup_window(window: list[MicroBatch]) -> list[MicroBatch]:
     window = [split_pixel_values_by_grid(batch) for batch in window]  # one entry for each row, images included
     merged = {key: _join([batch[key] for batch in window]) for key in window[0]}
-    order = _group_order(merged["prompt_ids"], merged["prompt_mask"], _image_keys(merged))
+    order = _group_order(merged)
     chunks = torch.tensor(order, device=merged["prompt_ids"].device).split(len(window[0]["prompt_ids"]))
     return [unsplit_pixel_values_by_grid({key: _take(value, rows) for key, value in merged.items()}) for rows in chunks]
 
 
-def _group_order(prompt_ids: Tensor, prompt_mask: Tensor, images: list[bytes | None]) -> list[int]:
+def _group_order(merged: MicroBatch) -> list[int]:
     """Rows, those with equal prompts and images side by side, groups in the order of their first row."""
+    prompts = [ids.numpy().tobytes() for ids in merged["prompt_ids"].masked_fill(merged["prompt_mask"] == 0, -1).cpu()]
     groups: dict[Hashable, list[int]] = {}
-    for row, ids in enumerate(prompt_ids.masked_fill(prompt_mask == 0, -1).cpu()):
-        groups.setdefault(prompt_group(images[row], ids), []).append(row)
+    for row, key in enumerate(zip(prompts, first_alike(_images(merged), prompts), strict=True)):
+        groups.setdefault(key, []).append(row)
     return [row for rows in groups.values() for row in rows]
 
 
-def _image_keys(merged: MicroBatch) -> list[bytes | None]:
-    """One for each row, whose image tensors are an entry of a list (or, in Idefics, a row of one tensor)."""
+def _images(merged: MicroBatch) -> list[dict[str, Tensor]]:
+    """Those of each row, whose image tensors are an entry of a list (or, in Idefics, a row of one tensor)."""
     tensors = {name: merged[name] for name in IMAGE_TENSORS if not _is_whole(merged.get(name))}
-    return [image_key({name: rows[i] for name, rows in tensors.items()}) for i in range(len(merged["prompt_ids"]))]
+    return [{name: rows[i] for name, rows in tensors.items()} for i in range(len(merged["prompt_ids"]))]
 
 
 def _is_whole(value: Any) -> bool:

@@ -9,7 +9,7 @@ are laid out as the tokens are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from verl.utils.model import extract_multi_modal_inputs
 
-from prefix_grouper_plugins.grouping import prompt_group
 from prefix_grouper_plugins.modeling.multimodal import BIDIRECTIONAL_IMAGES
 
 # Model types whose images a test has compared with verl's own engine: those whose forward verl replaces by one that
@@ -34,8 +33,6 @@ _OF_IMAGES = frozenset(
     "image_sizes batch_num_images pixel_attention_mask".split()
 )
 TOKEN_TYPES = "token_type_ids"
-
-ALONE = object()  # leads the key of a row whose images keep it from sharing
 
 RowInputs = dict[str, Any]
 
@@ -139,44 +136,3 @@ def _filled_up(rows: Sequence[RowInputs]) -> list[RowInputs]:
         }
         for row in rows
     ]
-
-
-def sharing_keys(
-    uids: Sequence[Hashable],
-    rows: Sequence[Tensor],
-    prompt_lengths: Sequence[int],
-    inputs: Sequence[RowInputs],
-    placeholders: Collection[int],
-) -> list[tuple[Hashable, int | None]]:
-    """Keys that two rows have in common only if all that they would share is the same, images included.
-
-    Rows with images share if their groups, prompts and images are equal: equal placeholders may stand for different
-    images. A row with placeholders behind the part of its prompt that is laid out once (an image in the response, or at
-    the very end of the prompt) shares with nobody: what is laid out twice would need features twice.
-
-    Args:
-        uids: the group of each row.
-        rows: token ids, on the CPU.
-        prompt_lengths: how many of each row's tokens are its prompt.
-        inputs: see :func:`row_inputs`.
-        placeholders: see :func:`placeholder_ids`.
-    """
-    tokens = torch.tensor(sorted(placeholders), dtype=torch.long)
-    seen: dict[Hashable, list[int]] = {}
-    keys: list[tuple[Hashable, int | None]] = []
-    for i, (uid, row, length) in enumerate(zip(uids, rows, prompt_lengths, strict=True)):
-        if not (shown := images_of(inputs[i])):
-            keys.append((uid, None))
-        elif torch.isin(row[length - 1 :], tokens).any():
-            keys.append((ALONE, i))
-        else:
-            alike = seen.setdefault(prompt_group(uid, row[:length]), [])
-            first = next((j for j in alike if _equal(shown, images_of(inputs[j]))), i)
-            if first == i:
-                alike.append(i)
-            keys.append((uid, first))
-    return keys
-
-
-def _equal(one: RowInputs, other: RowInputs) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -19,17 +19,16 @@ from verl.utils import tensordict_utils as tu
 
 from prefix_grouper_plugins.grouping import RowSize, prompt_group
 from prefix_grouper_plugins.integrations.verl.images import (
-    ALONE,
     TOKEN_TYPES,
+    images_of,
     merged,
     row_inputs,
-    sharing_keys,
     token_types,
 )
 from prefix_grouper_plugins.integrations.verl.lent_images import lent_image
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import sharing_metrics
-from prefix_grouper_plugins.modeling.multimodal import first_rows, image_blocks, packed_blocks
+from prefix_grouper_plugins.modeling.multimodal import ALONE, first_rows, image_blocks, packed_blocks, sharing_keys
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -83,7 +82,8 @@ def row_sizes(data: TensorDict, placeholders: Collection[int] = ()) -> list[RowS
     """What planning needs to know of each row; rows of one group have equal uids, prompts and images."""
     lengths, prompt_lengths = row_lengths(data)
     rows = data["input_ids"].values().cpu().split(lengths)
-    keys = sharing_keys(row_keys(data), rows, prompt_lengths, row_inputs(data), placeholders)
+    images = list(map(images_of, row_inputs(data)))
+    keys = sharing_keys(row_keys(data), rows, prompt_lengths, images, placeholders)
     return [
         RowSize(prompt_group(key, row[:prompt]), prompt, len(row) - prompt)
         for key, row, prompt in zip(keys, rows, prompt_lengths, strict=True)
@@ -113,7 +113,8 @@ class PackedMicroBatch:
         ids = micro_batch["input_ids"]
         lengths, prompt_lengths = row_lengths(micro_batch)
         rows, inputs = ids.values().cpu().split(lengths), row_inputs(micro_batch)
-        keys = sharing_keys(row_keys(micro_batch), rows, prompt_lengths, inputs, placeholders)
+        images = list(map(images_of, inputs))
+        keys = sharing_keys(row_keys(micro_batch), rows, prompt_lengths, images, placeholders)
         self.some_alone = any(key[0] is ALONE for key in keys)
         layout = PrefixLayout.from_rows(rows, keys, shareable=prompt_lengths)
         self.images = merged([inputs[row] for row in first_rows(layout)])

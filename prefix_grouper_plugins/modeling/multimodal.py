@@ -12,8 +12,7 @@ section 2.1), laid out as the tokens are.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3 import modeling_gemma3
 
 from prefix_grouper_plugins.attention.blocks import Blocks
-from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.grouping import GroupedBatch, prompt_group
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.interface import packed_inputs
@@ -41,6 +40,8 @@ TOKEN_TENSORS = ("token_type_ids", "mm_token_type_ids")
 
 # Image tokens see all others of their image.
 BIDIRECTIONAL_IMAGES = {"gemma3"}
+
+ALONE = object()  # leads the key of a row whose images keep it from sharing
 
 RowTensors = Mapping[str, Tensor]  # image tensors of one row; empty for a row without images
 
@@ -105,16 +106,61 @@ def merge_images(rows: Sequence[RowTensors]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
 
 
-def image_key(row: RowTensors) -> bytes | None:
-    """Equal for equal images, grids, sizes and masks, and (but for collisions of SHA-256) for no others."""
-    if not row:
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(row):
-        tensor = row[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.digest()
+def first_alike(images: Sequence[RowTensors], among: Sequence[Hashable]) -> list[int | None]:
+    """For each row with images the first row that shows the same; None for a row without.
+
+    Args:
+        images: the image tensors of each row: pixels, grids, sizes, masks. All of them must be equal.
+        among: of each row, what must be equal as well. Only rows in which it is are compared, so let it tell prompts.
+    """
+    distinct: dict[Hashable, list[int]] = {}
+    found: list[int | None] = []
+    for i, (row, key) in enumerate(zip(images, among, strict=True)):
+        if not row:
+            found.append(None)
+            continue
+        others = distinct.setdefault(key, [])
+        first = next((j for j in others if _equal(row, images[j])), i)
+        if first == i:
+            others.append(i)
+        found.append(first)
+    return found
+
+
+def _equal(one: RowTensors, other: RowTensors) -> bool:
+    return one.keys() == other.keys() and all(
+        x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items()
+    )
+
+
+def sharing_keys(
+    keys: Sequence[Hashable],
+    rows: Sequence[Tensor],
+    prompt_lengths: Sequence[int],
+    images: Sequence[RowTensors],
+    placeholders: Collection[int],
+) -> list[tuple[Hashable, int | None]]:
+    """Keys that two rows have in common only if all that they would share is the same, images included.
+
+    Rows with images share if their keys, prompts (the whole of them) and images are equal: equal placeholders may stand
+    for different images. A row with placeholders behind the part of its prompt that is laid out once (an image in the
+    response, or at the very end of the prompt) shares with nobody: what is laid out twice would need features twice.
+
+    Args:
+        keys: of each row, what must be equal as well.
+        rows: token ids, on the CPU.
+        prompt_lengths: how many of each row's tokens are its prompt.
+        images: the image tensors of each row.
+        placeholders: token ids that stand for images. Without any, rows with images share nothing.
+    """
+    tokens = torch.tensor(sorted(placeholders), dtype=torch.long)
+    prompts = [prompt_group(key, row[:length]) for key, row, length in zip(keys, rows, prompt_lengths, strict=True)]
+    found: list[tuple[Hashable, int | None]] = []
+    for i, first in enumerate(first_alike(images, prompts)):
+        branch = rows[i][prompt_lengths[i] - 1 :]
+        alone = first is not None and (not len(tokens) or bool(torch.isin(branch, tokens).any()))
+        found.append((ALONE, i) if alone else (keys[i], first))
+    return found
 
 
 def image_token_id(model: nn.Module) -> int | None:
@@ -165,21 +211,6 @@ def first_rows(layout: PrefixLayout) -> list[int]:
     starts = real[real[:, 2] < 0, 0].long()
     ends = torch.tensor(list(accumulate(layout.row_lengths)))
     return torch.searchsorted(ends, layout.source_index.cpu()[starts], right=True).tolist()  # type: ignore[no-any-return]
-
-
-def image_group(index: int, key: Hashable, prompt: Tensor, response: Tensor, token: int | None) -> Hashable:
-    """What a row with images has in common with the rows that it shares with.
-
-    Args:
-        index: of the row; its own where its images cannot be shared.
-        key: of its images, see :func:`image_key`, and of whatever else must be equal.
-        prompt, response: token ids on the CPU, without padding.
-        token: the placeholder, see :func:`image_token_id`.
-    """
-    if token is None or bool((response == token).any()) or int(prompt[-1]) == token:
-        return index
-    # The whole prompt, so that prompts which only begin alike do not share some of their images.
-    return key, prompt.numpy().tobytes()
 
 
 class ImageRows:
@@ -245,19 +276,17 @@ class ImageRows:
         return cls(model, prompt_ids, prompt_mask, completion_ids, completion_mask, images, per_token)
 
     def _keys(self, token: int | None, ids: Tensor, mask: Tensor, width: int) -> list[Hashable]:
-        keys: list[Hashable] = []
         per_token = [x.cpu() for x in self.token_tensors.values()]
-        positions = [] if self.positions is None else list(self.positions.cpu())
-        for i, row in enumerate(self.images):
-            if not row:
-                keys.append(None)
-                continue
-            prompt, response = mask[i, :width], mask[i, width:]
-            # Equal by construction; where they were not, rows would not share.
-            along = [x[i, :width][prompt].numpy().tobytes() for x in per_token + positions]
-            key = (image_key(row), *along)
-            keys.append(image_group(i, key, ids[i, :width][prompt], ids[i, width:][response], token))
-        return keys
+        per_token += [] if self.positions is None else list(self.positions.cpu())
+        # Equal by construction in rows with equal prompts and images; where they were not, rows would not share.
+        along = [
+            tuple(x[i, :width][mask[i, :width]].numpy().tobytes() for x in per_token) if row else ()
+            for i, row in enumerate(self.images)
+        ]
+        rows = [row[own] for row, own in zip(ids, mask, strict=True)]
+        return [
+            *sharing_keys(along, rows, mask[:, :width].sum(1).tolist(), self.images, [] if token is None else [token])
+        ]
 
     def packed_inputs(self, batch: GroupedBatch) -> dict[str, Any]:
         """Keyword arguments of the packed forward of ``batch``, which was made of these rows with :attr:`keys`."""

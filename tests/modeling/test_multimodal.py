@@ -13,7 +13,13 @@ from prefix_grouper_plugins import (
     prefix_grouped_logps,
 )
 from prefix_grouper_plugins.grouping import GroupedBatch
-from prefix_grouper_plugins.modeling.multimodal import ImageRows, reason_not_to_pack, split_images
+from prefix_grouper_plugins.modeling.multimodal import (
+    ImageRows,
+    first_alike,
+    reason_not_to_pack,
+    sharing_keys,
+    split_images,
+)
 from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MULTIMODAL_TYPES
 from tests.modeling import multimodal_families as families
 
@@ -165,6 +171,32 @@ def test_an_image_that_a_branch_would_repeat_is_not_shared(where):
     logps = batch.scatter(logits.log_softmax(-1).gather(-1, batch.labels[batch.positions][:, None])[:, 0])
     for row, wanted in zip(logps, single_rows(model, "qwen2_5_vl", rows), strict=True):
         torch.testing.assert_close(row[: len(wanted)], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_show_the_same_if_all_tensors_of_their_images_are_equal():
+    pixels, grid = torch.randn(4, 6), torch.tensor([[1, 2, 2]])
+    other = pixels.clone()
+    other[3, 5] += 1e-6
+    shown = [
+        {"pixel_values": pixels, "image_grid_thw": grid},
+        {"image_grid_thw": grid.clone(), "pixel_values": pixels.clone()},
+        {},
+        {"pixel_values": other, "image_grid_thw": grid},
+        {"pixel_values": pixels, "image_grid_thw": grid.flip(1)},
+        {"pixel_values": pixels},
+        {"pixel_values": pixels.double(), "image_grid_thw": grid},
+        {"pixel_values": pixels, "image_grid_thw": grid},
+    ]
+    assert first_alike(shown, ["a"] * 7 + ["b"]) == [0, 0, None, 3, 4, 5, 6, 7]
+
+
+def test_rows_with_images_share_the_whole_prompt_or_nothing():
+    image = {"pixel_values": torch.ones(1)}
+    rows = [torch.tensor(ids) for ids in ([5, 9, 8, 7], [5, 9, 8, 6], [5, 9, 3, 7], [9, 8, 5, 7])]
+    keys = sharing_keys(["u"] * 4, rows, [3] * 4, [image] * 4, {5})
+    assert keys[:3] == [("u", 0), ("u", 0), ("u", 2)]
+    assert keys[3][1] == 3 and keys[3][0] != "u", "its prompt ends with a placeholder"
+    assert len(set(sharing_keys(["u"] * 2, rows[:2], [3] * 2, [image] * 2, ()))) == 2
 
 
 def test_ordinary_generation_does_not_notice():
