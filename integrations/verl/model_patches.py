@@ -69,7 +69,7 @@ def leaves_images_out(model: nn.Module) -> bool:
 
 def _model_classes(model: nn.Module) -> list[Any]:
     base: Any = transformers_model(model)
-    return [type(base), type(base.model)]
+    return [type(base), type(getattr(base, "model", base))]
 
 
 @contextmanager
