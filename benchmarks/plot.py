@@ -8,6 +8,7 @@ Files that are not there (a GPU's) are passed over. Figures stand between `<!-- 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ NAMES = {
     "stock": "TRL, padded",
     "ours": "ours",
 }
+DID_NOT_RUN = "did not run"  # it took more memory than there is
 Row = dict[str, str]
 
 
@@ -71,7 +73,7 @@ def draw_attention(rows: list[Row], device: str) -> None:
         for place, row in enumerate(bars):
             value = float(row["times_as_fast_as_rows"])
             ax.barh(-place, value, color=colour(row["method"]), height=0.65)
-            ax.text(value, -place, f" {value:.2f}", va="center", fontsize=9)
+            ax.text(0 if math.isnan(value) else value, -place, f" {ratio_of(row)}", va="center", fontsize=9)
         ax.axvline(float(bars[0]["pair_ratio"]), color="#c00000", linewidth=1, linestyle="--")
         ax.set_yticks(
             [-i for i in range(len(bars))], [NAMES[row["method"]] for row in bars] if ax is axes[0][0] else []
@@ -142,7 +144,8 @@ def draw_updates(rows: list[Row], device: str) -> None:
         for i, row in enumerate(chosen):
             seconds = float(row["seconds"])
             ax.bar(i, seconds, color=colour(row["way"]), width=0.6)
-            ax.text(i, 0 if seconds != seconds else seconds, f"{seconds:.2f}", ha="center", va="bottom", fontsize=9)
+            height, text = (0, DID_NOT_RUN) if math.isnan(seconds) else (seconds, f"{seconds:.2f}")
+            ax.text(i, height, text, ha="center", va="bottom", fontsize=9)
         ax.set_xticks(range(len(chosen)), [row["way"] for row in chosen])
         finish(ax, title="{} {}, {}+{}x{}".format(*place[:3], place[4], place[3]), ylabel="seconds")
     save(figure, f"actor-update-{device}.png")
@@ -162,9 +165,17 @@ def attention_table(rows: list[Row]) -> str:
     for case in dict.fromkeys((r["prompt"], r["response"], r["group"]) for r in rows):
         found = [cells.get((*case, method)) for method in methods]
         bound = float(next(row for row in found if row)["pair_ratio"])
-        values = ["-" if row is None else f"{float(row['times_as_fast_as_rows']):.2f}{memory_of(row)}" for row in found]
+        values = ["-" if row is None else f"{ratio_of(row)}{memory_of(row)}" for row in found]
         lines.append(f"| {', '.join(case)} | {bound:.2f} | " + " | ".join(values) + " |")
     return "\n".join(lines)
+
+
+def ratio_of(row: Row) -> str:
+    """Times as fast as rows; nothing where the rows did not run."""
+    if row["seconds"] == "nan":
+        return DID_NOT_RUN
+    value = float(row["times_as_fast_as_rows"])
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def memory_of(row: Row) -> str:
@@ -199,7 +210,7 @@ def update_table(rows: list[Row]) -> str:
     ]
     lines += [
         f"| {r['model']} | {r['training']} | {r['prompt']}, {r['response']}, {r['group']} | {NAMES[r['way']]} | "
-        f"{r['seconds']} | {r['times_as_fast_as_rows']} | {r['peak_mib']} |"
+        f"{DID_NOT_RUN if r['seconds'] == 'nan' else r['seconds']} | {ratio_of(r)} | {r['peak_mib']} |"
         for r in rows
     ]
     return "\n".join(lines)

@@ -307,6 +307,17 @@ def test_the_pictures_can_be_drawn_from_the_results(tmp_path: Path, monkeypatch:
     assert {path.name for path in tmp_path.iterdir()} == {"attention-cpu.png", "growth-cpu.png", "paper-memory.png"}
 
 
+def test_a_method_without_memory_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot, "IMAGES", tmp_path)
+    case = {"prompt": "8", "response": "8", "group": "2", "pair_ratio": "1.5", "peak_mib": "nan"}
+    lines = [
+        {**case, "method": "rows", "seconds": "nan", "times_as_fast_as_rows": "nan"},
+        {**case, "method": "ours:auto", "seconds": "0.5", "times_as_fast_as_rows": "nan"},
+    ]
+    plot.draw_attention(lines, "cuda")
+    assert plot.attention_table(lines).splitlines()[-1] == "| 8, 8, 2 | 1.50 | did not run | - |"
+
+
 def test_counts_over_the_whole_grid_were_those_of_the_formula() -> None:
     rows = read_csv(RESULTS / "flops.csv")
     assert len(rows) == 3 * 7 * 4
