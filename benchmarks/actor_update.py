@@ -38,8 +38,6 @@ from prefix_grouper_plugins.scoring import CHUNK_SIZE
 
 CPU_LAYERS = 4  # all 24 would take an hour
 CASES = {"cpu": ((512, 32, 8),), "cuda": ((8192, 1024, 8), (4096, 512, 8), (4096, 4096, 4))}
-
-
 WARM_UP_IDS = 16  # token ids below this, which every vocabulary has
 
 
@@ -261,9 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.memory_of:
         print_memory_of(args, names[0])
         return
-    found = [row for name in names for kind in args.training for row in measure(name, kind == "lora", args)]
-    note = "gradient checkpointing; prompt and responses of equal lengths, so nothing is padded"
-    write_csv(args.output or RESULTS / f"actor-update-{args.device}.csv", found, args.device, note)
+    part = f"{args.layers} layers; " if args.layers else ""
+    note = f"{part}gradient checkpointing; prompt and responses of equal lengths, so nothing is padded"
+    found: list[dict[str, Any]] = []
+    for name in names:
+        for kind in args.training:
+            found += measure(name, kind == "lora", args)
+            # Now: a larger model may end the process.
+            write_csv(args.output or RESULTS / f"actor-update-{args.device}.csv", found, args.device, note)
 
 
 if __name__ == "__main__":
