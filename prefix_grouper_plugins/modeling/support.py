@@ -207,6 +207,8 @@ def _type_reasons(config: Any, layers: list[tuple[str, nn.Module]]) -> list[str]
     if not layers:
         return [f"{kind} mixes tokens by code of its own, which is not supported yet"]
     known = _LAYER_TYPES.union(*(mixer.layer_types for _, m in layers if (mixer := mixer_of(m))))
+    if kind == "minimax":
+        known -= {"sliding_attention"}  # it would hand such layers the mask for padding
     others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if others:
         return [f"{kind} has layers of type {', '.join(others)}, which mix tokens in a way that is not supported yet"]

@@ -6,14 +6,96 @@ which position, or how states run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
 from prefix_grouper_plugins.modeling.masks import mask_functions
 from tests.modeling import families
+from tests.modeling.test_families import gradients, packed, single_rows
 from tests.modeling.unseen import UnseenForCausalLM, unseen
 
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 1e2, "factor": 4.0, "original_max_position_embeddings": 4}
+
+EXACT: list[tuple[str, dict[str, Any]]] = [
+    # Windows: of one token, on some layers, shorter and longer than prompts.
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 1, "max_window_layers": 1}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 3}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ALTERNATING}),
+    ("mistral", {"sliding_window": 2}),
+    ("ministral", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 2}),
+    ("exaone4", {"layer_types": ["full_attention"] * 3, "sliding_window": None}),
+    ("modernbert-decoder", {"sliding_window": 2}),
+    ("gpt_neo", {"window_size": 1}),
+    ("recurrent_gemma", {"attention_window_size": 2, "conv1d_width": 2}),
+    ("moshi", {"sliding_window": 2}),
+    ("olmo3", {"layer_types": ALTERNATING, "sliding_window": 3}),
+    # Positions.
+    ("ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}}),
+    ("glm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e2, "partial_rotary_factor": 0.25}}),
+    ("granite_swa", {"layer_rope_theta": [1e2, 1e4, 0.0]}),
+    ("smollm3", {"no_rope_layers": [0, 1, 0]}),
+    ("gptj", {"rotary_dim": 8}),
+    *(
+        ("falcon", {"multi_query": mq, "new_decoder_architecture": new, "alibi": alibi, "parallel_attn": parallel})
+        for mq, new, alibi, parallel in [
+            (False, False, True, False),
+            (True, False, True, True),
+            (False, True, False, True),
+        ]
+    ),
+    ("mpt", {"attn_config": {"alibi": True, "alibi_bias_max": 4, "clip_qkv": 0.5}}),
+    # Scores, heads and latent attention.
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("cohere", {"use_qk_norm": True}),
+    ("olmo", {"clip_qkv": 0.1, "num_key_value_heads": 1}),
+    ("phi", {"qk_layernorm": True}),
+    ("deepseek_v2", {"q_lora_rank": None, "n_routed_experts": 8, "routed_scaling_factor": 3.0}),
+    ("deepseek_v3", {"q_lora_rank": None, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
+    ("gemma3n_text", {"num_kv_shared_layers": 0, "altup_active_idx": 1}),
+    ("gemma4_text", {"num_kv_shared_layers": 1}),
+    # States: kernels longer than responses, chunks of one token and longer than rows, clamped time steps.
+    ("lfm2", {"conv_L_cache": 9}),
+    ("lfm2", {"conv_L_cache": 1}),
+    ("mamba", {"conv_kernel": 7}),
+    ("mamba2", {"chunk_size": 1, "conv_kernel": 2}),
+    ("mamba2", {"chunk_size": 32, "time_step_limit": (0.0, 0.01)}),
+    ("bamba", {"mamba_chunk_size": 3, "attn_layer_indices": [0, 2]}),
+    ("nemotron_h", {"chunk_size": 3, "n_groups": 1, "mamba_hidden_act": "relu"}),
+    ("jamba", {"attn_layer_period": 3, "attn_layer_offset": 0, "mamba_d_conv": 2}),
+    ("minimax", {"block_size": 3}),
+    ("zaya", {"cca_time0": 3, "cca_time1": 3}),
+    ("rwkv", {"rescale_every": 1}),
+    # Weights that several layers or both ends share.
+    ("llama", {"tie_word_embeddings": True, "pad_token_id": 5}),
+    ("hrm_text", {"H_cycles": 1, "L_cycles": 2}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), EXACT, ids=[f"{t}-{'-'.join(c)}" for t, c in EXACT])
+def test_packed_rows_are_exact_under_other_settings_too(model_type, changes):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    model = families.build(model_type, **changes)
+    report = check_support(model)
+    if model_type == "nemotron_h" and "is causal from transformers" in str(report.reasons):
+        pytest.skip(str(report.reasons))
+    expected = single_rows(model)
+    expected_gradients = gradients(model, expected)
+    logits = packed(enable_prefix_grouper(model, prove=False))
+    for row, wanted in zip(logits, expected, strict=True):
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+    noise = 1e-5 * max(float(g.abs().max()) for g in expected_gradients.values())
+    got = gradients(model, logits)
+    assert got.keys() == expected_gradients.keys()
+    for name, wanted in expected_gradients.items():
+        assert (got[name] - wanted).abs().max() <= 1e-3 * wanted.abs().max().clamp(min=noise), name
 
 
 @pytest.mark.parametrize(
@@ -32,6 +114,7 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
         ),
         # And the other way round: kernels without a mask would hide what the model's mask shows.
         ("olmoe", {"sliding_window": 3}, "OlmoeAttention masks with sliding_window=None but calls .* with 3"),
+        ("minimax", {"layer_types": ALTERNATING}, "minimax has layers of type sliding_attention"),
         # transformers then makes masks for reading both ways.
         ("llama", {"is_causal": False}, "attention is not causal"),
         ("falcon", {"is_causal": False}, "attention is not causal"),
