@@ -27,7 +27,9 @@ from prefix_grouper_plugins.grouping import plan_micro_batches, spread_micro_bat
 from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.images import (
     COMPARED_MODEL_TYPES,
+    TOKEN_TYPES,
     WITH_VERLS_FORWARD,
+    joined,
     placeholder_ids,
     reason_not_to_share,
     row_inputs,
@@ -295,7 +297,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             reason = packed.reason_not_to_share
         if reason is not None:
             self._count_fallback(reason, micro_batch)
-            return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
+            return self._ordinary_inputs(micro_batch)
         if packed.some_alone:
             self._warn_once("rows with an image in the response, or at the very end of the prompt, share nothing")
         self._count_packed(packed)
@@ -315,6 +317,20 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         inputs.update(layout_inputs(layout, labels.device))
         inputs.update(without_router_loss(self.module))  # verl's losses do not read it
         output_args["packed"] = packed
+        return inputs, output_args
+
+    def _ordinary_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        """verl's, of rows with images that it may not be able to concatenate."""
+        lengths = micro_batch["input_ids"].offsets().diff().tolist()
+        images = row_inputs(micro_batch)
+        known = reason_not_to_share(images, lengths, self._placeholders, self._model_type) is None
+        if not any(images) or not known or self._model_type in WITH_VERLS_FORWARD:
+            return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
+        padded = not tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
+        inputs, output_args = super().prepare_model_inputs(joined(micro_batch, lengths, padded))
+        if TOKEN_TYPES in inputs:
+            types = inputs[TOKEN_TYPES].to(inputs["input_ids"].device)
+            inputs[TOKEN_TYPES] = pad(types, (0, inputs["input_ids"].shape[1] - types.shape[1]))
         return inputs, output_args
 
     def prepare_model_outputs(

@@ -16,6 +16,8 @@ import torch
 from tensordict import NonTensorData, TensorDict
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from verl.utils import tensordict_utils as tu
 from verl.utils.model import extract_multi_modal_inputs
 
 from prefix_grouper_plugins.modeling.multimodal import BIDIRECTIONAL_IMAGES
@@ -114,6 +116,26 @@ def merged(rows: Sequence[RowInputs]) -> dict[str, Any]:
     """
     rows = [images_of(row) for row in rows]
     return extract_multi_modal_inputs([*map(_one_by_one, rows)] if _counts_along_rows(rows) else _filled_up(rows))
+
+
+def joined(micro_batch: TensorDict, lengths: Sequence[int], padded: bool) -> TensorDict:
+    """``micro_batch`` with the inputs of all rows in its first, in the form in which verl lays out the tokens.
+
+    For the ordinary path, on which verl concatenates inputs of rows: it stops at those of unequal shapes, and takes kinds
+    of tokens that lie row by row for those of packed tokens.
+
+    Args:
+        micro_batch: rows of a model whose forward is its own.
+        lengths: tokens of each row.
+        padded: whether verl pads the rows (else it packs them).
+    """
+    inputs = row_inputs(micro_batch)
+    first, types = merged(inputs), token_types(inputs, lengths)
+    if types is not None:
+        first[TOKEN_TYPES] = pad_sequence(types, batch_first=True) if padded else torch.cat(types)[None]
+    copy = micro_batch.copy()
+    tu.assign_non_tensor_stack(copy, "multi_modal_inputs", [first, *({} for _ in inputs[1:])])
+    return copy
 
 
 def _counts_along_rows(rows: Sequence[RowInputs]) -> bool:

@@ -51,9 +51,10 @@ OTHERS = [
     Case(model="gemma3", tied=True),  # of text, as verl's agent loop hands over; so of families that are not compared
     Case(model="vipllava", tied=True),
 ]
-# Rows that verl cannot concatenate, or that it mixes up: it gets each in a micro-batch of its own.
+# Rows that verl cannot concatenate, or that it mixes up: it gets each in a micro-batch of its own. Here the ordinary path,
+# which `verify` compares with, takes them as well.
 ONE_BY_ONE = [
-    Case(model="gemma3", images="mixed", tied=True, alone=True),
+    Case(model="gemma3", images="mixed", tied=True, alone=True, options={"verify": True}),
     Case(model="gemma3", images="some", tied=True, alone=True, lora=True, checkpointing=True, engine=BUCKETS),
     Case(model="idefics3", images="mixed", alone=True),
     Case(model="llava_next", images="mixed", tied=True, alone=True),
@@ -94,6 +95,14 @@ ROWS_PER_GROUP = [
 FALLBACKS = [
     (Case(model="qwen2_5_vl", images="one", temperature=[0.7, 1.0]), "each row has a temperature of its own"),
     (Case(model="qwen3_vl", images="unknown"), "`pixel_mask` among the multimodal inputs is not known here"),
+    (
+        Case(model="gemma3", images="even", tied=True, alone=True, temperature=[0.7, 1.0]),  # which verl would mix up
+        "each row has a temperature of its own",
+    ),
+    (
+        Case(model="idefics3", images="mixed", alone=True, temperature=[0.7, 1.0], remove_padding=False),
+        "each row has a temperature of its own",
+    ),
     (
         Case(model="vipllava", images="one", tied=True),
         "images of vipllava have not been compared with verl's own engine",
