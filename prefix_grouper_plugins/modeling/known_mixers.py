@@ -219,6 +219,19 @@ def foreign_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if mixer_of(module) is not None]
 
 
+_SCANS_OR_CONVOLVES = {
+    "Mamba", "Mamba-2", "gated delta net", "short convolution", "convolution in front of attention", "lightning attention"
+}  # fmt: skip
+_PROJECTIONS_BEFORE = ("in_proj", "qkv_proj", "q_proj", "k_proj", "linear_q", "linear_k")
+
+
+def puts_bias_on_padding(module: nn.Module) -> bool:
+    """Whether a known mixer adds a bias to padding, which it has set to zero, before it mixes it into the tokens behind."""
+    if mixer_of(module).kind not in _SCANS_OR_CONVOLVES:  # type: ignore[union-attr]
+        return False
+    return any(getattr(getattr(module, name, None), "bias", None) is not None for name in _PROJECTIONS_BEFORE)
+
+
 def how_it_runs(module: nn.Module) -> str:
     """Of a known mixer: by state forking, or by expand, run, collapse."""
     recipes = mixer_of(module).recipes  # type: ignore[union-attr]

@@ -12,6 +12,8 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
 
+from prefix_grouper_plugins.modeling.known_mixers import foreign_mixers, puts_bias_on_padding
+
 # Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
 VERIFIED_MODEL_TYPES = frozenset(
     """
@@ -80,6 +82,12 @@ def padding_reasons(base: PreTrainedModel, kind: str) -> list[str]:
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
         return [
             f"{kind} numbers positions by its own padding token, which need not be the one that a batch is padded with"
+        ]
+    biased = [type(module).__name__ for _, module in foreign_mixers(base) if puts_bias_on_padding(module)]
+    if biased:
+        return [
+            f"{kind}: {biased[0]} adds a bias to what it mixes, padding on the left included, so a padded batch computes "
+            "something else than single rows"
         ]
     if getattr(base.config, "rotary_value", False):
         return [f"{kind} with `rotary_value=True` turns its values by columns, so padding on the left changes them"]
