@@ -47,6 +47,7 @@ def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytes
             num_generations=4,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=1,
+            gradient_checkpointing=model.supports_gradient_checkpointing,
             **({"router_aux_loss_coef": 0.0} if model_type in WITHOUT_ROUTER_LOSS else {}),
             model_init_kwargs={"dtype": dtype, "experts_implementation": "eager"},
         )
