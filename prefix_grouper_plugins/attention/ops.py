@@ -20,8 +20,8 @@ from prefix_grouper_plugins.attention.registry import Backend, select
 
 _OPTIONS = "Tensor segments, Tensor? sinks, float scale, SymInt? window, float? softcap, str backend"
 # A replayed CUDA graph repeats the plans of the call that it captured, whatever the segments on the host say by then. Since
-# torch 2.9 inductor captures operators with arguments on the CPU too, unless they are marked.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
+# torch 2.9, which brought the tag, inductor captures operators with arguments on the CPU too, unless they are marked.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
 @library.custom_op(
