@@ -116,10 +116,10 @@ def check_support(model: nn.Module) -> SupportReport:
         *_unknown_layers(config, layers, mixers),
         *position_reasons(text_part(base)),
         *_attention_reasons(layers + mixers, reads_both_ways(text_part(base))),
-        *window_reasons(text_part(base), layers),
         *_adapter_reasons(model),
         *_quantization_reasons(model, config),
     ]
+    reasons = reasons or window_reasons(text_part(base), layers)  # its remedy would mislead beside reasons without one
     unproven = _unproven(base)
     if unproven and not reasons:
         reasons += _unknown_masks(base)

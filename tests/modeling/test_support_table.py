@@ -60,7 +60,21 @@ def test_whatever_is_not_shared_has_a_reason():
 
 @other_transformers
 @pytest.mark.parametrize(
-    "model_type", ["qwen3", "gemma2", "mamba2", "gpt_neo", "rwkv", "deepseek_v32", "phimoe", "xlm", "big_bird", "fuyu"]
+    "model_type",
+    [
+        "qwen3",
+        "gemma2",
+        "mamba2",
+        "gpt_neo",
+        "rwkv",
+        "deepseek_v32",
+        "phimoe",
+        "blt",
+        "deepseek_v4",
+        "xlm",
+        "big_bird",
+        "fuyu",
+    ],
 )
 def test_verdict_layers_and_reason_are_those_of_check_support(model_type):
     row, report = ROWS[model_type], check_support(support_table.build(model_type))
