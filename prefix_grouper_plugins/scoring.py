@@ -127,7 +127,7 @@ class _Head:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
         for module in self.modules:
             hidden = module(hidden)
-        logits = hidden * self.scale
+        logits = hidden if self.scale == 1.0 else hidden * self.scale  # large, so no copy for nothing
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -207,7 +207,8 @@ def _score(
     head: _Head, hidden: Tensor, labels: Tensor, temperature: float, compute_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy, ``[N]`` each, of ``labels [N]`` after ``hidden [N, hidden]``."""
-    logits = head(hidden) / temperature
+    logits = head(hidden)
+    logits = logits if temperature == 1.0 else logits / temperature
     log_z = logits.logsumexp(-1)
     logp = logits.gather(-1, labels[:, None])[:, 0] - log_z
     if not compute_entropy:
