@@ -58,8 +58,7 @@ def train(tmp_path_factory):
 
 CASES = {
     "V1, two ranks, dynamic batch": ([*DYNAMIC, *REMOVE_PADDING], 2, ON),
-    "V1, one rank, LoRA": (LORA, 1, ON),
-    "V0, two ranks, verl's own flag": (V0, 2, [*FLAG, *OFF]),
+    "V0, one rank, LoRA, verl's own flag": ([*V0, *LORA], 1, [*FLAG, *OFF]),
 }
 
 
