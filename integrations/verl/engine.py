@@ -284,8 +284,11 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             return "each row has a temperature of its own"
         if "prompts" not in data:
             return "the batch does not say where prompts end (`prompts` is missing)"
+        inputs = row_inputs(data)
+        if not any(inputs):  # text: nothing to wait for the device for
+            return None
         lengths = data["input_ids"].offsets().diff().tolist()
-        return reason_not_to_share(row_inputs(data), lengths, self._placeholders, self._model_type)
+        return reason_not_to_share(inputs, lengths, self._placeholders, self._model_type)
 
     # ----------------------------------------------------------------------------------------------- one micro-batch
 
@@ -321,10 +324,11 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _ordinary_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, of rows with images that it may not be able to concatenate."""
-        lengths = micro_batch["input_ids"].offsets().diff().tolist()
         images = row_inputs(micro_batch)
-        known = reason_not_to_share(images, lengths, self._placeholders, self._model_type) is None
-        if not any(images) or not known or self._model_type in WITH_VERLS_FORWARD:
+        if not any(images) or self._model_type in WITH_VERLS_FORWARD:
+            return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
+        lengths = micro_batch["input_ids"].offsets().diff().tolist()
+        if reason_not_to_share(images, lengths, self._placeholders, self._model_type) is not None:
             return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
         padded = not tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
         inputs, output_args = super().prepare_model_inputs(joined(micro_batch, lengths, padded))

@@ -78,15 +78,25 @@ def row_keys(data: TensorDict) -> list[Hashable]:
     return [None] * len(data) if uids is None else [str(uid) for uid in uids]
 
 
+class _KeyedRows:
+    """Rows on the CPU, the lengths of their prompts, what belongs to their images, and what they share by."""
+
+    def __init__(self, data: TensorDict, placeholders: Collection[int]) -> None:
+        self.lengths, self.prompt_lengths = row_lengths(data)
+        self.rows = data["input_ids"].values().cpu().split(self.lengths)
+        self.inputs = row_inputs(data)
+        images = list(map(images_of, self.inputs))
+        self.keys = sharing_keys(row_keys(data), self.rows, self.prompt_lengths, images, placeholders)
+        prompts = (row[:prompt] for row, prompt in zip(self.rows, self.prompt_lengths, strict=True))
+        self.groups = list(map(prompt_group, self.keys, prompts))
+
+
 def row_sizes(data: TensorDict, placeholders: Collection[int] = ()) -> list[RowSize]:
     """What planning needs to know of each row; rows of one group have equal uids, prompts and images."""
-    lengths, prompt_lengths = row_lengths(data)
-    rows = data["input_ids"].values().cpu().split(lengths)
-    images = list(map(images_of, row_inputs(data)))
-    keys = sharing_keys(row_keys(data), rows, prompt_lengths, images, placeholders)
+    keyed = _KeyedRows(data, placeholders)
     return [
-        RowSize(prompt_group(key, row[:prompt]), prompt, len(row) - prompt)
-        for key, row, prompt in zip(keys, rows, prompt_lengths, strict=True)
+        RowSize(group, prompt, length - prompt)
+        for group, prompt, length in zip(keyed.groups, keyed.prompt_lengths, keyed.lengths, strict=True)
     ]
 
 
@@ -111,18 +121,14 @@ class PackedMicroBatch:
 
     def __init__(self, micro_batch: TensorDict, placeholders: Collection[int] = ()) -> None:
         ids = micro_batch["input_ids"]
-        lengths, prompt_lengths = row_lengths(micro_batch)
-        rows, inputs = ids.values().cpu().split(lengths), row_inputs(micro_batch)
-        images = list(map(images_of, inputs))
-        keys = sharing_keys(row_keys(micro_batch), rows, prompt_lengths, images, placeholders)
-        self.some_alone = any(key[0] is ALONE for key in keys)
-        layout = PrefixLayout.from_rows(rows, keys, shareable=prompt_lengths)
-        self.images = merged([inputs[row] for row in first_rows(layout)])
-        self.tally = Tally.of_rows(lengths)
+        keyed = _KeyedRows(micro_batch, placeholders)
+        self.some_alone = any(key[0] is ALONE for key in keyed.keys)
+        layout = PrefixLayout.from_rows(keyed.rows, keyed.keys, shareable=keyed.prompt_lengths)
+        self.images = merged([keyed.inputs[row] for row in first_rows(layout)])
+        self.tally = Tally.of_rows(keyed.lengths)
         self.tally.tokens, self.tally.packed = layout.num_tokens, 1
         self.tally.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
-        prompts = (row[:prompt] for row, prompt in zip(rows, prompt_lengths, strict=True))
-        self.tally.groups = len(set(map(prompt_group, keys, prompts)))
+        self.tally.groups = len(set(keyed.groups))
         self.layout = layout = layout.to(ids.device)
         positions = micro_batch["position_ids"].values()  # [tokens], with mRoPE [4, tokens]
         packed_positions = positions[..., layout.source_index]
@@ -130,7 +136,7 @@ class PackedMicroBatch:
         is_last = torch.zeros(layout.num_row_tokens, dtype=torch.bool, device=ids.device)
         is_last[self._offsets[1:] - 1] = True
         self._transitions = (~is_last).nonzero().squeeze(1)
-        self._types = token_types(inputs, lengths)
+        self._types = token_types(keyed.inputs, keyed.lengths)
         self.reason_not_to_share: str | None = None
         if not self._agree(positions):
             self.reason_not_to_share = "rows that share a prompt number its tokens differently"
