@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from prefix_grouper_plugins.grouping import prompt_group
 from prefix_grouper_plugins.modeling.multimodal import IMAGE_TENSORS, first_alike
 
 # Losses that are a mean over rows, or a sum with a normaliser that is the same for the whole generation batch.
@@ -81,7 +82,8 @@ def _regroup_window(window: list[MicroBatch]) -> list[MicroBatch]:
 
 def _group_order(merged: MicroBatch) -> list[int]:
     """Rows, those with equal prompts and images side by side, groups in the order of their first row."""
-    prompts = [ids.numpy().tobytes() for ids in merged["prompt_ids"].masked_fill(merged["prompt_mask"] == 0, -1).cpu()]
+    padded = merged["prompt_ids"].masked_fill(merged["prompt_mask"] == 0, -1).cpu()
+    prompts = [prompt_group(None, ids) for ids in padded]
     groups: dict[Hashable, list[int]] = {}
     for row, key in enumerate(zip(prompts, first_alike(_images(merged), prompts), strict=True)):
         groups.setdefault(key, []).append(row)
