@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefix_grouper_plugins.attention import triton_kernels
+from prefix_grouper_plugins.attention.gpu import why_not_capability
 from prefix_grouper_plugins.attention.plan import (
     CACHED_LAYOUTS,
     Forest,
@@ -72,8 +73,8 @@ def _why_not_gpu(device: torch.device, head_dim: int) -> str | None:
     if not torch.cuda.is_available() or not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no CUDA flash attention"
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"the CUDA flash ops need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    if (reason := why_not_capability(capability, "the CUDA flash ops")) is not None:
+        return reason
     activated = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()  # torch >= 2.10
     majors = _ACTIVATED.get(activated or "", (capability[0],))
     if capability[0] not in majors:
