@@ -58,11 +58,11 @@ def enable_layers(model: nn.Module, backend: str) -> None:
         ValueError: there is no such backend.
     """
     check_backend_name(backend)
-    if attention_layers(model):  # attention with code of its own may compare the name
-        for config in attention_configs(model):
-            config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
+    # Attention with code of its own may compare the name.
+    configs = attention_configs(model) if attention_layers(model) else []
+    for config in configs:
+        config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
     _unhook(model)
-    configs = list({id(m.config): m.config for _, m in attention_layers(model) if hasattr(m, "config")}.values())
     base = transformers_model(model)
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
     base.register_forward_pre_hook(
