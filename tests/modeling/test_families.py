@@ -63,6 +63,18 @@ def gradients(model, logits):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_packed_equals(expected, expected_gradients, model, noise):
+    """Logits within 1e-4, every gradient within 1e-3 of its largest entry, or of ``noise`` where that is larger."""
+    logits = packed(model)
+    for row, wanted in zip(logits, expected, strict=True):
+        # Rotary angles, norms and routers of transformers compute in float32, whatever the model's dtype.
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+    got = gradients(model, logits)
+    assert got.keys() == expected_gradients.keys()
+    for name, wanted in expected_gradients.items():
+        assert (got[name] - wanted).abs().max() <= 1e-3 * wanted.abs().max().clamp(min=noise), name
+
+
 @pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES))
 def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
     if model_type not in CONFIG_MAPPING:
@@ -90,15 +102,7 @@ def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
                 continue
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.train()
-        logits = packed(model)
-        for row, wanted in zip(logits, expected, strict=True):
-            # Rotary angles, norms and routers of transformers compute in float32, whatever the model's dtype.
-            torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
-        got = gradients(model, logits)
-        assert got.keys() == expected_gradients.keys()
-        for name, wanted in expected_gradients.items():
-            scale = wanted.abs().max().clamp(min=noise)
-            assert (got[name] - wanted).abs().max() <= 1e-3 * scale, name
+        assert_packed_equals(expected, expected_gradients, model, noise)
 
     model.eval()
     disable_prefix_grouper(model)
@@ -118,10 +122,4 @@ def test_in_float32_logits_and_gradients_stay_within_its_rounding(model_type):
     expected = single_rows(model)
     expected_gradients = gradients(model, expected)
     noise = 1e-3 * max(float(g.abs().max()) for g in expected_gradients.values())
-    logits = packed(enable_prefix_grouper(model, prove=False))
-    for row, wanted in zip(logits, expected, strict=True):
-        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
-    for name, got in gradients(model, logits).items():
-        wanted = expected_gradients.pop(name)
-        assert (got - wanted).abs().max() <= 1e-3 * wanted.abs().max().clamp(min=noise), name
-    assert not expected_gradients
+    assert_packed_equals(expected, expected_gradients, enable_prefix_grouper(model, prove=False), noise)
