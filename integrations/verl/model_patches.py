@@ -6,10 +6,10 @@ verl gives some classes another forward (``verl/models/transformers/monkey_patch
   the positions where rows begin. It would take a packed row for many short texts. Here packed rows go to the forward
   that the class had before, which looks its attention up in the interface; all other calls stay verl's. So they do for
   the gated delta nets of Qwen3.5, whose own forward has the seam that state forking needs.
-- Some of the models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank gathers
-  the tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 stumbles there over what the tower of transformers 5
-  returns. Keeping groups whole makes such micro-batches where verl's mixture of rows has none, so here the tower
-  returns the features alone, which verl's code takes as well.
+- Some of the models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank
+  gathers the tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 stumbles there over what the tower of
+  transformers 5 returns. Keeping groups whole makes such micro-batches where verl's mixture of rows has none, so here
+  the tower returns the features alone, which verl's code takes as well.
 - With fused kernels, models of which verl knows no forward get one for text, which leaves their images out.
 """
 

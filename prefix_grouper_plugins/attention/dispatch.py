@@ -45,8 +45,8 @@ def shared_prefix_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``, after scaling (Gemma 2, arXiv 2408.00118).
         sinks (`Tensor[H]`): for each head one learned logit in the softmax's denominator (gpt-oss).
         backend: ``"auto"`` takes the first of ``"merged_lse"`` (the flash kernels of torch), ``"triton"`` (fused kernels),
-            ``"flex"`` (compiled) and ``"blockwise"`` (pure torch) that can serve the call, see `available_backends` and docs/attention.md;
-            ``"dense"`` is the oracle with a ``T x T`` mask, for tests. The environment variable
+            ``"flex"`` (compiled) and ``"blockwise"`` (pure torch) that can serve the call, see `available_backends` and
+            docs/attention.md; ``"dense"`` is the oracle with a ``T x T`` mask, for tests. The environment variable
             ``PREFIX_GROUPER_BACKEND`` wins over all but ``"dense"``.
 
     Returns:
