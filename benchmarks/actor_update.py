@@ -122,9 +122,9 @@ def prepare(model: nn.Module, way: str) -> str:
     if way == "published":
         use_published_attention(base)
     elif way == "rows":  # the flash kernels of torch, one call for all rows
-        enable_prefix_grouper(base, backend="merged_lse", prove=False)
+        enable_prefix_grouper(base, backend="merged_lse", self_check=False)
     elif way == "ours":
-        enable_prefix_grouper(base, prove=False)
+        enable_prefix_grouper(base, self_check=False)
     return base.config._attn_implementation
 
 

@@ -80,9 +80,9 @@ def forwards(prompt: int, response: int, group: int) -> dict[str, Callable[[PreT
     # Groups of one response are segments of P - 1 + R tokens: whole rows.
     alone = PrefixLayout.from_groups([prompt + 1] * group, [[response]] * group).to("meta")
     return {
-        "rows": lambda model: packed_forward(enable_prefix_grouper(model, prove=False), alone),
+        "rows": lambda model: packed_forward(enable_prefix_grouper(model, self_check=False), alone),
         "published": lambda model: published_forward(model, prompt, response, group),
-        "ours": lambda model: packed_forward(enable_prefix_grouper(model, prove=False), shared),
+        "ours": lambda model: packed_forward(enable_prefix_grouper(model, self_check=False), shared),
     }
 
 

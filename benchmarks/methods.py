@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.dense import visibility_mask
+from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.bench import Attention, Case, Step
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
         check_support,
         disable_prefix_grouper,
         enable_prefix_grouper,
-        prove,
     )
+    from prefix_grouper_plugins.modeling.self_check import self_check
     from prefix_grouper_plugins.scoring import prefix_grouped_logps
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "disable_prefix_grouper",
     "enable_prefix_grouper",
     "prefix_grouped_logps",
-    "prove",
+    "self_check",
     "shared_prefix_attention",
 ]
 
@@ -36,6 +36,7 @@ __getattr__ = lazy_names(
     __name__,
     attention=["shared_prefix_attention"],
     layout=["PrefixLayout"],
-    modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper", "enable_prefix_grouper", "prove"],
+    modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper", "enable_prefix_grouper"],
     scoring=["prefix_grouped_logps"],
+    **{"modeling.self_check": ["self_check"]},
 )

@@ -83,7 +83,7 @@ class PrefixLayout:
         source_index (`LongTensor[T]`): index of each packed token in the rows laid end to end.
         row_index (`LongTensor[sum(L_i - 1)]`): packed position of each transition of the rows laid end to end.
         num_padding (`int`): tokens at the end that belong to no row, see :meth:`pad_to`.
-        blocks (`attention.blocks.Blocks`): tokens that see each other in both directions, or None. Set it last: :meth:`to` and
+        blocks (`attention.bidirectional.Blocks`): tokens that see each other in both directions, or None. Set it last: :meth:`to` and
             :meth:`pad_to` refuse such a layout.
     """
 

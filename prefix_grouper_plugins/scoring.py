@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     is_enabled,
@@ -23,7 +23,7 @@ from prefix_grouper_plugins.modeling import (
     transformers_model,
     without_router_loss,
 )
-from prefix_grouper_plugins.modeling.multimodal import ImageRows, reason_not_to_pack
+from prefix_grouper_plugins.modeling.images import ImageRows, reason_not_to_pack
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 

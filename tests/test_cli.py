@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, T5Config
 
 from prefix_grouper_plugins import __version__, cli
-from prefix_grouper_plugins.attention import merged_lse
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
 from tests import tiny
 from tests.modeling import multimodal_families
 

@@ -35,7 +35,7 @@ from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArgument
 from prefix_grouper_plugins.integrations.trl.launch import split_arguments
 from prefix_grouper_plugins.integrations.trl.regroup import regroup
 from prefix_grouper_plugins.metrics import SharingMeter
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

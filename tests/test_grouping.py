@@ -8,13 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_grouper_plugins import PrefixLayout
-from prefix_grouper_plugins.grouping import (
-    GroupedBatch,
-    RowSize,
-    packed_tokens,
-    plan_micro_batches,
-    spread_micro_batches,
-)
+from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens, plan_micro_batches, spread_micro_batches
 
 
 def padded(prompts, completions):

@@ -20,7 +20,7 @@ from prefix_grouper_plugins import (
     scoring,
     shared_prefix_attention,
 )
-from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.batch import GroupedBatch
 from tests import tiny
 from tests.modeling import families
 

@@ -68,7 +68,7 @@ class PrefixGrouperArguments:
         },
     )
 
-    prefix_grouper_proof: bool = field(
+    prefix_grouper_self_check: bool = field(
         default=True,
         metadata={
             "help": "Before training, compare a tiny packed forward and backward of the model with forwards of its rows; "

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prefix_grouper_plugins.modeling.multimodal import (
+from prefix_grouper_plugins.modeling.images import (
     IMAGE_TENSORS,
     TOKEN_TENSORS,
     ImageRows,

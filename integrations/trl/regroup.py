@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from prefix_grouper_plugins.grouping import prompt_group
-from prefix_grouper_plugins.modeling.multimodal import IMAGE_TENSORS, first_alike
+from prefix_grouper_plugins.batch import prompt_group
+from prefix_grouper_plugins.modeling.images import IMAGE_TENSORS, first_alike
 
 # Losses that are a mean over rows, or a sum with a normaliser that is the same for the whole generation batch.
 _ROW_SUM_LOSSES = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}

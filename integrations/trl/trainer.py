@@ -26,7 +26,7 @@ from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
-from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, reason_not_to_share
 from prefix_grouper_plugins.integrations.trl.regroup import regroup, rows_mix_freely, window_size
@@ -35,19 +35,19 @@ from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     agreed,
-    awaits_proof,
     check_support,
     disable_prefix_grouper,
     enable_prefix_grouper,
     numbers_padded_columns,
     packed_inputs,
-    refutation,
+    reasons_after,
     row_limit,
+    self_check_pending,
     settle,
     transformers_model,
     without_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling.multimodal import ImageRows
+from prefix_grouper_plugins.modeling.images import ImageRows
 
 _HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 # Parameters are cut into shards when training begins, and until then some processes hold none.
@@ -115,19 +115,19 @@ class PrefixGrouperMixin:
     def _enable_models(self) -> None:
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
         reports = [check_support(model) for model in models]
-        proof = self._option("prefix_grouper_proof")
+        wanted = self._option("prefix_grouper_self_check")
         found = [
             reason
             for report in reports
-            for reason in report.reasons + report.padded + (() if proof else report.unproven)
+            for reason in report.reasons + report.left_padding_reasons + (() if wanted else report.unverified)
         ]
         reasons = [*dict.fromkeys(found), *_setting_reasons(self.args)]
         if not reasons:
             for model in models:
                 enable_prefix_grouper(
-                    model, backend=self._option("prefix_grouper_backend"), prove="later" if proof else False
+                    model, backend=self._option("prefix_grouper_backend"), self_check="later" if wanted else False
                 )
-            if proof and self.accelerator.distributed_type not in _SHARDED:
+            if wanted and self.accelerator.distributed_type not in _SHARDED:
                 reasons = [reason for model in models for reason in self._prove(model)]
         if reasons:
             self._cannot_share(reasons)
@@ -139,10 +139,10 @@ class PrefixGrouperMixin:
     def _prove(self, model: Any) -> tuple[str, ...]:
         """Compare a tiny packed forward of ``model`` with its rows; why it cannot be shared. Every process calls it."""
         with self.accelerator.autocast():
-            proof = agreed(settle(model), self.accelerator.device)
-        reasons = refutation(check_support(model), proof)
+            result = agreed(settle(model), self.accelerator.device)
+        reasons = reasons_after(check_support(model), result)
         if not reasons and self._is_main:
-            logger.log(logging.INFO if proof.passed else logging.WARNING, "prefix grouper: %s", proof)
+            logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
         return reasons
 
     def _cannot_share(self, reasons: Sequence[str]) -> None:
@@ -215,7 +215,9 @@ class PrefixGrouperMixin:
         Rows are cut into the stock method's chunks, so that every process makes the same number of forwards.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
-        waits = self._shares and self._standing_reason is None and awaits_proof(model)  # it was to be sharded first
+        waits = (
+            self._shares and self._standing_reason is None and self_check_pending(model)
+        )  # it was to be sharded first
         if waits and (reasons := self._prove(model)):
             self._cannot_share(reasons)
         reason = self._reason_not_to_share(model, input_ids.shape[1], given)

@@ -66,7 +66,7 @@ class PrefixGrouperOptions(BaseConfig):
             "help": "Run the first update twice, ordinary and shared, and stop if the gradients differ.",
         },
     )
-    proof: bool = field(
+    self_check: bool = field(
         default=True,
         metadata={
             "help": "Before the first forward, compare a tiny packed forward and backward of the model with forwards of "

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from prefix_grouper_plugins.grouping import RowSize, packed_tokens, rows_by_group
 from prefix_grouper_plugins.integrations.verl.switch import is_asked_for
 from prefix_grouper_plugins.metrics import logger
+from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens, rows_by_group
 
 _PREFIX = "prefix_grouper/"
 

@@ -23,9 +23,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
-from prefix_grouper_plugins.grouping import plan_micro_batches, spread_micro_batches
 from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
-from prefix_grouper_plugins.integrations.verl.images import (
+from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, mend_positions, row_sizes
+from prefix_grouper_plugins.integrations.verl.switch import raise_failures
+from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
+from prefix_grouper_plugins.integrations.verl.vision.images import (
     COMPARED_MODEL_TYPES,
     TOKEN_TYPES,
     WITH_VERLS_FORWARD,
@@ -34,9 +36,7 @@ from prefix_grouper_plugins.integrations.verl.images import (
     reason_not_to_share,
     row_inputs,
 )
-from prefix_grouper_plugins.integrations.verl.lent_images import lend_images
-from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, mend_positions, row_sizes
-from prefix_grouper_plugins.integrations.verl.model_patches import (
+from prefix_grouper_plugins.integrations.verl.vision.model_patches import (
     fit_to_packed_rows,
     has_verls_forward,
     leaves_images_out,
@@ -44,8 +44,8 @@ from prefix_grouper_plugins.integrations.verl.model_patches import (
     numbered_rows,
     remember_attention,
 )
-from prefix_grouper_plugins.integrations.verl.switch import raise_failures
 from prefix_grouper_plugins.metrics import SharingMeter, logger
+from prefix_grouper_plugins.micro_batches import plan_micro_batches, spread_micro_batches
 from prefix_grouper_plugins.modeling import (
     ShardedLayout,
     UnsupportedModelError,
@@ -54,12 +54,12 @@ from prefix_grouper_plugins.modeling import (
     disable_prefix_grouper,
     enable_prefix_grouper,
     layout_inputs,
-    refutation,
+    reasons_after,
     settle,
     transformers_model,
     without_router_loss,
 )
-from prefix_grouper_plugins.modeling.mixers import foreign_mixers
+from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
 from prefix_grouper_plugins.verify import check_gradients, local_gradients
 
 # Policy losses of verl whose value does not depend on which rows stand in one micro-batch. Of its own, clip_cov and
@@ -103,7 +103,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._tally = Tally()
         self._warned: set[str] = set()
         self._standing_reason: str | None = None
-        self._to_prove = False
+        self._to_self_check = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._model_type = self.model_config.hf_config.model_type
         self._to_verify = self.options.verify and not engine_config.forward_only
@@ -120,15 +120,17 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
         report = check_support(module)
-        if self.options.proof and self.use_ulysses_sp:
+        if self.options.self_check and self.use_ulysses_sp:
             self._warn_once(_NO_PROOF_OF_PIECES)
-        self._to_prove = self.options.proof and not self.use_ulysses_sp
-        unproven = () if self._to_prove else report.unproven
-        reasons = [*lost_attention(module), *report.reasons, *unproven, *self._own_reasons(module)]
+        self._to_self_check = self.options.self_check and not self.use_ulysses_sp
+        unverified = () if self._to_self_check else report.unverified
+        reasons = [*lost_attention(module), *report.reasons, *unverified, *self._own_reasons(module)]
         if reasons:
             self._cannot_share(reasons)
         else:
-            enable_prefix_grouper(module, backend=self.options.backend, prove="later" if self._to_prove else False)
+            enable_prefix_grouper(
+                module, backend=self.options.backend, self_check="later" if self._to_self_check else False
+            )
         for note in report.notes:
             self._warn_once(note)
         return super()._build_fsdp_module(module)
@@ -140,21 +142,21 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
                 f"{'; '.join(reasons)}. To train without sharing, leave model_engine=prefix_grouper out or set "
                 "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
             )
-        self._to_prove = False
+        self._to_self_check = False
         self._standing_reason = "; ".join(reasons)
 
     def _prove(self) -> None:
         """Compare a tiny packed forward with its rows, before the first batch: on all ranks, as FSDP demands."""
-        self._to_prove = False
+        self._to_self_check = False
         device, dtype = torch.device(get_device_name()), self._autocast_dtype
         autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)  # as verl does
         with autocast, numbered_rows(self.module):
-            proof = agreed(settle(self.module, device), device)
-        if reasons := refutation(check_support(self.module), proof):
+            result = agreed(settle(self.module, device), device)
+        if reasons := reasons_after(check_support(self.module), result):
             disable_prefix_grouper(self.module)
             self._cannot_share(reasons)
         elif self.rank == 0:
-            logger.log(logging.INFO if proof.passed else logging.WARNING, "prefix grouper: %s", proof)
+            logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
 
     def _own_reasons(self, module: nn.Module) -> list[str]:
         """Why this engine cannot share on a model that can be shared elsewhere."""
@@ -193,7 +195,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
         Adds ``prefix_grouper/*`` to the metrics.
         """
-        if self._to_prove:
+        if self._to_self_check:
             self._prove()
         if self._to_verify and not forward_only:
             self._verify(data, loss_function)
@@ -231,7 +233,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
                 tu.assign_non_tensor(data, use_dynamic_bsz=True)  # verl restores the order of rows only then
                 micro_batches = [tu.index_select_tensor_dict(data, rows) for rows in plan]
             if self._waits_for_towers:
-                lend_images(micro_batches, self._placeholders, dp_group)
+                add_dummy_images(micro_batches, self._placeholders, dp_group)
             return micro_batches, plan
 
         fsdp.prepare_micro_batches = planned

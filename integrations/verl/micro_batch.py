@@ -17,18 +17,19 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from verl.utils import tensordict_utils as tu
 
-from prefix_grouper_plugins.grouping import RowSize, prompt_group
-from prefix_grouper_plugins.integrations.verl.images import (
+from prefix_grouper_plugins.batch import prompt_group
+from prefix_grouper_plugins.integrations.verl.vision.dummy_image import dummy_image
+from prefix_grouper_plugins.integrations.verl.vision.images import (
     TOKEN_TYPES,
     images_of,
     merged,
     row_inputs,
     token_types,
 )
-from prefix_grouper_plugins.integrations.verl.lent_images import lent_image
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import sharing_metrics
-from prefix_grouper_plugins.modeling.multimodal import ALONE, first_rows, image_blocks, packed_blocks, sharing_keys
+from prefix_grouper_plugins.micro_batches import RowSize
+from prefix_grouper_plugins.modeling.images import ALONE, first_rows, image_blocks, packed_blocks, sharing_keys
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -111,7 +112,7 @@ class PackedMicroBatch:
         layout (`PrefixLayout`): of the rows, on that device.
         surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
             original one.
-        num_tokens: of the surrogate: those of the layout, and the placeholders of a lent image behind them.
+        num_tokens: of the surrogate: those of the layout, and the placeholders of a dummy image behind them.
         labels (`LongTensor[T]`): next token of each packed position.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
         some_alone (`bool`): whether there are rows whose images keep them from sharing.
@@ -144,12 +145,12 @@ class PackedMicroBatch:
             self.reason_not_to_share = "rows that share a prompt do not agree which of its tokens are images"
         self.labels = ids.values()[layout.source_index + 1]
         packed_ids = ids.values()[layout.source_index]
-        if (lent := lent_image(micro_batch)) is not None:
-            packed_ids = torch.cat([packed_ids, lent.placeholders.to(packed_ids)])
-            packed_positions = pad(packed_positions, (0, len(lent.placeholders)))
-            self.images = merged([lent.inputs])
-            self.tally.tokens += len(lent.placeholders)
-            self.tally.squares += len(lent.placeholders) ** 2
+        if (dummy := dummy_image(micro_batch)) is not None:
+            packed_ids = torch.cat([packed_ids, dummy.placeholders.to(packed_ids)])
+            packed_positions = pad(packed_positions, (0, len(dummy.placeholders)))
+            self.images = merged([dummy.inputs])
+            self.tally.tokens += len(dummy.placeholders)
+            self.tally.squares += len(dummy.placeholders) ** 2
         self.num_tokens = len(packed_ids)
         self.surrogate = TensorDict(
             {"input_ids": _one_row(packed_ids), "position_ids": _one_row(packed_positions)}, batch_size=[1]

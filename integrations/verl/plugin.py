@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prefix_grouper_plugins.after_import import after_import
+from prefix_grouper_plugins.import_hooks import after_import
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, failures, is_asked_for, raise_failures
 
 DEVICES = ["cuda", "npu", "cpu"]

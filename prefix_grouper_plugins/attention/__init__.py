@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prefix_grouper_plugins.attention import flops as flops  # tells torch's FLOP counter about the operators
-from prefix_grouper_plugins.attention.dispatch import shared_prefix_attention
+from prefix_grouper_plugins.attention.api import shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import available_backends
 
 __all__ = ["available_backends", "shared_prefix_attention"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from prefix_grouper_plugins.attention import ops as ops  # makes the operators
+from prefix_grouper_plugins.attention import op as op  # makes the operators
 from prefix_grouper_plugins.layout import visible_pairs
 
 

@@ -1,8 +1,6 @@
 """How a transformers model is made to use a layout, and which models can."""
 
-from prefix_grouper_plugins.modeling.enable import awaits_proof, enable_prefix_grouper, refutation, settle
-from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
-from prefix_grouper_plugins.modeling.interface import (
+from prefix_grouper_plugins.modeling.attention import (
     base_implementation,
     disable_prefix_grouper,
     is_enabled,
@@ -11,10 +9,12 @@ from prefix_grouper_plugins.modeling.interface import (
     row_positions,
     without_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling.proof import Proof, agreed, prove
+from prefix_grouper_plugins.modeling.enable import enable_prefix_grouper, reasons_after, self_check_pending, settle
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.rope import row_limit
+from prefix_grouper_plugins.modeling.self_check import SelfCheck, agreed
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
-from prefix_grouper_plugins.modeling.support import (
+from prefix_grouper_plugins.modeling.support.report import (
     SupportReport,
     check_support,
     numbers_padded_columns,
@@ -23,12 +23,11 @@ from prefix_grouper_plugins.modeling.support import (
 )
 
 __all__ = [
-    "Proof",
+    "SelfCheck",
     "ShardedLayout",
     "SupportReport",
     "UnsupportedModelError",
     "agreed",
-    "awaits_proof",
     "base_implementation",
     "check_support",
     "disable_prefix_grouper",
@@ -37,10 +36,10 @@ __all__ = [
     "layout_inputs",
     "numbers_padded_columns",
     "packed_inputs",
-    "prove",
-    "refutation",
+    "reasons_after",
     "row_limit",
     "row_positions",
+    "self_check_pending",
     "settle",
     "transformers_model",
     "without_prefix_grouper",

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_grouper_plugins import PrefixLayout, shared_prefix_attention
-from prefix_grouper_plugins.attention.blocks import Blocks
+from prefix_grouper_plugins.attention.bidirectional import Blocks
 
 # Two groups, whose prompts hold two blocks and one; a row that shares with nobody; a group without blocks.
 PROMPTS = [[-1, 0, 0, 0, 0, -1, 1, 1, -1], [0, 0, 0, -1], [-1, 0, 0], [-1, -1, -1]]

@@ -11,8 +11,9 @@ import torch
 from forests import FEATURES, Features, assert_all_close, features_of, inputs, layout_of, output_and_gradients
 from torch import Tensor
 
-from prefix_grouper_plugins.attention import available_backends, flex, shared_prefix_attention
-from prefix_grouper_plugins.attention.plan import Request
+from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
+from prefix_grouper_plugins.attention.backends import flex
+from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.layout import PrefixLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

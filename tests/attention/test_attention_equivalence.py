@@ -21,7 +21,9 @@ from forests import (
 )
 from hypothesis import given, settings
 
-from prefix_grouper_plugins.attention import blockwise, merged_lse, shared_prefix_attention
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention.backends import blockwise
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
 from prefix_grouper_plugins.layout import PrefixLayout
 
 
@@ -158,11 +160,11 @@ def test_auto_takes_flash_partials_where_they_can_serve() -> None:
     layout = PrefixLayout.from_groups([12], [[7, 9]])
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (blockwise, merged_lse):
+        for backend, module in (("blockwise", blockwise), ("merged_lse", merged_lse)):
             real = module.forward
 
-            def spy(*args: Any, _real: Any = real, _name: str = module.__name__, **kwargs: Any) -> Any:
-                calls.append(_name.rsplit(".", 1)[1])
+            def spy(*args: Any, _real: Any = real, _name: str = backend, **kwargs: Any) -> Any:
+                calls.append(_name)
                 return _real(*args, **kwargs)
 
             patch.setattr(module, "forward", spy)

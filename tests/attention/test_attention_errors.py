@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
-from prefix_grouper_plugins.attention.plan import forest_of
 from prefix_grouper_plugins.attention.registry import BACKENDS
+from prefix_grouper_plugins.forest import forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
 
 LAYOUT = PrefixLayout.from_groups([6], [[3, 4]])

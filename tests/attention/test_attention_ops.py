@@ -11,8 +11,9 @@ from forests import Features, assert_all_close, inputs, output_and_gradients
 from torch import Tensor, library
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from prefix_grouper_plugins.attention import ops, shared_prefix_attention
-from prefix_grouper_plugins.attention.ops import attention_backward_op, attention_op
+from prefix_grouper_plugins.attention import op as ops
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention.op import attention_backward_op, attention_op
 from prefix_grouper_plugins.layout import PrefixLayout
 
 LAYOUT = PrefixLayout.from_groups([33, 7], [[9, 14, 5], [6, 3]])

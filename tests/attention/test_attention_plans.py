@@ -25,8 +25,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefix_grouper_plugins.attention import blockwise, merged_lse, plan, shared_prefix_attention
-from prefix_grouper_plugins.attention.dense import visibility_mask
+from prefix_grouper_plugins import forest as plan
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention.backends import blockwise
+from prefix_grouper_plugins.attention.backends.dense import visibility_mask
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
 from prefix_grouper_plugins.layout import PrefixLayout
 
 CPU = torch.device("cpu")

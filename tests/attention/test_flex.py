@@ -28,9 +28,10 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefix_grouper_plugins.attention import flex
-from prefix_grouper_plugins.attention.dense import visibility_mask
-from prefix_grouper_plugins.attention.plan import Forest, Request, forest_of
+from prefix_grouper_plugins.attention.backends import flex
+from prefix_grouper_plugins.attention.backends.dense import visibility_mask
+from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.forest import Forest, forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
 
 CPU = torch.device("cpu")

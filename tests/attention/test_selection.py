@@ -11,13 +11,10 @@ import pytest
 import torch
 from forests import Features, inputs
 
-from prefix_grouper_plugins.attention import (
-    available_backends,
-    blockwise,
-    merged_lse,
-    shared_prefix_attention,
-    triton_kernels,
-)
+from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
+from prefix_grouper_plugins.attention.backends import blockwise
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.attention.backends.triton import kernels as triton_kernels
 from prefix_grouper_plugins.attention.registry import BACKENDS, auto_backend
 from prefix_grouper_plugins.layout import PrefixLayout
 
@@ -104,11 +101,12 @@ LAYOUT = PrefixLayout.from_groups([12], [[7, 9]])
 def used(monkeypatch: pytest.MonkeyPatch, features: Features, backend: str) -> list[str]:
     """The backends whose forward and backward one call takes."""
     calls: list[str] = []
-    for module, name in itertools.product((blockwise, merged_lse), ("forward", "backward")):
-        real = getattr(module, name)
+    modules = {"blockwise": blockwise, "merged_lse": merged_lse}
+    for key, name in itertools.product(modules, ("forward", "backward")):
+        module, real = modules[key], getattr(modules[key], name)
 
-        def spy(*args: Any, _real: Any = real, _module: str = module.__name__, **kwargs: Any) -> Any:
-            calls.append(_module.rsplit(".", 1)[1])
+        def spy(*args: Any, _real: Any = real, _backend: str = key, **kwargs: Any) -> Any:
+            calls.append(_backend)
             return _real(*args, **kwargs)
 
         monkeypatch.setattr(module, name, spy)

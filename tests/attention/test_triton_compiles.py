@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from prefix_grouper_plugins.attention.triton_configs import KERNELS, Tiles, configurations
-from prefix_grouper_plugins.attention.triton_tables import TABLE_BLOCK
+from prefix_grouper_plugins.attention.backends.triton.configs import KERNELS, Tiles, configurations
+from prefix_grouper_plugins.attention.backends.triton.tables import TABLE_BLOCK
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -88,7 +88,8 @@ def compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], warp
 
 
 def attention_kernel(case: Case) -> Any:
-    from prefix_grouper_plugins.attention import triton_backward, triton_forward
+    from prefix_grouper_plugins.attention.backends.triton import backward as triton_backward
+    from prefix_grouper_plugins.attention.backends.triton import forward as triton_forward
 
     kernels = {
         "forward": triton_forward.forward_kernel,
@@ -152,7 +153,8 @@ def test_the_last_configuration_compiles_and_fits_on_blackwell(
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_the_kernels_that_only_add_compile_and_do_not_spill(arch: int) -> None:
-    from prefix_grouper_plugins.attention import triton_backward, triton_merge
+    from prefix_grouper_plugins.attention.backends.merged_lse import fused as triton_merge
+    from prefix_grouper_plugins.attention.backends.triton import backward as triton_backward
 
     sizes = {"DIM": 96, "PADDED": 128}
     for kernel, constants in (

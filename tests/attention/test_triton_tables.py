@@ -9,9 +9,10 @@ from forests import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_grouper_plugins.attention import plan, triton_tables
-from prefix_grouper_plugins.attention.dense import visibility_mask
-from prefix_grouper_plugins.attention.triton_tables import Blocks
+from prefix_grouper_plugins import forest as plan
+from prefix_grouper_plugins.attention.backends.dense import visibility_mask
+from prefix_grouper_plugins.attention.backends.triton import tables as triton_tables
+from prefix_grouper_plugins.attention.backends.triton.tables import Blocks
 from prefix_grouper_plugins.layout import PrefixLayout
 
 

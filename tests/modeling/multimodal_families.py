@@ -296,7 +296,7 @@ def configure(model_type: str, **text: Any) -> Any:
 
 def build(model_type: str, **text: Any) -> PreTrainedModel:
     """In float64, with weights large enough that positions, masks and images matter."""
-    # Decays of recurrent layers are drawn; with some, their float32 kernels round too much for a float64 model's proof.
+    # Decays of recurrent layers are drawn; with some, their float32 kernels round too much for a float64 model's self-check.
     torch.manual_seed(1)
     model = AutoModelForImageTextToText.from_config(configure(model_type, **text))
     if hasattr(model, "set_experts_implementation"):

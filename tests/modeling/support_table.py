@@ -5,7 +5,7 @@
     python -m tests.modeling.support_table --page                        the page again, from the file that is there
 
 The types are those of transformers' causal-LM mapping and the vision-language models that we have verified. What a line
-says was seen in this run: a type is "exact" where it is in the list of modeling/type_rules.py *and* packed logits and
+says was seen in this run: a type is "exact" where it is in the list of modeling/model_types.py *and* packed logits and
 gradients equalled those of single rows just now, by the comparisons of test_families.py and test_multimodal.py. One that
 is in the list and differs ends the run with an error.
 """
@@ -33,11 +33,11 @@ from transformers.utils import logging
 
 from benchmarks.harness import RESULTS, number, read_csv, read_facts, use, write_csv
 from prefix_grouper_plugins import PrefixLayout, UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs
-from prefix_grouper_plugins.modeling.multimodal import ImageRows
-from prefix_grouper_plugins.modeling.support import SupportReport
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.images import ImageRows
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.support.report import SupportReport
 from tests import tiny
 from tests.modeling import families, multimodal_families, test_families, test_multimodal
 
@@ -52,7 +52,7 @@ COLUMNS = """
 model_type verdict reason in_trl layers logits_difference gradient_difference token_ratio update_ratio rows_seconds
 packed_seconds turns
 """.split()
-SHARED = ("exact", "proved on first use")
+SHARED = ("exact", "self-checked on first use")
 VERDICTS = (*SHARED, "differs", "refused", "alias", "not built")
 Row = dict[str, str]
 Step = Callable[[], None]
@@ -78,7 +78,7 @@ def examine(model_type: str) -> Row:
         return row | {"verdict": "refused", "reason": "; ".join(report.reasons)}
     if kind != model_type and kind in VERIFIED_MODEL_TYPES:
         return row | {"verdict": "alias", "reason": kind}
-    row |= {"layers": layers_in_words(report), "in_trl": "; ".join(report.padded) or "yes"}
+    row |= {"layers": layers_in_words(report), "in_trl": "; ".join(report.left_padding_reasons) or "yes"}
     if model.device.type == "meta":
         return row | {"verdict": "not built", "reason": "made of known parts, but there is no tiny config for it"}
     try:
@@ -89,7 +89,7 @@ def examine(model_type: str) -> Row:
     if not (logits <= LOGITS and gradients <= GRADIENTS):
         return row | {"verdict": "differs"}
     times = time_with_images(model_type, model) if with_images else time_text(model)
-    return row | times | {"verdict": "proved on first use" if report.unproven else "exact"}
+    return row | times | {"verdict": "self-checked on first use" if report.unverified else "exact"}
 
 
 def build(model_type: str) -> PreTrainedModel:
@@ -124,10 +124,10 @@ def one_line(error: Exception) -> str:
 
 
 def compare(model: PreTrainedModel) -> tuple[float, float]:
-    """Relative differences of logits and of gradients. Enables ``model``, by a proof where nothing else speaks for it."""
+    """Relative differences of logits and of gradients. Enables ``model``, by the self-check where nothing else speaks for it."""
     expected = test_families.single_rows(model)
     wanted = test_families.gradients(model, expected)
-    enable_prefix_grouper(model, prove=bool(check_support(model).unproven))
+    enable_prefix_grouper(model, self_check=bool(check_support(model).unverified))
     got = test_families.packed(model)
     # Gradients that are zero, as those of key biases, come out as noise in float32.
     noise = 1e-3 * max(float(g.abs().max()) for g in wanted.values()) if model.dtype == torch.float32 else 1e-6

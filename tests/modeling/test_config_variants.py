@@ -15,7 +15,7 @@ from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling.masks import mask_functions
+from prefix_grouper_plugins.modeling.support.masks import mask_functions
 from tests.modeling import families
 from tests.modeling.test_families import assert_packed_equals, gradients, single_rows
 from tests.modeling.unseen import UnseenForCausalLM, unseen
@@ -90,7 +90,7 @@ def test_packed_rows_are_exact_under_other_settings_too(model_type, changes):
     expected = single_rows(model)
     expected_gradients = gradients(model, expected)
     noise = 1e-5 * max(float(g.abs().max()) for g in expected_gradients.values())
-    assert_packed_equals(expected, expected_gradients, enable_prefix_grouper(model, prove=False), noise)
+    assert_packed_equals(expected, expected_gradients, enable_prefix_grouper(model, self_check=False), noise)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_packed_rows_are_exact_under_other_settings_too(model_type, changes):
 def test_what_a_mask_alone_would_say_is_refused(model_type, changes, reason):
     model = families.build(model_type, **changes)
     with pytest.raises(UnsupportedModelError, match=reason):
-        enable_prefix_grouper(model, prove=False)
+        enable_prefix_grouper(model, self_check=False)
 
 
 def test_a_window_that_is_changed_in_the_config_of_a_built_model_is_refused():
@@ -171,9 +171,9 @@ def test_recurrent_layers_that_put_a_bias_on_padding_are_not_padded(model_type, 
         0
     ]
     report = check_support(model)
-    assert bool(report.padded) is biased
+    assert bool(report.left_padding_reasons) is biased
     if biased:
-        assert "adds a bias to what it mixes, padding on the left included" in report.padded[0]
+        assert "adds a bias to what it mixes, padding on the left included" in report.left_padding_reasons[0]
     elif report.supported:
         torch.testing.assert_close(behind[3:], alone, rtol=1e-4, atol=1e-4)
     if biased and Version(transformers.__version__) >= Version("5.23"):  # older code of some types blanks it again

@@ -10,10 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import check_support, disable_prefix_grouper, enable_prefix_grouper, prefix_grouped_logps
-from prefix_grouper_plugins.grouping import GroupedBatch
+from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs, row_positions
-from prefix_grouper_plugins.modeling.mixers import foreign_mixers
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES
+from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES
 from tests import tiny
 from tests.modeling import families
 
@@ -87,7 +87,7 @@ def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
     expected = single_rows(model)
     expected_gradients = gradients(model, expected)
 
-    enable_prefix_grouper(model, prove=False)  # the proof is this test, at length
+    enable_prefix_grouper(model, self_check=False)  # the self-check is this test, at length
     for before, after in zip(expected, single_rows(model), strict=True):
         assert torch.equal(before, after), "an ordinary forward changed"
     assert_log_probs_are_those_of(expected, model)
@@ -122,4 +122,4 @@ def test_in_float32_logits_and_gradients_stay_within_its_rounding(model_type):
     expected = single_rows(model)
     expected_gradients = gradients(model, expected)
     noise = 1e-3 * max(float(g.abs().max()) for g in expected_gradients.values())
-    assert_packed_equals(expected, expected_gradients, enable_prefix_grouper(model, prove=False), noise)
+    assert_packed_equals(expected, expected_gradients, enable_prefix_grouper(model, self_check=False), noise)

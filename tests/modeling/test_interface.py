@@ -25,13 +25,8 @@ from prefix_grouper_plugins import (
     disable_prefix_grouper,
     enable_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling import (
-    interface,
-    is_enabled,
-    packed_inputs,
-    row_positions,
-    without_prefix_grouper,
-)
+from prefix_grouper_plugins.modeling import attention as interface
+from prefix_grouper_plugins.modeling import is_enabled, packed_inputs, row_positions, without_prefix_grouper
 from tests import tiny
 from tests.modeling import families
 
@@ -334,7 +329,7 @@ def test_positions_count_from_behind_the_padding_token_as_roberta_does_it():
 
 
 def test_rows_from_which_doge_would_choose_keys_are_an_error():
-    model = enable_prefix_grouper(families.build("doge"), prove=False)
+    model = enable_prefix_grouper(families.build("doge"), self_check=False)
     for layer in model.model.layers:
         layer.self_attn.keep_window_size = 5
     rows = tiny.rows({3: [2, 6]})

@@ -27,31 +27,31 @@ def build(model_type):
 def test_a_model_that_is_not_enabled_does_not_read_the_packed_row_as_one_text(model_type, once):
     model = build(model_type)
     if once:
-        disable_prefix_grouper(enable_prefix_grouper(model, prove=False))
+        disable_prefix_grouper(enable_prefix_grouper(model, self_check=False))
     with pytest.raises((RuntimeError, ValueError)):
         model(**INPUTS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "lfm2"])
 def test_another_attention_implementation_after_enabling_is_named(model_type):
-    model = enable_prefix_grouper(build(model_type), prove=False)
+    model = enable_prefix_grouper(build(model_type), self_check=False)
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"attention implementation has become 'eager'.*call enable_prefix_grouper"):
         model(**INPUTS)
-    enable_prefix_grouper(model, prove=False)
+    enable_prefix_grouper(model, self_check=False)
     model(**INPUTS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "falcon", "lfm2"])
 def test_a_packed_call_without_positions_is_refused(model_type):
-    model = enable_prefix_grouper(build(model_type), prove=False)
+    model = enable_prefix_grouper(build(model_type), self_check=False)
     for inputs in (INPUTS | {"position_ids": None}, {k: v for k, v in INPUTS.items() if k != "position_ids"}):
         with pytest.raises(ValueError, match="a packed call has no `position_ids`"):
             model(**inputs)
 
 
 def test_labels_that_the_model_would_shift_are_refused_and_shifted_ones_are_not():
-    model = enable_prefix_grouper(build("llama"), prove=False)
+    model = enable_prefix_grouper(build("llama"), self_check=False)
     labels = LAYOUT.labels(ROWS)[None]
     with pytest.raises(ValueError, match="would shift `labels` along the packed row"):
         model(**INPUTS, labels=labels)
@@ -64,13 +64,13 @@ def test_ordinary_calls_are_checked_for_nothing():
     model = build("llama")
     ids = ROWS[0][None]
     before = model(input_ids=ids, labels=ids).loss
-    assert torch.equal(enable_prefix_grouper(model, prove=False)(input_ids=ids, labels=ids).loss, before)
+    assert torch.equal(enable_prefix_grouper(model, self_check=False)(input_ids=ids, labels=ids).loss, before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "lfm2"])
 def test_disabling_in_front_of_a_checkpointed_backward_is_an_error(model_type, reentrant):
-    model = enable_prefix_grouper(build(model_type), prove=False)
+    model = enable_prefix_grouper(build(model_type), self_check=False)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     loss = model.train()(**INPUTS).logits.sum()
@@ -82,7 +82,7 @@ def test_disabling_in_front_of_a_checkpointed_backward_is_an_error(model_type, r
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next"])
 def test_a_model_from_the_config_of_an_enabled_one_is_not_enabled(model_type):
     """Its attention has the names, its mixers are as they were."""
-    model = enable_prefix_grouper(build(model_type), prove=False)
+    model = enable_prefix_grouper(build(model_type), self_check=False)
     other = type(model)(model.config)
     assert is_enabled(model) and not is_enabled(other)
     ids, mask = ROWS[0][None], torch.ones_like(ROWS[0][None])
@@ -92,7 +92,7 @@ def test_a_model_from_the_config_of_an_enabled_one_is_not_enabled(model_type):
 
 @pytest.mark.parametrize("model_type", ["bloom", "lfm2", "mamba2"])
 def test_a_layout_that_was_used_for_inference_serves_training(model_type):
-    model = enable_prefix_grouper(build(model_type), prove=False)
+    model = enable_prefix_grouper(build(model_type), self_check=False)
     layout = PrefixLayout.from_groups([6, 2], [[3, 1, 4], [2]])
     inputs = packed_inputs(layout, layout.pack(ROWS))
     with torch.inference_mode():

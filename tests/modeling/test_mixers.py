@@ -19,14 +19,9 @@ from prefix_grouper_plugins import (
     disable_prefix_grouper,
     enable_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling import (
-    ShardedLayout,
-    is_enabled,
-    known_mixers,
-    layout_inputs,
-    mixers,
-    packed_inputs,
-)
+from prefix_grouper_plugins.modeling import ShardedLayout, is_enabled, layout_inputs, packed_inputs
+from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
+from prefix_grouper_plugins.modeling.mixers import table as known_mixers
 from tests import tiny
 from tests.modeling import families, test_families
 from tests.modeling.test_families import ROWS, gradients, packed, single_rows

@@ -12,15 +12,15 @@ from prefix_grouper_plugins import (
     enable_prefix_grouper,
     prefix_grouped_logps,
 )
-from prefix_grouper_plugins.grouping import GroupedBatch
-from prefix_grouper_plugins.modeling.multimodal import (
+from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.modeling.images import (
     ImageRows,
     first_alike,
     reason_not_to_pack,
     sharing_keys,
     split_images,
 )
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MULTIMODAL_TYPES
 from tests.modeling import multimodal_families as families
 
 
@@ -235,5 +235,5 @@ def test_tensors_that_cannot_be_told_apart_by_row_are_an_error():
 def test_a_text_part_that_is_not_verified_needs_a_proof():
     model = families.build("qwen2_5_vl")
     model.config.text_config.model_type = model.model.language_model.config.model_type = "qwen2_5_vl_novel"
-    (reason,) = check_support(model).unproven
+    (reason,) = check_support(model).unverified
     assert "'qwen2_5_vl_novel' has not been verified" in reason

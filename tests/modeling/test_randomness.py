@@ -1,6 +1,6 @@
 """Settings that make a forward random in training are refused or told; none passes in silence.
 
-A proof runs in evaluation mode and would not see them, nor would the comparisons of test_families.py, which turn all
+The self-check runs in evaluation mode and would not see them, nor would the comparisons of test_families.py, which turn all
 dropout off. So the fields of each config are turned on one by one.
 """
 
@@ -20,7 +20,7 @@ from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests import tiny
 from tests.modeling import families, multimodal_families
 

@@ -82,7 +82,7 @@ def proofs(group: dist.ProcessGroup, model_type: str, version: int) -> list[tupl
     """Of a right model and of one whose positions are wrong: passed, gradient difference, no gradient left."""
     found = []
     for fault in (False, True):
-        model = enable_prefix_grouper(families.build(model_type).float().train(), prove="later")
+        model = enable_prefix_grouper(families.build(model_type).float().train(), self_check="later")
         if fault:
             own = model.model.rotary_emb.forward
             model.model.rotary_emb.forward = lambda x, position_ids, own=own: own(x, torch.arange(x.shape[1])[None])

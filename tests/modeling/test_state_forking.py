@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import PrefixLayout, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import mixers, packed_inputs, state_forking
-from prefix_grouper_plugins.modeling.mixers import foreign_mixers
-from prefix_grouper_plugins.modeling.state_forking import Forest, forest_of
+from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
+from prefix_grouper_plugins.modeling.mixers import state_forking
+from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
+from prefix_grouper_plugins.modeling.mixers.state_forking import Forest, forest_of
 from tests import tiny
 from tests.modeling import families
 from tests.modeling.test_mixers import small_rows
@@ -40,7 +42,7 @@ def built(model_type, dtype=torch.float64):
     if not any(layer.backend == "state forking" for layer in report.layers):
         assert any("has no seam" in note for note in report.notes)
         pytest.skip(f"not with this transformers: {report.notes}")
-    return enable_prefix_grouper(model, prove=False)
+    return enable_prefix_grouper(model, self_check=False)
 
 
 def packed(model, rows):

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import interface, support
+from prefix_grouper_plugins.modeling import attention as interface
+from prefix_grouper_plugins.modeling.support import report as support
 from tests import tiny
 from tests.modeling import families
 from tests.modeling.test_interface import lora
@@ -31,8 +32,8 @@ def unbuilt(model_type: str, auto: Any = AutoModelForCausalLM, **changes: Any):
 
 
 def test_positions_by_the_padding_token_are_refused_where_a_trainer_pads():
-    assert "numbers positions by its own padding token" in check_support(families.build("xmod")).padded[0]
-    assert not check_support(families.build("bert")).padded
+    assert "numbers positions by its own padding token" in check_support(families.build("xmod")).left_padding_reasons[0]
+    assert not check_support(families.build("bert")).left_padding_reasons
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks.harness import read_csv, read_facts
 from prefix_grouper_plugins import check_support
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests.modeling import support_table
 
 ROWS = {row["model_type"]: row for row in read_csv(support_table.FILE)}
@@ -82,7 +82,7 @@ def test_verdict_layers_and_reason_are_those_of_check_support(model_type):
     assert row["reason"] == "; ".join(report.reasons)
     if report.supported:
         assert row["layers"] == support_table.layers_in_words(report)
-        assert row["in_trl"] == ("; ".join(report.padded) or "yes")
+        assert row["in_trl"] == ("; ".join(report.left_padding_reasons) or "yes")
 
 
 def test_a_type_that_is_listed_but_differs_is_not_called_exact(monkeypatch):

@@ -7,8 +7,8 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins.modeling import check_support
-from prefix_grouper_plugins.modeling.mixers import foreign_mixers
-from prefix_grouper_plugins.modeling.type_rules import VERIFIED_MODEL_TYPES
+from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES
 from tests.integrations.trl.training import make_trainer, use_float64_head
 from tests.modeling import families
 
@@ -32,7 +32,7 @@ def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytes
         use_float64_head(monkeypatch)
     model.to(dtype).save_pretrained(path)
     report = check_support(model)
-    if refused := report.reasons + report.padded:
+    if refused := report.reasons + report.left_padding_reasons:
         pytest.skip(f"refused with this transformers: {refused}")
     assert foreign_mixers(model)
     weights = []

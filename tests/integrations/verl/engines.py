@@ -313,8 +313,8 @@ def compare(case: Case, path: str) -> dict[str, Any]:
     """Largest relative difference of a gradient tensor, largest difference of a score, and our metrics."""
     import torch.distributed as dist
 
-    from prefix_grouper_plugins import prove
-    from prefix_grouper_plugins.modeling.interface import is_enabled
+    from prefix_grouper_plugins import self_check
+    from prefix_grouper_plugins.modeling.attention import is_enabled
 
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = make_rows(case)
@@ -331,7 +331,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         shared = build(case, path, shared=True)
         if case.wrong_positions:
             count_packed_positions(shared.module)
-        if shared._to_prove and case.images:  # whose passes are not those that are counted below
+        if shared._to_self_check and case.images:  # whose passes are not those that are counted below
             with shared.eval_mode():
                 shared._prove()
         with vision.watched_tower(shared.module) as patches:
@@ -348,7 +348,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         "fallbacks": dict(shared.sharing.fallbacks),
         "forwarded": asdict(shared.forwarded),
         "patches": patches,
-        "proved": is_enabled(shared.module) and case.sequence_parallel == 1 and prove(shared.module).passed,
+        "proved": is_enabled(shared.module) and case.sequence_parallel == 1 and self_check(shared.module).passed,
         "scores": {},
     }
     for name, values in wanted.items():

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from prefix_grouper_plugins.grouping import RowSize, packed_tokens
 from prefix_grouper_plugins.integrations.verl import driver
 from prefix_grouper_plugins.integrations.verl.driver import regrouped_order
+from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens
 
 
 def rows(groups: int, members: int, seed: int = 0) -> list[RowSize]:

@@ -20,8 +20,9 @@ from tensordict import TensorDict
 from verl_on_cpu.tiny import make_tokenizer
 
 from prefix_grouper_plugins import UnsupportedModelError
-from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, PrefixGrouperOptions, images, model_patches
+from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, row_sizes
+from prefix_grouper_plugins.integrations.verl.vision import images, model_patches
 from tests.integrations.verl.engines import Case, make_batch, make_rows
 from tests.integrations.verl.test_equality import BUCKETS, assert_equal, results
 from tests.integrations.verl.vision import IMAGE, make_model, patched_classes

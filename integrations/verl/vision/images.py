@@ -1,0 +1,160 @@
+"""Images and videos in a micro-batch of verl: which rows show the same, and which tensors a packed row needs.
+
+verl's agent loop keeps what a processor made of a row's images beside the row (``multi_modal_inputs``, one dict of
+tensors for each row), and its engine hands the model all of them, one after the other. The model puts their features,
+in order, into the places of the placeholder tokens. A packed row holds the placeholders of each group once, so it takes
+the tensors of one row of each group. Positions (mRoPE) come with the rows. The kinds of tokens (Gemma 3) do, too: they
+are laid out as the tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from tensordict import NonTensorData, TensorDict
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from verl.utils import tensordict_utils as tu
+from verl.utils.model import extract_multi_modal_inputs
+
+from prefix_grouper_plugins.modeling.images import BIDIRECTIONAL_IMAGES
+
+# Model types whose images a test has compared with verl's own engine: those whose forward verl replaces by one that
+# shows the vision tower an empty picture where a micro-batch has none, and those that it leaves as they are.
+WITH_VERLS_FORWARD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+COMPARED_MODEL_TYPES = (
+    *WITH_VERLS_FORWARD,
+    *("llava", "llava_next", "llava_onevision", "gemma3", "internvl", "smolvlm", "idefics3"),
+)
+# Tensors that belong to the images and videos of a row, and not to its tokens.
+_OF_IMAGES = frozenset(
+    "pixel_values image_grid_thw images_seqlens pixel_values_videos video_grid_thw second_per_grid_ts "
+    "image_sizes batch_num_images pixel_attention_mask".split()
+)
+TOKEN_TYPES = "token_type_ids"
+
+RowInputs = dict[str, Any]
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """Token ids that stand for images and videos, by the model's config."""
+    names = ("image_token_id", "video_token_id")
+    return frozenset(token for name in names if (token := getattr(config, name, None)) is not None)
+
+
+def row_inputs(data: TensorDict) -> list[RowInputs]:
+    """What the processor made of each row beside its tokens; nothing for a row of text in most families."""
+    found = data.get("multi_modal_inputs", None)
+    if found is None:
+        return [{}] * len(data)
+    rows = (row.data if isinstance(row, NonTensorData) else row for row in found)
+    return [{name: value for name, value in (row or {}).items() if value is not None} for row in rows]
+
+
+def images_of(row: RowInputs) -> RowInputs:
+    """What belongs to the images of a row."""
+    return {name: value for name, value in row.items() if name != TOKEN_TYPES}
+
+
+def reason_not_to_share(
+    inputs: Sequence[RowInputs], lengths: Sequence[int], placeholders: Collection[int], model_type: str
+) -> str | None:
+    """Why rows with these inputs cannot be shared, None where they can.
+
+    Args:
+        inputs: see :func:`row_inputs`.
+        lengths: tokens of each row.
+        placeholders: see :func:`placeholder_ids`.
+        model_type: of the model.
+    """
+    if not any(inputs):
+        return None
+    for row, length in zip(inputs, lengths, strict=True):
+        for name, value in row.items():
+            if name not in _OF_IMAGES | {TOKEN_TYPES} or not torch.is_tensor(value):
+                return f"`{name}` among the multimodal inputs is not known here"
+        if reason := _reason_of_tokens(row, length, model_type):
+            return reason
+    if not any(map(images_of, inputs)):
+        return None
+    if model_type not in COMPARED_MODEL_TYPES:
+        return f"images of {model_type} have not been compared with verl's own engine"
+    return None if placeholders else "the model's config names no token that stands for an image"
+
+
+def _reason_of_tokens(row: RowInputs, length: int, model_type: str) -> str | None:
+    types = row.get(TOKEN_TYPES)
+    if types is not None and types.shape != (1, length):
+        return f"`{TOKEN_TYPES}` has shape {tuple(types.shape)} for a row of {length} tokens"
+    if model_type not in BIDIRECTIONAL_IMAGES:
+        return None
+    if types is None and images_of(row):
+        return f"`{TOKEN_TYPES}` is missing, without which the tokens of an image do not see each other"
+    if types is not None and bool(types[0, -1] == 1):
+        return "a row ends within an image, whose last token is not forwarded but would be seen"
+    return None
+
+
+def token_types(inputs: Sequence[RowInputs], lengths: Sequence[int]) -> list[Tensor] | None:
+    """``LongTensor[L]`` of each row, zero for those without; None where no row has any."""
+    if not any(TOKEN_TYPES in row for row in inputs):
+        return None
+    return [
+        row[TOKEN_TYPES][0].long().cpu() if TOKEN_TYPES in row else torch.zeros(length, dtype=torch.long)
+        for row, length in zip(inputs, lengths, strict=True)
+    ]
+
+
+def merged(rows: Sequence[RowInputs]) -> dict[str, Any]:
+    """The image tensors of ``rows``, concatenated by verl.
+
+    verl cannot concatenate those of rows with unequally many images (Idefics3, SmolVLM) or pictures of one image
+    (LLaVA-NeXT), which lie along a second axis. They are brought into a form that the models take as well.
+    """
+    rows = [images_of(row) for row in rows]
+    return extract_multi_modal_inputs([*map(_one_by_one, rows)] if _counts_along_rows(rows) else _filled_up(rows))
+
+
+def joined(micro_batch: TensorDict, lengths: Sequence[int], padded: bool) -> TensorDict:
+    """``micro_batch`` with the inputs of all rows in its first, in the form in which verl lays out the tokens.
+
+    For the ordinary path, on which verl concatenates inputs of rows: it stops at those of unequal shapes, and takes kinds
+    of tokens that lie row by row for those of packed tokens.
+
+    Args:
+        micro_batch: rows of a model whose forward is its own.
+        lengths: tokens of each row.
+        padded: whether verl pads the rows (else it packs them).
+    """
+    inputs = row_inputs(micro_batch)
+    first, types = merged(inputs), token_types(inputs, lengths)
+    if types is not None:
+        first[TOKEN_TYPES] = pad_sequence(types, batch_first=True) if padded else torch.cat(types)[None]
+    copy = micro_batch.copy()
+    tu.assign_non_tensor_stack(copy, "multi_modal_inputs", [first, *({} for _ in inputs[1:])])
+    return copy
+
+
+def _counts_along_rows(rows: Sequence[RowInputs]) -> bool:
+    """Whether all images of a row lie along a second axis (Idefics3 and SmolVLM)."""
+    return any(row["pixel_values"].dim() == 5 and "image_sizes" not in row for row in rows if "pixel_values" in row)
+
+
+def _one_by_one(row: RowInputs) -> RowInputs:
+    """``[1, images, ...]`` as ``[images, 1, ...]``: one image in each of as many rows."""
+    return {name: value.transpose(0, 1) for name, value in row.items()}
+
+
+def _filled_up(rows: Sequence[RowInputs]) -> list[RowInputs]:
+    """As many pictures of each image (``[images, pictures, 3, height, width]``), as the processor makes it in a batch."""
+    most = max((row["pixel_values"].shape[1] for row in rows if "image_sizes" in row), default=0)
+    return [
+        {
+            name: pad(value, (0, 0) * 3 + (0, most - value.shape[1])) if name == "pixel_values" and most else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]

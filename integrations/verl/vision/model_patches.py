@@ -1,0 +1,116 @@
+"""What verl replaces in the classes of vision-language models, made to fit packed rows.
+
+verl gives some classes another forward (``verl/models/transformers/monkey_patch.py``), for all models of a process:
+
+- The attention of Qwen2-VL, Qwen2.5-VL and GLM-4V calls flash-attn past transformers' attention interface, and reads from
+  the positions where rows begin. It would take a packed row for many short texts. Here packed rows go to the forward
+  that the class had before, which looks its attention up in the interface; all other calls stay verl's. So they do for
+  the gated delta nets of Qwen3.5, whose own forward has the seam that state forking needs.
+- Some of the models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank
+  gathers the tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 stumbles there over what the tower of
+  transformers 5 returns. Keeping groups whole makes such micro-batches where verl's mixture of rows has none, so here
+  the tower returns the features alone, which verl's code takes as well.
+- With fused kernels, models of which verl knows no forward get one for text, which leaves their images out.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from verl.utils.model import get_hf_auto_model_class
+
+from prefix_grouper_plugins.modeling import transformers_model
+from prefix_grouper_plugins.modeling.mixers.on_rows import LAYOUT_KWARG
+
+_REPLACED = ("Attention", "GatedDeltaNet")  # how the names of the classes end
+_TOWER_WITHOUT_DEEPSTACK = {"qwen2_vl", "qwen2_5_vl"}
+_original: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def remember_attention(config: Any) -> None:
+    """Keep the forwards of the classes that mix tokens, of the model type of ``config``, as they are before verl's patch.
+
+    A class that is known already stays as it was: it may have been patched since, for another model of the process.
+    """
+    model = get_hf_auto_model_class(config)._model_mapping.get(type(config), None)
+    if not isinstance(model, type):  # code from outside of transformers
+        return
+    for value in vars(sys.modules[model.__module__]).values():
+        mixes_tokens = isinstance(value, type) and issubclass(value, nn.Module) and value.__name__.endswith(_REPLACED)
+        if mixes_tokens and value.forward.__module__ == value.__module__:
+            _original.setdefault(value, value.forward)
+
+
+def fit_to_packed_rows(model: Any) -> None:
+    """Adapt what verl has patched in ``model``, see above. In place."""
+    for module in model.modules():
+        cls: Any = type(module)
+        if cls in _original and cls.forward is not _original[cls]:
+            module.__class__ = _with_both(cls, _original[cls], cls.forward)
+    if model.config.model_type in _TOWER_WITHOUT_DEEPSTACK:
+        model.model.visual.register_forward_hook(_features_alone)
+
+
+def has_verls_forward(model: nn.Module) -> bool:
+    """Whether a vision-language model, or its part without the head, runs verl's forward in place of its own."""
+    return any(cls.forward.__module__.startswith("verl.") for cls in _model_classes(model))
+
+
+def leaves_images_out(model: nn.Module) -> bool:
+    """Whether what verl runs in place of the forward of a vision-language model takes text only."""
+    return any(cls.forward.__module__ == "verl.models.transformers.dense_common" for cls in _model_classes(model))
+
+
+def _model_classes(model: nn.Module) -> list[Any]:
+    base: Any = transformers_model(model)
+    return [type(base), type(getattr(base, "model", base))]
+
+
+@contextmanager
+def numbered_rows(model: nn.Module) -> Iterator[None]:
+    """Number the tokens of forwards of one row of text as verl's forwards demand: ``[4, 1, tokens]``, never None."""
+
+    def number(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        kwargs["position_ids"] = positions.expand(4, 1, -1)
+        return args, kwargs
+
+    base: Any = transformers_model(model)
+    needed = base.config.model_type in _TOWER_WITHOUT_DEEPSTACK
+    hook = base.register_forward_pre_hook(number, with_kwargs=True) if needed else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def lost_attention(model: nn.Module) -> list[str]:
+    """Why ``model`` cannot be shared if verl patched its attention before :func:`remember_attention` saw it."""
+    found = {type(m).__name__ for m in model.modules() if type(m).forward.__module__.startswith("verl.")}
+    return [
+        f"verl has replaced {name}.forward for another engine of this process, before this one was built"
+        for name in sorted(found)
+        if name.endswith(_REPLACED)
+    ]
+
+
+@functools.cache
+def _with_both(cls: Any, own: Callable[..., Any], replaced: Callable[..., Any]) -> Any:
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (replaced if kwargs.get(LAYOUT_KWARG) is None else own)(self, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _features_alone(tower: nn.Module, args: Any, output: Any) -> Any:
+    return getattr(output, "pooler_output", output)

@@ -1,0 +1,137 @@
+"""shared_prefix_attention(): validates its arguments, then hands them to a backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prefix_grouper_plugins.attention.backends.dense import dense_attention
+from prefix_grouper_plugins.attention.bidirectional import attend_within_blocks
+from prefix_grouper_plugins.attention.op import attention_op
+from prefix_grouper_plugins.attention.registry import check_backend_name
+from prefix_grouper_plugins.forest import forest_of
+
+if TYPE_CHECKING:
+    from prefix_grouper_plugins.layout import PrefixLayout
+
+
+def shared_prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over a packed forest of rows: query ``q`` sees key ``k`` iff ``k <= q < layout.subtree_end[k]``.
+
+    Every row of the forest gets what causal attention over the row alone would give it, and shared keys and values are
+    read in place, never copied. Differentiable once in query, key, value and sinks.
+
+    Args:
+        query (`Tensor[T, H, D]`): packed queries, positions (rotary or other) already applied.
+        key (`Tensor[T, H_kv, D]`): packed keys; ``H % H_kv == 0``, query head ``h`` reads key head ``h * H_kv // H``.
+        value (`Tensor[T, H_kv, D_v]`): packed values; ``D_v`` may differ from ``D`` (multi-head latent attention).
+        layout (`PrefixLayout`): which token lies where; ``layout.num_tokens == T``. Tokens of one of ``layout.blocks``
+            see each other in both directions.
+        scale: factor of the scores, by default ``D ** -0.5``.
+        sliding_window: a query sees the last ``sliding_window`` tokens of its row only, itself included.
+        softcap: scores become ``softcap * tanh(score / softcap)``, after scaling (Gemma 2, arXiv 2408.00118).
+        sinks (`Tensor[H]`): for each head one learned logit in the softmax's denominator (gpt-oss).
+        backend: ``"auto"`` takes the first of ``"merged_lse"`` (the flash kernels of torch), ``"triton"`` (fused kernels),
+            ``"flex"`` (compiled) and ``"blockwise"`` (pure torch) that can serve the call, see `available_backends` and
+            docs/attention.md; ``"dense"`` is the oracle with a ``T x T`` mask, for tests. The environment variable
+            ``PREFIX_GROUPER_BACKEND`` wins over all but ``"dense"``.
+
+    Returns:
+        `Tensor[T, H, D_v]` in the dtype of ``query``, or in autocast's where that is on: like torch's own attention,
+        this one then runs in the lower precision.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit, or the backend asked for by name cannot run them.
+    """
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    _check_tensors(query, key, value, layout)
+    _check_options(query, sliding_window, softcap, sinks, backend)
+    if scale is None:
+        scale = query.shape[2] ** -0.5
+    if backend == "dense":
+        window = forest_of(layout.segments).effective_window(sliding_window)
+        options = {"window": window, "softcap": softcap, "sinks": sinks}
+        out = dense_attention(query, key, value, layout.segments, scale=scale, **options)  # type: ignore[arg-type]
+    else:
+        segments = layout.segments
+        out, _ = attention_op(query, key, value, segments, sinks, float(scale), sliding_window, softcap, backend)
+    if layout.blocks is None:
+        return out
+    if softcap is not None or sinks is not None:
+        raise ValueError(f"softcap={softcap} and sinks={sinks} do not go together with blocks: set both to None")
+    return attend_within_blocks(
+        out, query, key, value, layout, layout.blocks, scale=float(scale), window=sliding_window
+    )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype where autocast is on; as everywhere in torch, float64 is left alone.
+
+    Rotary embeddings and norms may leave query and key in float32 beside a value in bfloat16.
+    """
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    if not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: packed [T, heads, head_dim] is needed, no batch axis")
+    if query.shape[0] != layout.num_tokens:
+        raise ValueError(
+            f"query has {query.shape[0]} tokens and the layout {layout.num_tokens}: pack the rows with layout.pack()"
+        )
+    if key.shape[0] != query.shape[0] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; "
+            "query [T, H, D], key [T, H_kv, D] and value [T, H_kv, D_v] are needed"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key heads: "
+            "each key head serves the same number of query heads"
+        )
+    if not query.dtype.is_floating_point or not query.dtype == key.dtype == value.dtype:
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in named.items())
+        raise ValueError(f"dtypes are {dtypes}: cast the three to one floating-point dtype")
+    if not query.device == key.device == value.device:
+        devices = ", ".join(f"{name} {x.device}" for name, x in named.items())
+        raise ValueError(f"devices are {devices}: move the three to one device")
+
+
+def _check_options(
+    query: Tensor, sliding_window: int | None, softcap: float | None, sinks: Tensor | None, backend: str
+) -> None:
+    check_backend_name(backend)
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"sliding_window={sliding_window}: give a number of tokens of at least 1, or None for no window"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: give a positive cap, or None for no cap")
+    if sinks is None:
+        return
+    if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
+        raise ValueError(
+            f"sinks has shape {tuple(sinks.shape)}: one logit for each of the {query.shape[1]} query heads"
+        )
+    if sinks.device != query.device or not sinks.dtype.is_floating_point:
+        raise ValueError(f"sinks is {sinks.dtype} on {sinks.device}: move it, as floating point, to {query.device}")

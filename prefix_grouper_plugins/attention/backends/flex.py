@@ -1,0 +1,345 @@
+"""Flex backend: torch's FlexAttention with the exact block mask of the forest.
+
+FlexAttention (arXiv 2412.05496) compiles an attention kernel around a rule that says which pairs are visible, and walks
+only over the blocks of 128 x 128 pairs that a table names. torch builds that table by evaluating the rule on all
+``T x T`` pairs; here it comes from the segments in O((T / 128)^2) (`block_tables`). Rows are padded to whole blocks
+inside, the padding being one more tree, so that lengths vary without another code path.
+
+The kernel's own backward wants the kernel's own output and log-sum-exp, but what was saved may hold attention sinks
+too. So the backward runs the compiled forward once more, with gradients, and feeds it the gradients of both results
+(see `backward`); only public interfaces of torch are used. FlexAttention has no backward on the CPU.
+
+torch compiles once for each kind of layer, with dynamic lengths. Past its limit of compilations it may reuse code made
+for something else; here the limit is an error inside, and the layer runs on ``blockwise`` from then on. So it does
+where a kernel does not compile. Both are counted in `fallbacks` and logged with their reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+
+from prefix_grouper_plugins.attention.backends import blockwise
+from prefix_grouper_plugins.attention.device import stream_of, upload, why_not_dtype, why_not_gpu
+from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.forest import Forest
+from prefix_grouper_plugins.metrics import logger
+
+Result = TypeVar("Result")
+
+BLOCK = 128
+# Below 128 queries torch chooses another kernel, made for decoding; and a length of one block would be compiled apart.
+SHORTEST = 2 * BLOCK
+HEAD_DIMS = (16, 256)
+KERNELS = "the kernels of FlexAttention"
+# Kinds of layers times forward and backward; lengths do not count, they are dynamic.
+RECOMPILE_LIMIT = 64
+# A mask of 131,072 tokens takes 16 MB on the device, so fewer are kept than plans on the host.
+CACHED_MASKS = 8
+
+# Calls that ran on blockwise because torch could not compile flex_attention for them, by reason.
+fallbacks: Counter[str] = Counter()
+_given_up: dict[tuple[Any, ...], str] = {}
+
+
+def why_not(request: Request) -> str | None:
+    """Why this backend cannot serve ``request``, in words; None if it can."""
+    if request.device.type == "cpu":
+        return "FlexAttention has no backward on the CPU"
+    if (reason := why_not_dtype(request, KERNELS) or why_not_gpu(request.device, KERNELS)) is not None:
+        return reason
+    fewest, most = HEAD_DIMS
+    for head_dim in (request.head_dim, request.value_dim):
+        if not fewest <= head_dim <= most:
+            return f"head dim {head_dim} is not between {fewest} and {most}, which FlexAttention is used for"
+    return _why_not_compiled()
+
+
+def _why_not_compiled() -> str | None:
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "FlexAttention is compiled with Triton, which is not installed"
+    if torch._dynamo.config.disable:
+        return "FlexAttention has to be compiled, and torch.compile is switched off"
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: Forest,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention output and log-sum-exp.
+
+    Args:
+        query, key, value: ``[T, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``.
+        forest: the layout's segments.
+        scale, window, softcap: as in `shared_prefix_attention`.
+
+    Returns:
+        ``out [T, H, D_v]`` in the query's dtype and ``lse [H, T]`` (natural log) in float32 or float64.
+    """
+    tokens = query.shape[0]
+
+    def used(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        return out[0, :, :tokens].transpose(0, 1), lse[0, :, :tokens]
+
+    # Not in inference mode: what is compiled and cached here also serves training.
+    with torch.inference_mode(False), torch.no_grad():
+        padded = [_padded(x) for x in (query, key, value)]
+        result = _compiled_attention(padded, forest, scale, window, softcap, used)
+    if result is None:
+        return blockwise.forward(query, key, value, forest, scale=scale, window=window, softcap=softcap)
+    return result
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    forest: Forest,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value.
+
+    Let ``o, l`` be the kernel's own results and ``out, lse`` the merged ones, with sinks outside of the kernel. Then
+    ``out = w * o`` with ``w = exp(l - lse)``, and since ``lse`` is the log-sum-exp of ``l`` and constants,
+    ``dw / dl = w * (1 - w)``. Hence the kernel's gradients are fed with
+
+        grad_o = w * grad_out        grad_l = sum(grad_out * o) * w * (1 - w) = sum(grad_out * out) * (1 - w)
+
+    Args:
+        grad_out, out: ``[T, H, D_v]``.
+        lse: ``[H, T]``; it may hold the attention sinks, with ``out`` rescaled accordingly.
+        query, key, value, forest, scale, window, softcap: as in `forward`.
+    """
+    tokens = query.shape[0]
+
+    def gradients(own_out: Tensor, own_lse: Tensor) -> list[Tensor]:
+        log_weight = (own_lse.detach()[0, :, :tokens] - lse).clamp(max=0)
+        delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
+        grad_own_out, grad_own_lse = torch.zeros_like(own_out), torch.zeros_like(own_lse)
+        grad_own_out[0, :, :tokens] = (grad_out.to(lse.dtype) * log_weight.exp().t()[..., None]).transpose(0, 1)
+        grad_own_lse[0, :, :tokens] = -delta * log_weight.expm1()
+        grads = torch.autograd.grad((own_out, own_lse), leaves, (grad_own_out, grad_own_lse))
+        return [grad[0, :, :tokens].transpose(0, 1) for grad in grads]
+
+    # Inside a custom operator autograd is switched off below grad mode; without this nothing would be recorded.
+    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.inference_mode(False), recording, torch.enable_grad():
+        leaves = [_padded(x.detach()).requires_grad_() for x in (query, key, value)]
+        result = _compiled_attention(leaves, forest, scale, window, softcap, gradients)
+    if result is None:
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        return blockwise.backward(grad_out, query, key, value, out, lse, forest, **options)
+    dq, dk, dv = result
+    return dq, dk, dv
+
+
+def _padded_length(tokens: int) -> int:
+    return max(-(-tokens // BLOCK) * BLOCK, SHORTEST)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """``[T, H, D]`` to ``[1, H, T', D]`` with zeros behind. Always a copy, so that all calls have the same strides."""
+    padded = x.new_zeros((_padded_length(x.shape[0]), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    return padded.transpose(0, 1).unsqueeze(0)
+
+
+# ---------------------------------------------------------------------------------------------------- the block mask
+
+
+def padded_forest(forest: Forest, length: int) -> Forest:
+    """``forest`` and behind it, up to ``length`` tokens, a tree of padding: it sees itself and no token sees it."""
+    if length == forest.num_tokens:
+        return forest
+    columns = np.stack([forest.start, forest.end, forest.parent, forest.subtree_end], axis=1)
+    return Forest(np.concatenate([columns, [[forest.num_tokens, length, -1, length]]]))
+
+
+def block_tables(forest: Forest, window: int | None, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks of keys (columns) a block of queries (rows) sees in part, and which in full.
+
+    Args:
+        forest: of a whole number of blocks.
+        window: sliding window in tokens of a row, or None.
+        block: edge of a block in tokens.
+
+    Returns:
+        two ``bool [n, n]``, ``n = T / block``, never both True: some but not all pairs are visible; all pairs are.
+    """
+    count = forest.num_tokens // block
+    seen = _seen_blocks(forest, window, block)
+    # All pairs are visible: the subtrees of all keys reach behind the last query, and no pair is too far apart.
+    lowest_end = forest.token_subtree_end.reshape(count, block).min(1)
+    depth = forest.token_depth.reshape(count, block)
+    number = np.arange(count)
+    full = (number < number[:, None]) & (lowest_end >= (number[:, None] + 1) * block)
+    if window is not None:
+        full &= depth.max(1)[:, None] - depth.min(1) < window
+    return seen & ~full, full
+
+
+def _seen_blocks(forest: Forest, window: int | None, block: int) -> np.ndarray:
+    """``bool [n, n]``: at least one pair is visible.
+
+    Queries of one segment in one block are a piece. The keys that a piece sees are one stretch of its path from the
+    root, from the first key of its first query to its last query. Walking up the path, each segment contributes one
+    range of packed positions, so one range of blocks, which is entered as +1 at its begin and -1 behind its end.
+    """
+    count = forest.num_tokens // block
+    start = np.union1d(forest.start, np.arange(0, forest.num_tokens, block))
+    last = np.append(start[1:], forest.num_tokens)
+    segment = np.searchsorted(forest.start, start, side="right") - 1
+    first_depth = np.zeros_like(start) if window is None else forest.token_depth[start] - window + 1
+    row = start // block
+    steps = np.zeros((count, count + 1), dtype=np.int32)
+    while len(segment):
+        k0 = forest.start[segment] + np.maximum(first_depth - forest.depth[segment], 0)
+        k1 = np.minimum(last, forest.end[segment])
+        hit = k0 < k1
+        np.add.at(steps, (row[hit], k0[hit] // block), 1)
+        np.add.at(steps, (row[hit], (k1[hit] - 1) // block + 1), -1)
+        up = (forest.parent[segment] >= 0) & (first_depth < forest.depth[segment])
+        segment, first_depth, last, row = forest.parent[segment][up], first_depth[up], last[up], row[up]
+    return steps.cumsum(1)[:, :count] > 0
+
+
+@lru_cache(maxsize=CACHED_MASKS)
+def block_mask(forest: Forest, window: int | None, device: torch.device, stream: int = 0) -> torch_flex.BlockMask:
+    """The exact mask of the padded forest, on ``device``: 4 tables of ``(T' / 128)^2`` and up to 3 of ``T'`` int32.
+
+    Call it outside of inference mode: it is cached, and autograd could not save tensors made inside.
+    """
+    padded = padded_forest(forest, _padded_length(forest.num_tokens))
+    tables = block_tables(padded, window)
+    by_query_and_key = [x for seen in (*tables, *(t.T for t in tables)) for x in _ordered(seen, device)]
+    length = padded.num_tokens
+    rest: tuple[Any, ...] = (*by_query_and_key, (BLOCK, BLOCK), _mask_mod(padded, window, device))
+    return torch_flex.BlockMask((length, length), *rest)
+
+
+def _ordered(seen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``int32 [1, 1, n]`` and ``[1, 1, n, n]``: how many blocks each row has, and their numbers first in each row."""
+    counts, numbers = seen.sum(1, dtype=np.int32), np.argsort(~seen, axis=1, kind="stable").astype(np.int32)
+    return upload(counts, device)[None, None], upload(numbers, device)[None, None]
+
+
+def _mask_mod(forest: Forest, window: int | None, device: torch.device) -> Callable[..., Tensor]:
+    """The rule for single pairs, as FlexAttention calls it. It reads tensors only: a number would be compiled in."""
+    subtree_end = upload(forest.token_subtree_end.astype(np.int32), device)
+
+    def in_forest(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[key])
+
+    if window is None:
+        return in_forest
+    tables = (forest.token_depth, forest.token_depth - window + 1)
+    depth, first_depth = (upload(table.astype(np.int32), device) for table in tables)
+
+    def in_forest_and_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[key]) & (depth[key] >= first_depth[query])
+
+    return in_forest_and_window
+
+
+# ------------------------------------------------------------------------------------------------------- compilation
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: torch_flex.BlockMask,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """What is compiled: ``out [1, H, T', D_v]`` and ``lse [1, H, T']``, natural log."""
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
+
+    options: dict[str, Any] = {
+        "score_mod": None if softcap is None else capped,
+        "block_mask": mask,
+        "scale": scale,
+        "enable_gqa": True,
+    }
+    # Not ROWS_GUARANTEED_SAFE, although every query sees itself: torch's kernel counts on a visible key in the first tile that
+    # it walks over, which holds for no response that begins within a block, and takes NaN from exp2(-inf + inf) otherwise.
+    if hasattr(torch_flex, "AuxRequest"):
+        out, aux = torch_flex.flex_attention(query, key, value, **options, return_aux=torch_flex.AuxRequest(lse=True))
+        return out, aux.lse
+    return torch_flex.flex_attention(query, key, value, **options, return_lse=True)  # torch < 2.9
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_attention, dynamic=True, fullgraph=True)
+
+
+def _compiled_attention(
+    tensors: list[Tensor],
+    forest: Forest,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    finish: Callable[[Tensor, Tensor], Result],
+) -> Result | None:
+    """``finish(out, lse)`` of `_attention`; None, counted and logged, where torch could not compile that.
+
+    Args:
+        tensors: padded query, key and value.
+        forest, scale, window, softcap: as in `forward`.
+        finish: what is made of the results. A backward may be compiled only when it runs, so it belongs in here.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
+
+    query, key, value = tensors
+    widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    kind = (query.device, query.dtype, widths, scale, window is None, softcap)
+    if kind in _given_up:
+        _count_fallback(_given_up[kind])
+        return None
+    limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "fail_on_recompile_limit_hit": True}
+    limits["suppress_errors"] = False  # torch allows one of the two only
+    mask = block_mask(forest, window, query.device, stream_of(query.device))
+    try:
+        # Scale and softcap are compiled in: they belong to the model, and FlexAttention wants numbers.
+        with torch._dynamo.config.patch(**limits, specialize_float=True):
+            return finish(*_compiled()(query, key, value, mask, scale, softcap))
+    except FailOnRecompileLimitHit:
+        reason = f"torch has compiled it {RECOMPILE_LIMIT} times"
+    except (TorchDynamoException, NoTritonConfigsError) as error:  # the latter from a first run, out of shared memory
+        cause = getattr(error, "inner_exception", error)
+        reason = f"torch could not compile it ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})"
+    _given_up[kind] = reason
+    _count_fallback(reason)
+    return None
+
+
+def _count_fallback(reason: str) -> None:
+    if reason not in fallbacks:
+        logger.warning("prefix grouper: flex_attention is not used, layers of this kind run on blockwise: %s", reason)
+    fallbacks[reason] += 1

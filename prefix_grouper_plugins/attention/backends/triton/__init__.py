@@ -1,0 +1,1 @@
+"""Fused Triton kernels for the forward, dQ and dK/dV of a forest."""

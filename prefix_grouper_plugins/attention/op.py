@@ -1,0 +1,152 @@
+"""The custom operators ``prefix_grouper::shared_prefix_attention`` and its backward.
+
+One operator hides everything that depends on the layout (plans, a window that hides nothing, the choice of a backend)
+from ``torch.compile``, which sees tensors alone and so compiles once for all layouts. Being an operator it also works
+with gradient checkpointing of both kinds, selective checkpointing and saved-tensor hooks. Saved for the backward are
+query, key, value, the output and the merged log-sum-exp.
+
+Attention sinks belong here: a sink is one more partial with output 0 and a constant log-sum-exp, whatever the backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from prefix_grouper_plugins.attention.device import accumulation_dtype
+from prefix_grouper_plugins.attention.registry import Backend, select
+from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.forest import Forest, forest_of
+
+_OPTIONS = "Tensor segments, Tensor? sinks, float scale, SymInt? window, float? softcap, str backend"
+# A replayed CUDA graph repeats the plans of the call that it captured, whatever the segments on the host say by then. Since
+# torch 2.9, which brought the tag, inductor captures operators with arguments on the CPU too, unless they are marked.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@library.custom_op(
+    "prefix_grouper::shared_prefix_attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+def attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``out [T, H, D_v]`` in the query's dtype and ``lse [H, T]`` (not differentiable); arguments already validated."""
+    forest, window, chosen = _prepare(query, value, segments, window, softcap, backend)
+    with torch.autocast(query.device.type, enabled=False):  # inside an op autocast would narrow the matrix products
+        out, lse = chosen.forward(query, key, value, forest, scale=scale, window=window, softcap=softcap)
+        if sinks is not None:
+            merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+            out, lse = out * (lse - merged).exp_().t()[..., None], merged
+    return out.to(query.dtype).contiguous(), lse.contiguous()
+
+
+@library.custom_op(
+    "prefix_grouper::shared_prefix_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+def attention_backward_op(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks (empty without sinks), each in its input's dtype."""
+    forest, window, chosen = _prepare(query, value, segments, window, softcap, backend)
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    with torch.autocast(query.device.type, enabled=False):
+        grads = chosen.backward(grad_out, query, key, value, out, lse, forest, **options)  # type: ignore[arg-type]
+        dq, dk, dv = (grad.to(query.dtype).contiguous() for grad in grads)
+        if sinks is None:
+            return dq, dk, dv, query.new_empty(0)
+        delta_HT = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
+        dsinks = -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta_HT).sum(1)
+        return dq, dk, dv, dsinks.to(sinks.dtype)
+
+
+def _prepare(
+    query: Tensor, value: Tensor, segments: Tensor, window: int | None, softcap: float | None, backend: str
+) -> tuple[Forest, int | None, Backend]:
+    """The forest, the window that is left of ``window``, and the backend; the same in forward and backward."""
+    _refuse_capture(query.device)
+    forest = forest_of(segments)
+    window = forest.effective_window(window)
+    request = Request(query.device, query.dtype, query.shape[2], value.shape[2], window, softcap)
+    return forest, window, select(backend, request)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """
+    Raises:
+        RuntimeError: the current stream is recording a CUDA graph.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "shared_prefix_attention is being captured into a CUDA graph, whose replays would take the layout of this call "
+            "for that of every batch: leave packed forwards and backwards out of CUDA graphs"
+        )
+
+
+@attention_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = query.shape
+    lse = query.new_empty((heads, tokens), dtype=accumulation_dtype(query.dtype))
+    return query.new_empty((tokens, heads, value.shape[2])), lse
+
+
+@attention_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    sinks: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (query.new_empty(x.shape) for x in (query, key, value))
+    return dq, dk, dv, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, segments, sinks, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, out, lse, segments, sinks)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    *tensors, segments, sinks = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_backward_op(grad_out, *tensors, segments, sinks, *ctx.options)
+    return dq, dk, dv, None, None if sinks is None else dsinks, None, None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,137 @@
+"""From a trainer's rows to a layout: which rows share what.
+
+Trainers hold two padded blocks, prompts (padded on the left) and completions (padded on the right).
+:class:`GroupedBatch` turns them into one packed row and brings per-token results back. Rows share by the token ids of
+their prompts, wherever they stand in the batch: a trainer may shuffle as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from prefix_grouper_plugins.layout import IGNORE_INDEX, PrefixLayout
+
+
+class GroupedBatch:
+    """A padded batch and its packed row. Prompts are shared, completions are not.
+
+    Rows whose completion is empty are left out: they have nothing to score.
+
+    Args:
+        prompt_ids: ``LongTensor[B, P]``, left-padded.
+        prompt_mask: ``[B, P]``, 1 on real tokens.
+        completion_ids: ``LongTensor[B, C]``, right-padded.
+        completion_mask: ``[B, C]``, 1 on real tokens.
+        keys: one hashable for each row; rows with different keys never share.
+        padded_positions: number positions by padded columns, as a padded forward without ``position_ids`` does,
+            instead of from each row's first real token. Rows with different padding then share nothing.
+        forward_last: forward the last token of every row as well, and rows with an empty completion too, so that
+            statistics over all tokens (the router loss of a mixture of experts) see what the ordinary forward sees.
+
+    Attributes:
+        layout (`PrefixLayout`): on the device of ``prompt_ids``.
+        input_ids, position_ids, labels (`LongTensor[T]`): of the packed row; labels are -100 outside of completions.
+        positions (`LongTensor[N]`): packed position that predicts each completion token, row by row.
+        rows, columns (`LongTensor[N]`): where each of them stands in the completion block.
+        kept (`list[int]`): the rows of the batch that the layout holds, by their index in the batch.
+        num_groups (`int`): distinct prompts among the rows.
+        num_row_tokens (`int`): real tokens of the whole batch, which an ordinary, unpadded forward would process.
+
+    Raises:
+        ValueError: masks of other shapes than the ids, another number of prompts than completions, an empty prompt,
+            padding on the wrong side or in the middle, or (without ``forward_last``) only empty completions.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        *,
+        keys: Sequence[Hashable] | None = None,
+        padded_positions: bool = False,
+        forward_last: bool = False,
+    ) -> None:
+        device = prompt_ids.device
+        prompts, prompt_mask = prompt_ids.cpu(), prompt_mask.cpu() != 0
+        completions, completion_mask = completion_ids.cpu(), completion_mask.cpu() != 0
+        _check_batch(prompts, prompt_mask, completions, completion_mask, keys)
+        prompt_lengths, lengths = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
+        self.kept = kept = [i for i, length in enumerate(lengths) if length or forward_last]
+        if not kept:
+            raise ValueError("every completion is empty: there is nothing to score")
+        self.shape = completions.shape
+        self.num_row_tokens = sum(prompt_lengths) + sum(lengths)
+
+        width = prompts.shape[1]
+        own_prompts = [prompts[i, width - prompt_lengths[i] :] for i in kept]
+        tail = torch.zeros(int(forward_last), dtype=torch.long)  # stands behind the last token, and is not forwarded
+        tokens = [
+            torch.cat([own, completions[i, : lengths[i]], tail]) for i, own in zip(kept, own_prompts, strict=True)
+        ]
+        pads = [width - len(own) if padded_positions else 0 for own in own_prompts]
+        own_keys = [None if keys is None else keys[i] for i in kept]
+        self.num_rows, self.num_groups = len(kept), len(set(map(prompt_group, own_keys, own_prompts)))
+        layout = PrefixLayout.from_rows(
+            tokens, list(zip(own_keys, pads, strict=True)), shareable=[len(own) for own in own_prompts]
+        )
+        columns = [torch.arange(pad, pad + len(row)) for pad, row in zip(pads, tokens, strict=True)]
+        # The last prompt token predicts the first completion token, and so on, row by row as in the completion block.
+        paths = zip(layout.unpack(torch.arange(layout.num_tokens)), own_prompts, kept, strict=True)
+        positions = torch.cat([path[len(own) - 1 :][: lengths[i]] for path, own, i in paths])
+        scored = completion_mask.nonzero(as_tuple=True)
+        labels = torch.full((layout.num_tokens,), IGNORE_INDEX)
+        labels[positions] = completions[scored]
+
+        block = width + self.shape[1]
+        places = [
+            torch.arange(i * block + width - len(own), i * block + width - len(own) + len(row))
+            for i, own, row in zip(kept, own_prompts, tokens, strict=True)
+        ]
+        self._places = layout.pack(places).to(device)
+        self.layout = layout.to(device)
+        self.input_ids, self.position_ids = layout.pack(tokens).to(device), layout.pack(columns).to(device)
+        self.labels, self.positions = labels.to(device), positions.to(device)
+        self.rows, self.columns = (index.to(device) for index in scored)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Values of prompts and completions side by side, ``[B, P + C, ...]``, to packed ``[T, ...]``. Differentiable."""
+        return values.flatten(0, 1)[self._places]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the completion tokens ``[N]`` to ``[B, C]``, zero where there is no token. Differentiable."""
+        return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
+
+
+def _check_batch(
+    prompts: Tensor, prompt_mask: Tensor, completions: Tensor, completion_mask: Tensor, keys: Sequence[Hashable] | None
+) -> None:
+    _check_block("prompt", prompts, prompt_mask, padded_left=True)
+    _check_block("completion", completions, completion_mask, padded_left=False)
+    for name, given in (("completion_ids", completions), ("keys", prompts if keys is None else keys)):
+        if len(given) != len(prompts):
+            raise ValueError(f"{name} has {len(given)} rows and prompt_ids {len(prompts)}: give one for each prompt")
+    empty = (~prompt_mask.any(1)).nonzero()
+    if len(empty):
+        raise ValueError(f"the prompt of row {int(empty[0])} is empty: it needs at least one token")
+
+
+def _check_block(name: str, ids: Tensor, mask: Tensor, *, padded_left: bool) -> None:
+    if ids.dim() != 2 or ids.shape != mask.shape:
+        raise ValueError(
+            f"{name}_ids has shape {tuple(ids.shape)} and {name}_mask {tuple(mask.shape)}: both must be [rows, tokens]"
+        )
+    steps = mask.int().diff(dim=1)
+    wrong = (steps < 0 if padded_left else steps > 0).any(1)
+    if wrong.any():
+        side = "left" if padded_left else "right"
+        raise ValueError(f"{name}_mask of row {int(wrong.nonzero()[0])} has padding other than on the {side}")
+
+
+def prompt_group(key: Hashable, prompt: Tensor) -> Hashable:
+    """What rows with equal keys and equal prompts (token ids on the CPU) have in common, and no others."""
+    return key, prompt.numpy().tobytes()

@@ -1,0 +1,331 @@
+"""Attention of a transformers model, switched to the shared-prefix core wherever a layout is present.
+
+transformers looks its attention up by the name in ``config._attn_implementation`` (``AttentionInterface``; its masks in
+``AttentionMaskInterface``). We register one name for each implementation that a user may have chosen, say
+``prefix_grouper:auto:sdpa``: with a layout it runs the shared-prefix core, without one it calls exactly what ``sdpa``
+would have called, so that generation, evaluation and reward models do not notice. The name is the only state, but for
+hooks that check packed calls.
+
+The layout travels as a model keyword and, for the few families that drop keywords on the way to the layer (stablelm,
+nemotron), also as a tag on the 4-D placeholder mask. Not through a context variable: gradient checkpointing recomputes
+outside of any context that was open in the forward. Mixers past this interface are in modeling/mixers/on_rows.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention.registry import check_backend_name
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.mixers.on_rows import (
+    LAYOUT_KWARG,
+    LAYOUT_TAG,
+    disable_mixers,
+    enable_mixers,
+    given_layout,
+    has_mixers_enabled,
+    layout_of_layer,
+)
+from prefix_grouper_plugins.modeling.mixers.table import foreign_mixers
+from prefix_grouper_plugins.modeling.rope import modules_with_row_limit, row_limit
+from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
+from prefix_grouper_plugins.modeling.support.report import (
+    attention_configs,
+    attention_layers,
+    transformers_model,
+)
+from prefix_grouper_plugins.rows import rows_of
+
+_NAME = "prefix_grouper"
+
+
+def enable_layers(model: nn.Module, backend: str) -> None:
+    """Let the layers of ``model``, which :func:`check_support` knows, take packed rows. In place and idempotent.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    check_backend_name(backend)
+    # Attention with code of its own may compare the name.
+    configs = attention_configs(model) if attention_layers(model) else []
+    for config in configs:
+        config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
+    _unhook(model)
+    base = transformers_model(model)
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    base.register_forward_pre_hook(
+        functools.partial(_check_call, configs=configs, takes_positions=takes_positions), with_kwargs=True
+    )
+    for module in modules_with_row_limit(model):
+        limit, kind = row_limit(module)  # type: ignore[misc]
+        check = functools.partial(_check_positions, limit=limit, kind=kind)
+        module.register_forward_pre_hook(check, with_kwargs=True)
+    enable_mixers(model)
+
+
+def disable_prefix_grouper(model: nn.Module) -> nn.Module:
+    """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
+    for config in attention_configs(model):
+        config._attn_implementation = base_implementation(config._attn_implementation)
+    _unhook(model)
+    disable_mixers(model)
+    return model
+
+
+def _unhook(model: nn.Module) -> None:
+    for module in model.modules():  # not by the handles: those of a copied model belong to the original
+        hooks = module._forward_pre_hooks.items()
+        for key in [key for key, hook in hooks if getattr(hook, "func", None) in (_check_call, _check_positions)]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+def _check_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], configs: list[Any], takes_positions: bool
+) -> None:
+    """Forward pre-hook: refuse a packed call that a model would read otherwise than its layout says."""
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
+        return
+    others = [config._attn_implementation for config in configs if not _is_ours(config)]
+    if others:
+        raise ValueError(
+            f"the attention implementation has become {others[0]!r} since enable_prefix_grouper(model), and would read the "
+            "packed row as one text: call enable_prefix_grouper(model) again"
+        )
+    if takes_positions and kwargs.get("position_ids") is None and len(args) < 3:
+        raise ValueError(
+            "a packed call has no `position_ids`, so that its tokens would be counted through: pass what "
+            "packed_inputs(layout, input_ids) returns"
+        )
+    if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
+        raise ValueError(
+            "the model would shift `labels` along the packed row, from one response to the next: compare its logits with "
+            "layout.labels(rows)"
+        )
+
+
+def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: int, kind: str) -> None:
+    """Forward pre-hook: refuse a packed row in which a row is so long that it would change the angles of the others."""
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
+        return
+    positions = kwargs.get("position_ids")
+    longest = limit if positions is None else int(positions.max()) + 2  # a row's last token is not forwarded
+    if longest >= limit:
+        raise ValueError(
+            f"a row reaches {longest} tokens, and from {limit} on rope_type {kind!r} turns all rows of a batch by other "
+            "angles: keep rows shorter, or forward these without sharing"
+        )
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether :func:`~prefix_grouper_plugins.enable_prefix_grouper` is in force on ``model``."""
+    # A model that was built from the config of another one has its names, but not its mixers.
+    return has_mixers_enabled(model) if foreign_mixers(model) else any(map(_is_ours, attention_configs(model)))
+
+
+def _is_ours(config: Any) -> bool:
+    return config._attn_implementation.startswith(f"{_NAME}:")
+
+
+@contextmanager
+def without_prefix_grouper(model: nn.Module) -> Iterator[None]:
+    """Restore the model's own implementation names for a while, for code that reads them (paged generation does).
+
+    Never open this around a forward whose backward comes later: checkpointed layers look the name up again.
+    """
+    configs = attention_configs(model)
+    names = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = base_implementation(config._attn_implementation)
+        yield
+    finally:
+        for config, name in zip(configs, names, strict=True):
+            config._attn_implementation = name
+
+
+def base_implementation(name: str) -> str:
+    """The user's own implementation behind a registered name: ``prefix_grouper:auto:sdpa`` -> ``sdpa``."""
+    return name.split(":", 2)[2] if name.startswith(f"{_NAME}:") else name
+
+
+def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
+    """Keyword arguments of a packed forward: ``model(**packed_inputs(layout, layout.pack(rows)))``.
+
+    Args:
+        layout: the layout, on the model's device.
+        input_ids: ``LongTensor[T]``, packed token ids.
+        position_ids: ``LongTensor[T]``, by default the positions in the rows, counted from 0; ``[3, T]`` or ``[4, T]``
+            for models with multimodal RoPE.
+
+    Raises:
+        ValueError: ``input_ids`` or ``position_ids`` is not of shape ``[T]``.
+    """
+    positions = layout.position_ids if position_ids is None else position_ids
+    for name, value in (
+        ("input_ids", input_ids),
+        ("position_ids", positions[0] if positions.dim() == 2 else positions),
+    ):
+        if value.shape != (layout.num_tokens,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout needs ({layout.num_tokens},)")
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": positions.unsqueeze(-2),
+        "use_cache": False,
+        **layout_inputs(layout, input_ids.device),
+    }
+
+
+def row_positions(model: nn.Module, layout: PrefixLayout, input_ids: Tensor) -> Tensor:
+    """``LongTensor[T]``: the positions that ``model`` gives the tokens of each row where nobody passes any.
+
+    Nearly all models count from 0. RoBERTa and what was made of it count from behind the id of their padding token, and
+    give that token no number.
+
+    Args:
+        model: the model, bare or wrapped.
+        layout: the layout of the packed row.
+        input_ids: ``LongTensor[T]``, packed token ids.
+    """
+    own = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
+    if own is None:
+        return layout.position_ids
+    rows = rows_of(layout)  # what stands behind a row does not change the numbers in front of it
+    numbers = own.create_position_ids_from_input_ids(rows.expand(input_ids[None]), own.padding_idx)  # type: ignore[operator]
+    return rows.collapse(numbers)[0]
+
+
+def layout_inputs(layout: PrefixLayout | ShardedLayout, device: torch.device) -> dict[str, Any]:
+    """The part of :func:`packed_inputs` that carries the layout, for callers who lay out the token ids themselves.
+
+    Args:
+        layout: the layout of the packed row, or of the piece of it that this process forwards.
+        device: the model's device.
+    """
+    # transformers hands a 4-D mask through unchanged. Without one it would read the positions as packed sequences and
+    # cut the responses off from their prefix. Attention that does not know the layout cannot apply an empty mask.
+    placeholder = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device)
+    setattr(placeholder, LAYOUT_TAG, layout)
+    return {"attention_mask": placeholder, LAYOUT_KWARG: layout}
+
+
+def _register(base: str, backend: str) -> str:
+    """Make the name known to both interfaces of transformers, and return it."""
+    name = f"{_NAME}:{backend}:{base}"
+    AttentionInterface.register(name, functools.partial(_attention, base=base, backend=backend))
+    masks = AttentionMaskInterface()
+    # A name that the mask registry does not know gets no mask at all, which would break left-padded generation. Bases
+    # without a mask function of their own (kernels from the hub) keep none.
+    if base in masks:
+        AttentionMaskInterface.register(name, masks[base])
+    return name
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    base: str,
+    backend: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function: ``query [1, H, T, D]``, ``key``/``value [1, H_kv, T, D]`` -> ``[1, T, H, D]``."""
+    layout: Any = given_layout(kwargs.pop(LAYOUT_KWARG, None), attention_mask)
+    if layout is None:
+        layout = layout_of_layer()
+    if layout is None:
+        if _is_placeholder(attention_mask) and query.shape[2] > 1:
+            raise RuntimeError(f"{type(module).__name__} runs in a packed forward, but the layout was lost on the way")
+        return _own_attention(module, base)(module, query, key, value, attention_mask, *args, **kwargs)
+    if attention_mask is not None and not _is_placeholder(attention_mask):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got a mask of {tuple(attention_mask.shape)} of the model's own making, which the "
+            "shared-prefix core does not apply"
+        )
+    _check_packed_call(module, query, layout, base, args, kwargs)
+    attention = sequence_parallel_attention if isinstance(layout, ShardedLayout) else shared_prefix_attention
+    output = attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        layout,
+        scale=kwargs.get("scaling"),
+        sliding_window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        backend=backend,
+    )
+    return output.unsqueeze(0), None
+
+
+def _is_placeholder(mask: Any) -> bool:
+    """Whether ``mask`` is that of :func:`layout_inputs`, with its tag or without."""
+    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 0, 0)
+
+
+def _check_packed_call(
+    module: nn.Module,
+    query: Tensor,
+    layout: PrefixLayout | ShardedLayout,
+    base: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuse whatever the core would not reproduce."""
+    where = type(module).__name__
+    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:
+        raise ValueError(
+            f"{where} got queries for {query.shape[0]} row(s) of {query.shape[2]} tokens with a layout of "
+            f"{layout.num_tokens} tokens: a packed batch is one row, and nothing may be cached, padded or cut on the way"
+        )
+    if args:
+        raise UnsupportedModelError(f"{where} passes {len(args)} unnamed argument(s) to its attention function")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise UnsupportedModelError(f"{where} is not causal, so a prefix would depend on what follows it")
+    if kwargs.get("dropout"):
+        raise UnsupportedModelError(
+            f"{where} applies attention dropout ({kwargs['dropout']}), which the shared-prefix core does not: "
+            "set `attention_dropout` to 0 in the model's config"
+        )
+    for name in ("position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"{where} passes `{name}`, which the shared-prefix core does not apply")
+    if kwargs.get("output_attentions"):
+        raise ValueError("attention weights are not available in a packed forward: set `output_attentions=False`")
+    if base == "sdpa" and (kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None):
+        raise UnsupportedModelError(
+            f"{where} has a softcap or attention sinks, which transformers' sdpa ignores: load the model with "
+            '`attn_implementation="eager"`, so that packed and ordinary forwards compute the same'
+        )
+
+
+def _own_attention(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What the model's own code would have looked up for ``base``."""
+    namespace = _namespace(type(module))  # type: ignore[arg-type]
+    eager = namespace.get("eager_attention_forward")
+    if base == "eager":
+        if eager is None:
+            raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function to go back to")
+        return eager
+    # A modeling file may override single functions in an instance of its own.
+    return namespace.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[base]
+
+
+@functools.lru_cache(maxsize=256)
+def _namespace(cls: type[nn.Module]) -> dict[str, Any]:
+    """Globals of the file in which the attention class ``cls`` has its forward."""
+    return inspect.unwrap(cls.forward).__globals__

@@ -1,0 +1,359 @@
+"""Foreign token mixers: modules that mix along the sequence past transformers' attention interface.
+
+Recurrent layers (Mamba, gated delta nets), short convolutions, linear attention and attention with code of its own do
+not fit the shared-prefix core. They run by *expand, run, collapse*: the packed hidden states are laid out again as rows,
+the module runs unchanged on this ordinary right-padded batch, and each packed position takes its value back from one row
+that holds it::
+
+    packed  P P P a a b b b   ->   P P P a a -   ->  module  ->   P P P a a b b b
+                                   P P P b b b                    (P from the first row)
+
+This is exact, gradients included: the module is causal, so that all rows compute the same value for a position that they
+share, and padding on the right reaches no token. Everything around the mixer (projections of other layers, MLPs,
+experts, norms, the head) stays shared.
+
+Where the code of a recurrent layer lets a scan start from a given state, the prefix is scanned only once and the layer
+runs on the packed row itself: *state forking*, in modeling/mixers/state_forking.py.
+
+How the layout gets there: a model's forward opens it, the call of a decoder layer writes it into that call's keywords,
+and the layer's forward shows it to the mixers inside. Gradient checkpointing keeps a call's keywords and runs the
+layer's forward again, long after the model's forward has returned; a context variable alone would be gone by then.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.mixers.state_forking import ON_ROWS, forked_forward
+from prefix_grouper_plugins.modeling.mixers.table import Mixer, foreign_mixers, how_it_runs, mixer_of
+from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
+from prefix_grouper_plugins.rows import Rows, rows_of
+
+LAYOUT_KWARG = "prefix_layout"
+LAYOUT_TAG = "_prefix_layout"
+
+# Arguments that run along the sequence, `[1, T, ...]`: laid out as rows, like the hidden states themselves.
+_ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "k", "q"}
+_CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
+# How ordinary packed batches say where rows begin. The rows are batched here, so there is nothing to say.
+_ROW_BOUNDARIES = {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# What trainers hand to the loss head; many models pass every keyword on to their layers.
+_OF_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+_MASKS = {"attention_mask", "mask", "conv_mask"}
+
+
+# -------------------------------------------------------------------------------------------- the layout's way to mixers
+
+Layout = PrefixLayout | ShardedLayout
+
+
+class _Call:
+    """A running forward: with its layout, or an ordinary one. No dataclass: FSDP2 copies dataclass arguments."""
+
+    __slots__ = ("layout",)
+
+    def __init__(self, layout: Layout | None) -> None:
+        self.layout = layout
+
+
+_MODEL: ContextVar[_Call | None] = ContextVar("prefix_grouper_model", default=None)
+_LAYER: ContextVar[_Call | None] = ContextVar("prefix_grouper_layer", default=None)
+
+
+@contextmanager
+def _open(variable: ContextVar[_Call | None], call: _Call | None) -> Iterator[None]:
+    token = variable.set(call)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def given_layout(keyword: Layout | None, mask: Tensor | None) -> Layout | None:
+    """The layout that a call brings: its keyword or, where keywords are dropped on the way, the tag of its mask."""
+    return keyword if keyword is not None else getattr(mask, LAYOUT_TAG, None)
+
+
+def layout_of_layer() -> Layout | None:
+    """The layout of the decoder layer whose forward is running, for attention that receives neither keyword nor mask."""
+    call = _LAYER.get()
+    return None if call is None else call.layout
+
+
+class ModelForward:
+    """In place of a model's ``forward``: says to the layers below which layout is in flight, or that there is none.
+
+    A class, so that a copied or pickled model keeps it, bound to the copy.
+    """
+
+    def __init__(self, model: PreTrainedModel, without_mask: bool) -> None:
+        self.model, self.without_mask = model, without_mask
+        self.previous = model.__dict__.get("forward")  # TRL's fused head puts one there
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The forward that the model had; that of its class where nobody put another in front of it."""
+        return self.previous or type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # trainers look for the names of arguments
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layout = given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask"))
+        if layout is None and (outer := _MODEL.get()) is not None:
+            layout = outer.layout  # an inner model, whose outer one has dropped both
+        if layout is not None and self.without_mask:
+            kwargs["attention_mask"] = None
+        with _open(_MODEL, _Call(layout)):
+            return self.own(*args, **kwargs)
+
+
+class _PackedLayer:
+    """Mixed into the class of a decoder layer that holds foreign mixers."""
+
+    _packed_before = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, given = _MODEL.get(), kwargs.get(LAYOUT_KWARG)
+        if call is not None:
+            kwargs[LAYOUT_KWARG] = call
+        elif isinstance(given, Layout):  # a model whose forward was replaced after ours
+            kwargs[LAYOUT_KWARG] = _Call(given)
+        elif not isinstance(given, _Call) and self._packed_before:
+            raise RuntimeError(
+                f"{type(self).__name__} is called outside of its model's forward, so it cannot know whether the call "
+                "belongs to a packed row: checkpoint with the model's own `gradient_checkpointing_enable()`"
+            )
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.pop(LAYOUT_KWARG, None)
+        if not isinstance(call, _Call) or call.layout is None:
+            with _open(_LAYER, _Call(None)):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not isinstance(self, _PackedLayer):  # what a checkpoint kept is our forward, run on the class of before
+            raise RuntimeError(
+                f"{type(self).__name__} was disabled between a packed forward and its backward, which runs checkpointed "
+                "layers again: call disable_prefix_grouper(model) after the backward"
+            )
+        self._packed_before = True
+        if self._takes_keywords:  # type: ignore[attr-defined]
+            kwargs[LAYOUT_KWARG] = call.layout  # for attention that does use the interface
+        with _open(_LAYER, call):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _PackedMixer:
+    """Mixed into the class of a foreign mixer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = _LAYER.get()
+        run = super().forward  # type: ignore[misc]
+        kwargs.pop(LAYOUT_KWARG, None)
+        if call is None or call.layout is None:
+            if (model := _MODEL.get()) is not None and model.layout is not None:
+                raise RuntimeError(f"{type(self).__name__} runs in a packed forward, but its layer lost the layout")
+            return run(*args, **kwargs)
+        return run_packed(self, run, call.layout, args, kwargs)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------- packed calls
+
+
+class Unchanged(Rows):
+    """The packed row as it is, for mixers that take it."""
+
+    def __init__(self, layout: PrefixLayout) -> None:
+        self.home = layout.position_ids  # for its length
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Nothing but the check of the shape."""
+        self.check(x)
+        return x
+
+    def collapse(self, x: Tensor) -> Tensor:
+        """Nothing to do."""
+        return x
+
+
+def run_packed(
+    module: nn.Module,
+    run: Callable[..., Any],
+    layout: Layout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a mixer on the packed row of ``layout``: by state forking where its code allows, otherwise on whole rows.
+
+    Args:
+        module: a known mixer, see :func:`mixer_of`.
+        run: its ordinary forward.
+        layout: the layout of the packed row.
+        args: what the module was called with; the first argument of its forward is the packed ``[1, T, d]``.
+        kwargs: likewise.
+
+    Raises:
+        UnsupportedModelError: an argument that cannot be laid out as rows, or a row that is cut into pieces.
+    """
+    if isinstance(layout, ShardedLayout):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} needs whole rows, which sequence parallelism does not leave on one process"
+        )
+    if how_it_runs(module) == ON_ROWS:
+        return expand_run_collapse(module, run, layout, args, kwargs)
+    return fork_states(module, layout, args, kwargs)
+
+
+def fork_states(module: nn.Module, layout: PrefixLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``module`` on the packed row, its scan level by level; arguments as in :func:`run_packed`."""
+    run = forked_forward(module, mixer_of(module).recipes, layout)  # type: ignore[union-attr]
+    return _run(module, run, Unchanged(layout), args, kwargs)
+
+
+def expand_run_collapse(
+    module: nn.Module, run: Callable[..., Any], layout: PrefixLayout, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run ``module`` unchanged on the rows of ``layout``; arguments as in :func:`run_packed`."""
+    return _run(module, run, rows_of(layout), args, kwargs)
+
+
+def _run(module: nn.Module, run: Callable[..., Any], rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    mixer = mixer_of(module)
+    assert mixer is not None
+    bound = inspect.signature(run).bind(*args, **kwargs)
+    keywords = _variable_keywords(bound.signature)
+    arguments = {**bound.arguments, **bound.arguments.pop(keywords, {})} if keywords else dict(bound.arguments)
+    arguments.pop(keywords, None)  # type: ignore[arg-type]
+    arguments = {name: value for name, value in arguments.items() if name not in _OF_THE_LOSS}
+    first = next(iter(bound.signature.parameters))
+    for name in arguments:
+        arguments[name] = _as_rows(module, mixer, rows, name, arguments[name], along=name == first)
+    x = arguments[first]
+    if mixer.adapt is not None:
+        mixer.adapt(arguments, x)
+    for name in _MASKS & arguments.keys():
+        arguments[name] = None if mixer.mask is None else mixer.mask(module, x, arguments)
+    with _open(_LAYER, None), _open(_MODEL, None):  # the rows are an ordinary batch to whatever runs inside
+        output = _call(run, bound.signature, arguments)
+    if isinstance(output, Tensor):
+        return rows.collapse(output)
+    # Weights and states have no packed form. openai-gpt returns a list.
+    return type(output)(_packed_output(mixer, rows, i, part) for i, part in enumerate(output))
+
+
+def _packed_output(mixer: Mixer, rows: Rows, index: int, part: Any) -> Any:
+    if index in mixer.outputs_along:
+        return rows.collapse(part)
+    return part if index in mixer.outputs_as_they_are else None
+
+
+def _as_rows(module: nn.Module, mixer: Mixer, rows: Rows, name: str, value: Any, along: bool) -> Any:
+    """One argument of a packed call, as it is in an ordinary batch of the rows."""
+    if name in _MASKS or name in mixer.whole:
+        return value
+    if name in _CACHES and value is not None:
+        raise ValueError(f"{type(module).__name__} got `{name}`: a packed forward has no cache, set `use_cache=False`")
+    if name in _ROW_BOUNDARIES:
+        return None
+    if along or name in _ALONG_SEQUENCE:
+        if isinstance(value, tuple):
+            return tuple(rows.expand(part) for part in value)
+        return None if value is None else rows.expand(value)
+    if isinstance(value, Tensor):
+        raise UnsupportedModelError(f"{type(module).__name__} is called with `{name}`, which we cannot lay out as rows")
+    return value
+
+
+def _call(run: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
+    positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    return run(*(arguments.pop(name) for name in positional), **arguments)
+
+
+def _variable_keywords(signature: inspect.Signature) -> str | None:
+    return next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+
+# ------------------------------------------------------------------------------------------------------------ on and off
+
+_SWAPPED: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def enable_mixers(model: nn.Module) -> None:
+    """Let the foreign mixers under ``model`` take packed rows. In place and idempotent; nothing without such mixers."""
+    mixers = foreign_mixers(model)
+    if not mixers:
+        return
+    without_mask = any(mixer_of(module).without_mask(module) for _, module in mixers)  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not isinstance(module.__dict__.get("forward"), ModelForward):
+            module.forward = ModelForward(module, without_mask)  # type: ignore[method-assign,assignment]
+    for layer in layers_with_mixers(model):
+        _swap(layer, _PackedLayer)
+    for _, mixer in mixers:
+        _swap(mixer, _PackedMixer)
+
+
+def disable_mixers(model: nn.Module) -> None:
+    """Take back what :func:`enable_mixers` did. In place and idempotent."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, ModelForward):
+            del module.forward
+            if forward.previous is not None:
+                module.forward = forward.previous  # type: ignore[method-assign]
+        module.__dict__.pop("_packed_before", None)
+        if type(module) in _SWAPPED:  # FSDP2 may have put a class of its own on top, below which ours does no harm
+            module.__class__ = type(module)._prefix_grouper_base  # type: ignore[attr-defined]
+
+
+def has_mixers_enabled(model: nn.Module) -> bool:
+    """Whether :func:`enable_mixers` is in force on ``model``."""
+    return any(isinstance(module.__dict__.get("forward"), ModelForward) for module in model.modules())
+
+
+def layers_with_mixers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers around foreign mixers: the nearest module that transformers checkpoints, or the parent."""
+    found: dict[int, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for name, _ in foreign_mixers(model):
+        parts = name.split(".")
+        around = [modules[".".join(parts[:end])] for end in range(len(parts) - 1, 0, -1)]
+        layer = next((m for m in around if isinstance(m, GradientCheckpointingLayer)), around[0])
+        found[id(layer)] = layer
+    return list(found.values())
+
+
+def _swap(module: nn.Module, extension: type) -> None:
+    if not isinstance(module, extension):
+        module.__class__ = _extended(type(module), extension)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=256)
+def _extended(cls: type[nn.Module], extension: type) -> type:
+    """A subclass of ``cls`` under its own name. ``__call__`` is looked up on the type, so an attribute cannot do it."""
+    keywords = _variable_keywords(inspect.signature(inspect.unwrap(cls.forward)))
+    created = type(
+        cls.__name__,
+        (extension, cls),
+        {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "_prefix_grouper_base": cls,
+            "_takes_keywords": keywords is not None,
+        },
+    )
+    _SWAPPED.add(created)
+    return created

@@ -1,0 +1,250 @@
+"""Which classes mix tokens past transformers' attention interface, and how their calls are laid out.
+
+The table is one of exact classes: a class that nobody has looked at is no mixer that we know. How mixers run is in
+modeling/mixers/on_rows.py (on whole rows) and modeling/mixers/state_forking.py (on the packed row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+from prefix_grouper_plugins.modeling.mixers.state_forking import (
+    DELTA_RULE,
+    FORKED,
+    MAMBA2,
+    ON_ROWS,
+    SHORT_CONVOLUTION,
+    Recipe,
+    why_not_forked,
+)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What is known about a class of mixers.
+
+    Attributes:
+        kind: a few words for the report.
+        mask: ``(module, x [B, L, d], arguments) -> attention_mask`` that an ordinary batch of these rows would bring, or
+            None for mixers that only use masks to blank padding.
+        adapt: changes the remaining arguments, for mixers whose model hands them something that depends on the batch.
+        whole: arguments with tensors that do not run along the sequence and are handed over as they are.
+        outputs_along: which outputs of several run along the sequence.
+        layer_types: types of layers, beyond the common ones, that it accounts for.
+        outputs_as_they_are: which outputs do not belong to rows at all.
+        without_mask: whether the model cannot take the 4-D placeholder mask, which then stays outside.
+        recipes: how its code may be made to fork states, see modeling/mixers/state_forking.py.
+    """
+
+    kind: str
+    mask: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor | None] | None = None
+    adapt: Callable[[dict[str, Any], Tensor], None] | None = None
+    whole: frozenset[str] = frozenset()
+    outputs_along: frozenset[int] = frozenset({0})
+    outputs_as_they_are: frozenset[int] = frozenset()
+    layer_types: frozenset[str] = frozenset()
+    without_mask: Callable[[nn.Module], bool] = lambda module: False
+    recipes: tuple[Recipe, ...] = ()
+
+
+def _additive_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """``[B, 1, L, L]``, for code that adds its mask to the scores and takes no None for "causal"."""
+    hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
+    return mask.expand(x.shape[0], 1, *hidden.shape)
+
+
+def _falcon_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """FalconModel writes the ALiBi bias into the mask (``arguments["alibi"]`` is ``[B, H, 1, L]`` by now)."""
+    mask = _additive_mask(module, x, arguments)
+    alibi = arguments["alibi"]
+    if alibi is None:
+        return mask
+    return torch.masked_fill(alibi / module.head_dim**0.5, mask < -1, torch.finfo(x.dtype).min)  # type: ignore[operator]
+
+
+def _mpt_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """MptModel turns the additive mask into "is hidden"."""
+    return _additive_mask(module, x, arguments).to(torch.bool)
+
+
+def _llama4_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Causal, and within chunks of columns where the layer is of that kind; rows begin at column 0."""
+    mask = _additive_mask(module, x, arguments)
+    config: Any = module.config
+    if config.layer_types[module.layer_idx] != "chunked_attention":  # type: ignore[index]
+        return mask
+    chunk = torch.arange(x.shape[1], device=x.device) // config.attention_chunk_size
+    return mask.masked_fill(chunk[:, None] != chunk, torch.finfo(x.dtype).min)
+
+
+def _window_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Causal, within the sliding window of the config if there is one."""
+    mask = _additive_mask(module, x, arguments)
+    config: Any = module.config
+    window = config.sliding_window
+    if window is None:
+        return mask
+    column = torch.arange(x.shape[1], device=x.device)
+    return mask.masked_fill(column[:, None] - column >= window, torch.finfo(x.dtype).min)
+
+
+def _doge_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """As `_window_mask`. From `keep_window_size` keys on, ties between equal scores are broken by the rows' length."""
+    if x.shape[1] > module.keep_window_size:  # type: ignore[operator]
+        raise ValueError(
+            f"a row of {x.shape[1]} tokens is longer than keep_window_size={module.keep_window_size}, from where on doge "
+            "chooses among keys of equal score by the length of the batch: keep rows shorter"
+        )
+    return _window_mask(module, x, arguments)
+
+
+def _ctrl_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """``[L, L]``, 1 where a key is hidden: ctrl takes 1e4 from such scores, so that its other mask may add the 1."""
+    return torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).triu(1)
+
+
+def _has_alibi(module: nn.Module) -> bool:
+    return bool(getattr(module.config, "alibi", False))
+
+
+def _cut_alibi(arguments: dict[str, Any], x: Tensor) -> None:
+    """ALiBi of one row of T columns, ``[H, 1, T]`` or ``[1, H, 1, T]``: the first L are those of each of our rows."""
+    alibi = arguments["alibi"]
+    if alibi is not None:
+        arguments["alibi"] = alibi[..., : x.shape[1]].repeat(x.shape[0], *[1] * (alibi.dim() - 1))
+
+
+def _cut_angles(arguments: dict[str, Any], x: Tensor) -> None:
+    """Angles of one row of T columns, ``[1, 1, T, d]``: the first L are those of each of our rows."""
+    arguments["sinusoidal_pos"] = arguments["sinusoidal_pos"][:, :, : x.shape[1]]
+
+
+_ADDITIVE = Mixer("attention of its own", mask=_additive_mask)
+_MAMBA = Mixer("Mamba")
+_MAMBA2 = Mixer("Mamba-2", recipes=MAMBA2)
+_DELTA = Mixer("gated delta net", recipes=DELTA_RULE)
+_CONVOLUTION = Mixer("short convolution", recipes=SHORT_CONVOLUTION)
+
+_MIXERS: dict[str, Mixer] = {
+    "bloom.BloomAttention": Mixer(
+        "attention of its own", _additive_mask, _cut_alibi, frozenset({"alibi"}), without_mask=lambda module: True
+    ),
+    "falcon.FalconAttention": Mixer(
+        "attention of its own",
+        _falcon_mask,
+        _cut_alibi,
+        frozenset({"alibi"}),
+        without_mask=_has_alibi,
+    ),
+    "mpt.MptAttention": Mixer("attention of its own", _mpt_mask, whole=frozenset({"position_bias"})),
+    "gptj.GPTJAttention": _ADDITIVE,
+    "codegen.CodeGenAttention": _ADDITIVE,
+    "gpt_neo.GPTNeoSelfAttention": _ADDITIVE,
+    "gpt_neox_japanese.GPTNeoXJapaneseAttention": Mixer(
+        "attention of its own",
+        _additive_mask,
+        outputs_as_they_are=frozenset({2}),  # a bias
+    ),
+    "openai.Attention": _ADDITIVE,
+    "xglm.XGLMAttention": _ADDITIVE,
+    "big_bird.BigBirdSelfAttention": _ADDITIVE,
+    "megatron_bert.MegatronBertSelfAttention": _ADDITIVE,
+    "rembert.RemBertSelfAttention": _ADDITIVE,
+    "roformer.RoFormerSelfAttention": Mixer(
+        "attention of its own", _additive_mask, _cut_angles, whole=frozenset({"sinusoidal_pos"})
+    ),
+    "doge.DogeAttention": Mixer("attention to the highest-scoring keys", _doge_mask),
+    "zaya.ZayaCCAProjection": Mixer(
+        "convolution in front of attention",
+        outputs_along=frozenset({0, 1, 2}),
+        layer_types=frozenset({"hybrid_sliding"}),
+    ),
+    "mamba.MambaMixer": _MAMBA,
+    "falcon_mamba.FalconMambaMixer": _MAMBA,
+    "jamba.JambaMambaMixer": _MAMBA,
+    "zamba.ZambaMambaMixer": _MAMBA,
+    "mamba2.Mamba2Mixer": _MAMBA2,
+    "bamba.BambaMixer": _MAMBA2,
+    "falcon_h1.FalconH1Mixer": _MAMBA2,
+    "granitemoehybrid.GraniteMoeHybridMambaLayer": _MAMBA2,
+    "nemotron_h.NemotronHMamba2Mixer": _MAMBA2,
+    "zamba2.Zamba2MambaMixer": _MAMBA2,
+    "qwen3_next.Qwen3NextGatedDeltaNet": _DELTA,
+    "qwen3_5.Qwen3_5GatedDeltaNet": _DELTA,
+    "qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA,
+    "olmo_hybrid.OlmoHybridGatedDeltaNet": _DELTA,
+    "kimi_linear.KimiLinearDeltaAttention": _DELTA,
+    "bailing_hybrid.BailingHybridDeltaAttention": _DELTA,
+    "lfm2.Lfm2ShortConv": _CONVOLUTION,
+    "lfm2_moe.Lfm2MoeShortConv": _CONVOLUTION,
+    "lfm3.Lfm3ShortConv": _CONVOLUTION,
+    "minimax.MiniMaxLightningAttention": Mixer("lightning attention"),
+    "llama4.Llama4TextAttention": Mixer(
+        "chunked attention", _llama4_mask, layer_types=frozenset({"chunked_attention"})
+    ),
+    # transformers before 5.23; later they use the interface.
+    "diffllama.DiffLlamaSdpaAttention": _ADDITIVE,
+    "moshi.MoshiSdpaAttention": _ADDITIVE,
+    "nemotron.NemotronSdpaAttention": _ADDITIVE,
+    "recurrent_gemma.RecurrentGemmaSdpaAttention": Mixer("attention of its own", _window_mask),
+    "recurrent_gemma.RecurrentGemmaRecurrentBlock": Mixer("RG-LRU"),
+    "rwkv.RwkvSelfAttention": Mixer("RWKV"),
+    "rwkv.RwkvFeedForward": Mixer("token shift"),
+    "xlstm.xLSTMLayer": Mixer("mLSTM"),
+}
+
+if Version(transformers.__version__) < Version("5.23"):  # the class has the same name there, but uses the interface
+    _MIXERS["ctrl.MultiHeadAttention"] = Mixer("attention of its own", _ctrl_mask)
+
+
+def mixer_of(module: nn.Module) -> Mixer | None:
+    """What is known about ``module`` as a foreign token mixer; None where it is none."""
+    for cls in type(module).__mro__:
+        parts = cls.__module__.split(".")
+        if parts[:2] == ["transformers", "models"]:  # above it may lie a class of FSDP2; below it, another forward
+            return _MIXERS.get(f"{parts[2]}.{cls.__name__}")
+    return None
+
+
+def foreign_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules under ``model`` that mix tokens past the attention interface."""
+    return [(name, module) for name, module in model.named_modules() if mixer_of(module) is not None]
+
+
+_SCANS_OR_CONVOLVES = {
+    "Mamba", "Mamba-2", "gated delta net", "short convolution", "convolution in front of attention", "lightning attention"
+}  # fmt: skip
+_PROJECTIONS_BEFORE = ("in_proj", "qkv_proj", "q_proj", "k_proj", "linear_q", "linear_k")
+
+
+def puts_bias_on_padding(module: nn.Module) -> bool:
+    """Whether a known mixer adds a bias to padding, which it has set to zero, before it mixes it into the tokens behind."""
+    if mixer_of(module).kind not in _SCANS_OR_CONVOLVES:  # type: ignore[union-attr]
+        return False
+    return any(getattr(getattr(module, name, None), "bias", None) is not None for name in _PROJECTIONS_BEFORE)
+
+
+def how_it_runs(module: nn.Module) -> str:
+    """Of a known mixer: by state forking, or by expand, run, collapse."""
+    recipes = mixer_of(module).recipes  # type: ignore[union-attr]
+    return FORKED if recipes and why_not_forked(module, recipes) is None else ON_ROWS
+
+
+def forking_notes(mixers: list[tuple[str, nn.Module]]) -> list[str]:
+    """Why mixers of kinds that can fork their state do not, one line for each reason."""
+    notes: dict[str, None] = {}
+    for _, module in mixers:
+        mixer = mixer_of(module)
+        assert mixer is not None
+        if mixer.recipes and (reason := why_not_forked(module, mixer.recipes)):
+            name = type(module).__name__
+            notes[f"{name} scans a shared prompt once for each row ({ON_ROWS}), not once for all: {reason}"] = None
+    return list(notes)

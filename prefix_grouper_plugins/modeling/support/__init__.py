@@ -1,0 +1,1 @@
+"""Which models can take packed rows, and why another one cannot."""

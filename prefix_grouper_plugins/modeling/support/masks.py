@@ -1,0 +1,85 @@
+"""Masks that a transformers model makes for its layers, of which packed rows keep only what attention is told besides.
+
+A packed call brings a placeholder for the mask, which transformers hands through as it is (modeling/attention.py). What a
+mask alone says, a window that attention is not told or that it reads both ways, is therefore found here, before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_SLIDING_MASK = "create_sliding_window_causal_mask"
+_SLIDING_LAYER_TYPES = {"sliding_attention", "hybrid_sliding"}
+
+
+def mask_functions(base: nn.Module) -> set[str]:
+    """Names of the functions by which the models under ``base`` make their masks."""
+    names: set[str] = set()
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel):
+            for code in _codes_of(module):  # many make only the masks that they need, in lambdas
+                names |= {n for n in code.co_names if n.startswith("create_") and n.endswith(("mask", "masks"))}
+    return names
+
+
+def reads_both_ways(base: nn.Module) -> bool:
+    """Whether a config says ``is_causal=False``: transformers then makes masks that hide nothing."""
+    return any(
+        getattr(module.config, "is_causal", True) is False
+        for module in base.modules()
+        if isinstance(module, PreTrainedModel)
+    )
+
+
+def window_reasons(base: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[str]:
+    """Layers whose mask has another sliding window than their attention function is told."""
+    in_masks = _SLIDING_MASK in mask_functions(base)
+    reasons: dict[str, None] = {}  # ordered set: the layers of a model mostly share one reason
+    for _, module in layers:
+        masked, told = _windows(module)
+        masked = masked if in_masks else None
+        if masked != told:
+            reasons[
+                f"{type(module).__name__} masks with sliding_window={masked} but calls its attention function with {told}, "
+                "and packed rows have no mask: make `layer_types` full_attention, or choose settings in which both agree"
+            ] = None
+    return list(reasons)
+
+
+def _windows(module: nn.Module) -> tuple[int | None, int | None]:
+    """The window of a layer's mask, if its model makes such masks, and the one that its attention function is told."""
+    config: Any = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    hands_on = any("sliding_window" in _strings(code) for code in _codes_of(module))
+    if hands_on and not hasattr(module, "sliding_window"):  # it reads the config when it is called, as the mask does
+        return window, window
+    masked = window
+    if kinds := getattr(config, "layer_types", None):  # without them all layers are alike
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index < len(kinds) and kinds[index] not in _SLIDING_LAYER_TYPES:
+            masked = None
+    told = module.sliding_window if hands_on and getattr(module, "is_sliding", True) else None
+    return masked, told  # type: ignore[return-value]
+
+
+def _codes_of(module: nn.Module) -> Iterator[CodeType]:
+    """The code of a module's forward and of the functions defined in it."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    codes = [] if code is None else [code]
+    while codes:
+        yield (code := codes.pop())
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def _strings(code: CodeType) -> set[str]:
+    """Names of keywords, among other strings."""
+    found: set[str] = set()
+    for constant in code.co_consts:
+        found |= {c for c in (constant if isinstance(constant, tuple) else (constant,)) if isinstance(c, str)}
+    return found
