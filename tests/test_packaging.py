@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"attention", "batch", "micro_batches", "cost"},
     {"modeling"},
     {"scoring"},
-    {"verify", "bench"},
+    {"bench"},
     {"integrations"},
     {"cli"},
 ]

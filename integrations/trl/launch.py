@@ -12,7 +12,7 @@ The flag and its companions may stand before or after the script, or in the YAML
     --prefix_grouper_regroup MODE               exact (default), group or none
     --prefix_grouper_rebatch [true|false]       larger micro-batches, fewer accumulation steps, until a group fits
     --prefix_grouper_on_unsupported ACTION      error (default) or fallback
-    --prefix_grouper_self_check [true|false]         prove on a few tokens that the model can share (default true)
+    --prefix_grouper_self_check [true|false]         check on a few tokens that the model can share (default true)
 
 Without any of them the script runs as if it had been started by python itself. With them, `trl.GRPOTrainer` and
 `trl.GRPOConfig` (and RLOO's) are the prefix-grouping subclasses from the moment at which the script imports `trl`. Until

@@ -34,16 +34,16 @@ from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_l
 from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
-    agreed,
     check_support,
     disable_prefix_grouper,
     enable_prefix_grouper,
     numbers_padded_columns,
+    on_all_ranks,
     packed_inputs,
     reasons_after,
     row_limit,
+    run_self_check,
     self_check_pending,
-    settle,
     transformers_model,
     without_prefix_grouper,
 )
@@ -139,7 +139,7 @@ class PrefixGrouperMixin:
     def _prove(self, model: Any) -> tuple[str, ...]:
         """Compare a tiny packed forward of ``model`` with its rows; why it cannot be shared. Every process calls it."""
         with self.accelerator.autocast():
-            result = agreed(settle(model), self.accelerator.device)
+            result = on_all_ranks(run_self_check(model), self.accelerator.device)
         reasons = reasons_after(check_support(model), result)
         if not reasons and self._is_main:
             logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)

@@ -49,24 +49,24 @@ from prefix_grouper_plugins.micro_batches import plan_micro_batches, spread_micr
 from prefix_grouper_plugins.modeling import (
     ShardedLayout,
     UnsupportedModelError,
-    agreed,
     check_support,
     disable_prefix_grouper,
     enable_prefix_grouper,
     layout_inputs,
+    on_all_ranks,
     reasons_after,
-    settle,
+    run_self_check,
     transformers_model,
     without_router_loss,
 )
 from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
-from prefix_grouper_plugins.verify import check_gradients, local_gradients
+from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, local_gradients
 
 # Policy losses of verl whose value does not depend on which rows stand in one micro-batch. Of its own, clip_cov and
 # kl_cov select tokens within a micro-batch, and geo_mean averages over it.
 _ROWS_MIX_FREELY = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
 _NO_PROOF_OF_PIECES = (
-    "not proved: Ulysses leaves each process a piece of the rows, which a few tokens are too short for; "
+    "not self-checked: Ulysses leaves each process a piece of the rows, which a few tokens are too short for; "
     "prefix_grouper.verify=true compares the first update"
 )
 
@@ -151,7 +151,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         device, dtype = torch.device(get_device_name()), self._autocast_dtype
         autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)  # as verl does
         with autocast, numbered_rows(self.module):
-            result = agreed(settle(self.module, device), device)
+            result = on_all_ranks(run_self_check(self.module, device), device)
         if reasons := reasons_after(check_support(self.module), result):
             disable_prefix_grouper(self.module)
             self._cannot_share(reasons)

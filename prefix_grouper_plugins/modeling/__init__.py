@@ -9,10 +9,15 @@ from prefix_grouper_plugins.modeling.attention import (
     row_positions,
     without_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling.enable import enable_prefix_grouper, reasons_after, self_check_pending, settle
+from prefix_grouper_plugins.modeling.enable import (
+    enable_prefix_grouper,
+    reasons_after,
+    run_self_check,
+    self_check_pending,
+)
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.rope import row_limit
-from prefix_grouper_plugins.modeling.self_check import SelfCheck, agreed
+from prefix_grouper_plugins.modeling.self_check import SelfCheck, on_all_ranks
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.modeling.support.report import (
     SupportReport,
@@ -27,7 +32,6 @@ __all__ = [
     "ShardedLayout",
     "SupportReport",
     "UnsupportedModelError",
-    "agreed",
     "base_implementation",
     "check_support",
     "disable_prefix_grouper",
@@ -35,12 +39,13 @@ __all__ = [
     "is_enabled",
     "layout_inputs",
     "numbers_padded_columns",
+    "on_all_ranks",
     "packed_inputs",
     "reasons_after",
     "row_limit",
     "row_positions",
+    "run_self_check",
     "self_check_pending",
-    "settle",
     "transformers_model",
     "without_prefix_grouper",
     "without_router_loss",

@@ -13,7 +13,7 @@ from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.modeling.attention import disable_prefix_grouper, enable_layers
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.mixers.on_rows import LAYOUT_KWARG, given_layout
-from prefix_grouper_plugins.modeling.self_check import SelfCheck, is_sharded, not_yet, self_check
+from prefix_grouper_plugins.modeling.self_check import SelfCheck, is_sharded, self_check, why_not_yet
 from prefix_grouper_plugins.modeling.support.report import SupportReport, check_support, transformers_model
 
 
@@ -50,10 +50,10 @@ def enable_prefix_grouper(
     _forget(base)
     if not self_check:
         return model
-    if self_check == "later" or not_yet(model) is not None or is_sharded(model):
+    if self_check == "later" or why_not_yet(model) is not None or is_sharded(model):
         base.register_forward_pre_hook(_before_first_packed_forward, with_kwargs=True)
         return model
-    if reasons := reasons_after(report, result := settle(model)):
+    if reasons := reasons_after(report, result := run_self_check(model)):
         disable_prefix_grouper(model)
         raise UnsupportedModelError("; ".join(reasons))
     logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
@@ -66,7 +66,7 @@ def self_check_pending(model: nn.Module) -> bool:
     return base is not None and _before_first_packed_forward in base._forward_pre_hooks.values()
 
 
-def settle(model: nn.Module, device: torch.device | None = None) -> SelfCheck:
+def run_self_check(model: nn.Module, device: torch.device | None = None) -> SelfCheck:
     """The self-check of ``model``, for which nothing waits any longer. Under FSDP a collective, see :func:`self_check`."""
     _forget(transformers_model(model))
     return self_check(model, device)
@@ -82,7 +82,7 @@ def reasons_after(report: SupportReport, result: SelfCheck) -> tuple[str, ...]:
 
 
 def _before_first_packed_forward(base: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Prove a model whose weights were not loaded when it was enabled."""
+    """Check a model whose weights were not loaded when it was enabled."""
     if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
         return
     _forget(base)
@@ -94,7 +94,7 @@ def _before_first_packed_forward(base: Any, args: Any, kwargs: dict[str, Any]) -
                 "; ".join([*report.unverified, "call self_check(model) on every process first"])
             )
         logger.warning(
-            "prefix grouper: %s is sharded, so it is not proved on its own: call self_check(model) on every process",
+            "prefix grouper: %s is sharded, so it is not self-checked on its own: call self_check(model) on every process",
             type(base).__name__,
         )
         return

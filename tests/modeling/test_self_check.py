@@ -22,7 +22,7 @@ from prefix_grouper_plugins import (
     self_check,
 )
 from prefix_grouper_plugins.modeling import attention as interface
-from prefix_grouper_plugins.modeling import is_enabled, packed_inputs, self_check_pending, settle
+from prefix_grouper_plugins.modeling import is_enabled, packed_inputs, run_self_check, self_check_pending
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
 from tests import tiny
 from tests.modeling import families
@@ -81,12 +81,12 @@ def test_a_class_that_nobody_has_seen_is_let_in_because_it_is_right(dtype):
     assert largest_error(model) < (1e-5 if dtype is torch.float32 else 0.1)
 
 
-def test_without_the_proof_an_unseen_class_is_refused():
+def test_without_the_self_check_an_unseen_class_is_refused():
     with pytest.raises(UnsupportedModelError, match="UnseenForCausalLM is code from outside of transformers"):
         enable_prefix_grouper(unseen(), self_check=False)
 
 
-def test_a_type_of_transformers_that_no_test_has_compared_is_decided_by_the_proof(monkeypatch):
+def test_a_type_of_transformers_that_no_test_has_compared_is_decided_by_the_self_check(monkeypatch):
     model = tiny.model()
     monkeypatch.setattr(type(model.config), "model_type", "qwen99")
     with pytest.raises(UnsupportedModelError, match="model type 'qwen99' has not been verified"):
@@ -94,14 +94,14 @@ def test_a_type_of_transformers_that_no_test_has_compared_is_decided_by_the_proo
     assert is_enabled(enable_prefix_grouper(model))
 
 
-def test_frozen_weights_and_adapters_are_proved_by_what_they_compute():
+def test_frozen_weights_and_adapters_are_checked_by_what_they_compute():
     model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     assert self_check(enable_prefix_grouper(model)).passed
     frozen = tiny.model().requires_grad_(False)
     assert self_check(enable_prefix_grouper(frozen)).gradient > 0
 
 
-def test_a_model_without_a_language_head_is_proved_by_its_hidden_states():
+def test_a_model_without_a_language_head_is_checked_by_its_hidden_states():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("qwen3", **tiny.SIZES, num_labels=1))
     assert self_check(enable_prefix_grouper(model.eval())).passed
@@ -210,7 +210,7 @@ def test_a_packed_forward_that_fails_is_a_reason(monkeypatch):
         enable_prefix_grouper(tiny.model())
 
 
-def test_masks_that_nobody_knows_are_refused_before_any_proof(monkeypatch):
+def test_masks_that_nobody_knows_are_refused_before_any_self_check(monkeypatch):
     """A few short rows could not show what they do to long ones."""
     model = unseen()
     model.config.attention_chunk_size = 8192
@@ -285,7 +285,7 @@ def test_it_works_in_inference_mode_and_without_gradients():
             assert self_check(enable_prefix_grouper(model, self_check=False)).passed
 
 
-def test_a_model_is_proved_once_for_each_backend(monkeypatch):
+def test_a_model_is_checked_once_for_each_backend(monkeypatch):
     calls: list[int] = []
     model = tiny.model()
     model.register_forward_hook(lambda *_: calls.append(1))
@@ -301,7 +301,7 @@ def test_a_model_is_proved_once_for_each_backend(monkeypatch):
 # --- when ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_on_the_meta_device_is_proved_before_its_first_packed_forward(caplog):
+def test_a_model_on_the_meta_device_is_checked_before_its_first_packed_forward(caplog):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **tiny.SIZES))
     enable_prefix_grouper(model)
@@ -316,7 +316,7 @@ def test_a_model_on_the_meta_device_is_proved_before_its_first_packed_forward(ca
         packed(model)
     assert not self_check_pending(model)
     (message,) = caplog.messages
-    assert message.startswith("prefix grouper: Qwen3ForCausalLM proved in ")
+    assert message.startswith("prefix grouper: Qwen3ForCausalLM passed the self-check in ")
 
 
 def test_a_wrong_model_is_stopped_at_its_first_packed_forward():
@@ -325,7 +325,7 @@ def test_a_wrong_model_is_stopped_at_its_first_packed_forward():
     for one in (model, copied):
         with pytest.raises(UnsupportedModelError, match="are not its rows"):
             packed(one)
-    assert not settle(model).passed
+    assert not run_self_check(model).passed
 
 
 def test_what_was_not_covered_is_said():
@@ -337,7 +337,7 @@ def test_what_was_not_covered_is_said():
     assert short.passed and short.not_covered is None and short.tokens > result.tokens
 
 
-def test_an_ordinary_forward_that_fails_proves_nothing_and_refuses_only_what_needs_proof(monkeypatch):
+def test_an_ordinary_forward_that_fails_shows_nothing_and_refuses_only_what_needs_the_check(monkeypatch):
     class OwnLlama(LlamaForCausalLM):
         pass
 
@@ -348,7 +348,9 @@ def test_an_ordinary_forward_that_fails_proves_nothing_and_refuses_only_what_nee
         model = cls(tiny.model("llama").config)
         monkeypatch.setattr(model.model.embed_tokens, "forward", broken)
         if refused:
-            with pytest.raises(UnsupportedModelError, match=r"OwnLlama was not proved: the ordinary forward failed"):
+            with pytest.raises(
+                UnsupportedModelError, match=r"OwnLlama could not be self-checked: the ordinary forward failed"
+            ):
                 enable_prefix_grouper(model)
         else:
             assert not self_check(enable_prefix_grouper(model)).passed

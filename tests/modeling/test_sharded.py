@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import packed_inputs, settle
+from prefix_grouper_plugins.modeling import packed_inputs, run_self_check
 from tests import tiny
 from tests.modeling import families
 from tests.processes import Processes
@@ -78,7 +78,7 @@ def by_fsdp1(group: dist.ProcessGroup, model_type: str) -> tuple[float, float]:
     return float(difference), float((wrapped.clip_grad_norm_(1e9) - wanted).abs() / wanted)
 
 
-def proofs(group: dist.ProcessGroup, model_type: str, version: int) -> list[tuple[bool, float, bool]]:
+def self_checks(group: dist.ProcessGroup, model_type: str, version: int) -> list[tuple[bool, float, bool]]:
     """Of a right model and of one whose positions are wrong: passed, gradient difference, no gradient left."""
     found = []
     for fault in (False, True):
@@ -95,16 +95,16 @@ def proofs(group: dist.ProcessGroup, model_type: str, version: int) -> list[tupl
         else:
             policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(x) for x in layers})
             wrapped = FullyShardedDataParallel(model, group, auto_wrap_policy=policy, device_id=torch.device("cpu"))
-        proof = settle(wrapped)
+        result = run_self_check(wrapped)
         clean = all(p.grad is None for p in wrapped.parameters())
         forward_and_backward(wrapped)  # nothing is in the way of what follows
-        found.append((proof.passed, proof.gradient, clean))
+        found.append((result.passed, result.gradient, clean))
     return found
 
 
 @pytest.mark.parametrize(("model_type", "version"), [("qwen3", 1), ("qwen3", 2)])
-def test_a_sharded_model_is_proved_by_all_processes_together(processes, model_type, version):
-    for (right, difference, clean), (wrong, _, _) in processes.run(2, proofs, model_type, version):
+def test_a_sharded_model_is_checked_by_all_processes_together(processes, model_type, version):
+    for (right, difference, clean), (wrong, _, _) in processes.run(2, self_checks, model_type, version):
         assert right and not wrong and clean
         assert 0 < difference < 1e-5
 

@@ -1,4 +1,4 @@
-"""The trainer proves its model before it shares anything: what fails is refused, or trains on the stock path."""
+"""The trainer checks its model before it shares anything: what fails is refused, or trains on the stock path."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def llama(tmp_path):
     return tiny.saved_model(tmp_path, "llama")
 
 
-def proofs(caplog) -> list[str]:
-    return [message for message in caplog.messages if " proved " in message]
+def checks(caplog) -> list[str]:
+    return [message for message in caplog.messages if " passed the self-check " in message]
 
 
 def trainer_of(model: Any, **settings: Any) -> PrefixGrouperGRPOTrainer:
@@ -58,20 +58,20 @@ def trainer_of(model: Any, **settings: Any) -> PrefixGrouperGRPOTrainer:
     )
 
 
-def test_the_proof_runs_once_before_training_and_says_its_cost(caplog, llama):
+def test_the_self_check_runs_once_before_training_and_says_its_cost(caplog, llama):
     with caplog.at_level(logging.INFO, logger="prefix_grouper_plugins"):
         make_trainer(llama, shared=True, dtype=torch.float32, beta=0.1, **GROUPED).train()
-    assert len(proofs(caplog)) == 2  # of the policy and of the reference model
-    assert proofs(caplog)[0].startswith("prefix grouper: LlamaForCausalLM proved in ")
+    assert len(checks(caplog)) == 2  # of the policy and of the reference model
+    assert checks(caplog)[0].startswith("prefix grouper: LlamaForCausalLM passed the self-check in ")
 
 
 def test_it_can_be_turned_off(caplog, llama):
     with caplog.at_level(logging.INFO, logger="prefix_grouper_plugins"):
         trainer = make_trainer(llama, shared=True, prefix_grouper_self_check=False, **GROUPED)
-    assert is_enabled(trainer.model) and not proofs(caplog)
+    assert is_enabled(trainer.model) and not checks(caplog)
 
 
-def test_a_class_of_ones_own_is_shared_once_it_is_proved_and_refused_without(llama):
+def test_a_class_of_ones_own_is_shared_once_it_has_passed_and_refused_without(llama):
     assert is_enabled(trainer_of(OwnLlama.from_pretrained(llama)).model)
     with pytest.raises(UnsupportedModelError, match="OwnLlama is code from outside of transformers"):
         trainer_of(OwnLlama.from_pretrained(llama), prefix_grouper_self_check=False)
@@ -85,7 +85,7 @@ def test_a_patched_model_is_stopped_before_training(monkeypatch, llama):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 def test_a_patched_model_can_fall_back_to_the_stock_weights(monkeypatch, llama, sharded):
-    """A model that is to be sharded is proved at its first forward, when it is."""
+    """A model that is to be sharded is checked at its first forward, when it is."""
     count_packed_positions(monkeypatch)
     use_float64_head(monkeypatch)
     if sharded:
@@ -102,9 +102,9 @@ def test_a_model_that_is_to_be_sharded_waits_for_its_first_forward(monkeypatch, 
     monkeypatch.setattr(ours, "_SHARDED", {DistributedType.NO})
     with caplog.at_level(logging.INFO, logger="prefix_grouper_plugins"):
         trainer = make_trainer(llama, shared=True, **GROUPED)
-        assert self_check_pending(trainer.model) and not proofs(caplog)
+        assert self_check_pending(trainer.model) and not checks(caplog)
         trainer.train()
-    assert not self_check_pending(trainer.model) and len(proofs(caplog)) == 1
+    assert not self_check_pending(trainer.model) and len(checks(caplog)) == 1
     assert trainer.sharing.packed > 0 and not trainer.sharing.fallbacks
 
 

@@ -12,10 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Largest relative difference that rounding explains, by the dtype of the forward. Measured on dense tiny models of up to
-# 28 layers: 3e-7 (transformers' norms compute in float32; 1e-15 without them), 1e-6, 4e-2 and 6e-3. One wrong label in
-# each row gives 7e-2 to 8e-1, a mask that hides the prompt 8e-1 and more.
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+from prefix_grouper_plugins.modeling.self_check.tolerances import tolerance
 
 
 def local_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -59,11 +56,11 @@ def check_gradients(model: nn.Module, ordinary: dict[str, Tensor], dtype: torch.
         RuntimeError: the packed step computed something else.
     """
     difference = gradient_difference(model, ordinary)
-    tolerance = TOLERANCES[dtype]
-    if not difference <= tolerance:  # catches NaN as well
+    limit = tolerance(dtype).update
+    if not difference <= limit:  # catches NaN as well
         raise RuntimeError(
             f"the gradients of the shared step differ from the ordinary ones by {difference:.1e}, rounding in {dtype} "
-            f"explains {tolerance:.0e}. A mixture of experts in half precision may differ by more, as rounding sends "
+            f"explains {limit:.0e}. A mixture of experts in half precision may differ by more, as rounding sends "
             "tokens to other experts: verify it in float32. Else please report this with the model's config, and turn "
             "sharing off to train"
         )

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import packed_inputs
-from prefix_grouper_plugins.verify import TOLERANCES, check_gradients, gradient_difference, local_gradients
+from prefix_grouper_plugins.modeling import attention, packed_inputs
+from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, gradient_difference, local_gradients
+from prefix_grouper_plugins.modeling.self_check.tolerances import TOLERANCES
 from tests import tiny
 from tests.processes import Processes
 
@@ -73,7 +74,7 @@ def test_the_tolerance_lies_between_rounding_and_a_wrong_label_or_position(dtype
 
     for wrong in ({"rows": with_another_first_token()}, {"position_ids": with_responses_one_further()}):
         packed_step(model, **wrong)
-        assert gradient_difference(model, ordinary) > 2 * TOLERANCES[dtype], f"wrong {', '.join(wrong)}"
+        assert gradient_difference(model, ordinary) > 2 * TOLERANCES[dtype].update, f"wrong {', '.join(wrong)}"
         with pytest.raises(RuntimeError, match="the gradients of the shared step differ from the ordinary ones"):
             check_gradients(model, ordinary, dtype)
 
@@ -96,6 +97,24 @@ def test_where_everything_is_computed_in_float64_hardly_anything_is_left():
     ordinary = ordinary_step(model)
     packed_step(model)
     assert gradient_difference(model, ordinary) < 1e-14
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+def test_in_float32_attention_that_rounds_its_keys_to_bfloat16_is_refused(monkeypatch, model_type):
+    """A small fault, which a tolerance a thousand times as wide would let pass."""
+    own = attention.shared_prefix_attention
+
+    def coarse(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return own(query, key.bfloat16().float(), *args, **kwargs)
+
+    model = enable_prefix_grouper(tiny.model(model_type), self_check=False)
+    ordinary = ordinary_step(model)
+    monkeypatch.setattr(attention, "shared_prefix_attention", coarse)
+    packed_step(model)
+    limit = TOLERANCES[torch.float32].update
+    assert 2 * limit < gradient_difference(model, ordinary) < 1000 * limit
+    with pytest.raises(RuntimeError, match="the gradients of the shared step differ from the ordinary ones"):
+        check_gradients(model, ordinary, torch.float32)
 
 
 # --- the measure -----------------------------------------------------------------------------------------------------
@@ -127,7 +146,7 @@ def test_the_difference_is_the_norm_of_the_difference_over_the_norm():
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_a_difference_just_beyond_the_tolerance_is_refused_with_both_numbers(dtype):
-    model, tolerance = stepped().double(), TOLERANCES[dtype]
+    model, tolerance = stepped().double(), TOLERANCES[dtype].update
     ordinary = {name: gradient / (1 + 0.9 * tolerance) for name, gradient in local_gradients(model).items()}
     assert check_gradients(model, ordinary, dtype) == pytest.approx(0.9 * tolerance, rel=1e-3)
     ordinary = {name: gradient / (1 + 1.1 * tolerance) for name, gradient in local_gradients(model).items()}
@@ -250,4 +269,4 @@ def test_the_difference_of_sharded_gradients_is_that_of_the_whole_model_on_every
 @pytest.mark.slow
 def test_a_fault_of_one_process_is_refused_by_all(processes):
     for difference, message in processes.run(4, step_of_shards, [0.0, 0.0, 0.9, 0.0]):
-        assert difference > TOLERANCES[torch.bfloat16] and "differ from the ordinary ones" in message
+        assert difference > TOLERANCES[torch.bfloat16].update and "differ from the ordinary ones" in message

@@ -1,158 +1,26 @@
-"""The self-check: a tiny packed forward and backward of the real model, against forwards of its rows alone.
-
-What a model is made of says that packed rows should work (modeling/support/report.py); this shows that they do, with the
-weights, the code and the kernels that are there now. A few rows that form a tree are forwarded one by one and as one
-packed row. Three things are compared:
-
-- the output at every packed position;
-- the gradient of a random projection of all outputs with respect to the input embeddings, which exist also where every
-  weight is frozen, and with respect to one trainable parameter, where there is one;
-- the gradient of a single row's outputs at tokens of other rows. It must be zero, exactly and in every dtype, so this
-  part needs no tolerance.
-
-The tolerance of the first two is that of rounding. Where a difference exceeds what is plain in the dtype, it is compared
-with what rounding does to this model: the rows are forwarded once more, and every module's output is moved by half a unit
-in its last place. In half precision rounding also sends tokens to other experts, so there the differences of a mixture
-of experts are judged by their medians.
-"""
+"""The rows of a model, the two ways to forward them, and what differs."""
 
 from __future__ import annotations
 
 import inspect
 import time
-import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.attention import is_enabled, packed_inputs, row_positions
+from prefix_grouper_plugins.modeling.attention import packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.rope import row_limit
-from prefix_grouper_plugins.modeling.support.report import (
-    attention_configs,
-    largest_window,
-    transformers_model,
-    without_router_loss,
-)
+from prefix_grouper_plugins.modeling.self_check.isolation import rounding, untouched
+from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, is_sharded
+from prefix_grouper_plugins.modeling.self_check.rows import tree_of_rows
+from prefix_grouper_plugins.modeling.self_check.tolerances import CHAOS, LEAK, TIMES_NOISE, tolerance
+from prefix_grouper_plugins.modeling.support.report import largest_window, without_router_loss
 
-# Differences that need no explanation: of outputs and of gradients, relative to their norms. transformers computes norms,
-# rotary angles and routers in float32 even where the model is in float64.
-_PLAIN = {torch.float64: (1e-4, 1e-3), torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 2e-2)}
-_PLAIN_ELSE = (2e-3, 4e-3)  # float16
-_TIMES_NOISE = 4.0  # how much larger than measured rounding a difference may be: the two are samples, not bounds
-_CHAOS = 0.25  # where rounding alone moves the outputs so far, a comparison says nothing
-_LEAK = 1e-6  # of the largest gradient; kernels write zeros, not small numbers
-_LONGEST_WINDOW = 64  # longer sliding windows are not reached by the rows, so that the self-check stays cheap
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """What :func:`self_check` found.
-
-    Attributes:
-        model: name of the model's class.
-        tokens, row_tokens: tokens of the packed row, and of the rows that it was compared with.
-        seconds: what it took.
-        outputs, gradient: relative differences (L2 norms), 0.0 where nothing was compared.
-        passed: whether packed rows were shown to be right.
-        reason: why packed rows are wrong; None where they are right, or where nothing could be shown.
-        not_covered: what could not be shown; None where everything was.
-    """
-
-    model: str
-    tokens: int = 0
-    row_tokens: int = 0
-    seconds: float = 0.0
-    outputs: float = 0.0
-    gradient: float = 0.0
-    passed: bool = False
-    reason: str | None = None
-    not_covered: str | None = None
-
-    def __str__(self) -> str:
-        if self.reason is not None:
-            return f"packed rows of {self.model} are not its rows: {self.reason}"
-        if not self.passed:
-            return f"{self.model} was not proved: {self.not_covered}"
-        said = (
-            f"{self.model} proved in {self.seconds:.2f} s: {self.tokens} packed tokens against rows of "
-            f"{self.row_tokens}, outputs differ by {self.outputs:.1e}, gradients by {self.gradient:.1e}"
-        )
-        return said if self.not_covered is None else f"{said}; not covered: {self.not_covered}"
-
-
-def self_check(model: nn.Module, device: torch.device | None = None) -> SelfCheck:
-    """Compare a tiny packed forward and backward of ``model`` with forwards of the rows. Leaves the model as it was.
-
-    No gradient, cache, buffer, random state or mode of a module is changed. A model that was proved before is not
-    proved again, unless its attention backend has changed. Where parameters are sharded, every process must call it, with
-    the outermost module: it runs collectives.
-
-    Args:
-        model: has been through :func:`~prefix_grouper_plugins.enable_prefix_grouper`, bare or wrapped.
-        device: where token ids go, by default where the input embeddings are (under CPU offload they are elsewhere).
-
-    Returns:
-        the self-check; nothing is raised for a model that fails it.
-
-    Raises:
-        ValueError: the model has not been enabled.
-    """
-    if not is_enabled(model):
-        raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
-    base = transformers_model(model)
-    backends = tuple(str(config._attn_implementation) for config in attention_configs(base))
-    known = _CHECKED.get(base)
-    if known is not None and known[0] == backends:
-        return known[1]
-    if (obstacle := not_yet(model)) is not None:
-        return SelfCheck(type(base).__name__, not_covered=obstacle)
-    with torch.inference_mode(False), torch.enable_grad():
-        result = _Comparison(model, base, device).run()
-    if result.passed or result.reason is not None:
-        _CHECKED[base] = (backends, result)
-    return result
-
-
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], SelfCheck]] = weakref.WeakKeyDictionary()
-
-
-def agreed(result: SelfCheck, device: torch.device) -> SelfCheck:
-    """``result``, refuted where it is on any process. A collective: every process calls it at the same point."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return result
-    refuted = torch.tensor([result.reason is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(refuted, op=dist.ReduceOp.MAX)
-    if refuted and result.reason is None:
-        return replace(result, reason="another process found a difference")
-    return result
-
-
-def not_yet(model: nn.Module) -> str | None:
-    """Why ``model`` cannot be forwarded at this moment."""
-    for parameter in model.parameters():
-        if parameter.is_meta:
-            return "its weights have not been loaded (they are on the meta device)"
-        if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-            return "DeepSpeed has partitioned its parameters"
-    return None
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters under ``model`` are spread over processes, so that all of them must forward together."""
-    return any(isinstance(p, DTensor) for p in model.parameters()) or any(
-        isinstance(m, FullyShardedDataParallel) for m in model.modules()
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- the comparison
+LONGEST_WINDOW = 64  # longer sliding windows are not reached by the rows, so that the self-check stays cheap
 
 
 class _Run:
@@ -162,7 +30,7 @@ class _Run:
         self.outputs, self.gradient, self.parameter = outputs, gradient, parameter
 
 
-class _Comparison:
+class Comparison:
     """The rows of a model and the two ways to forward them."""
 
     def __init__(self, model: nn.Module, base: Any, device: torch.device | None) -> None:
@@ -176,8 +44,8 @@ class _Comparison:
         self.generator = torch.Generator().manual_seed(0)
         config = base.config.get_text_config(decoder=True)
         self.window = largest_window(base)
-        reach = self.window if self.window is not None and self.window <= _LONGEST_WINDOW else 0
-        self.rows = [row.to(self.device) for row in _tree(self._token_ids(config), reach, self.generator)]
+        reach = self.window if self.window is not None and self.window <= LONGEST_WINDOW else 0
+        self.rows = [row.to(self.device) for row in tree_of_rows(self._token_ids(config), reach, self.generator)]
         self.layout = PrefixLayout.from_rows(self.rows).to(self.device)
         self.weights = [torch.randn(len(row) - 1, generator=self.generator).to(self.device) for row in self.rows]
         takes = inspect.signature(base.forward).parameters
@@ -197,7 +65,7 @@ class _Comparison:
             return replace(
                 result, not_covered=f"its rows are shared below {limit[0]} tokens only (rope_type {limit[1]!r})"
             )
-        with _untouched(self.base, self.device):
+        with untouched(self.base, self.device):
             try:
                 ordinary = self._ordinary()
             except Exception as error:  # whatever it is, the trainer's own forward will say it better
@@ -222,7 +90,7 @@ class _Comparison:
             outputs=_difference(packed.outputs, ordinary.outputs),
             gradient=_difference(packed.gradient, ordinary.gradient),
         )
-        if not leak <= _LEAK:
+        if not leak <= LEAK:
             return replace(
                 result, reason=f"a row depends on tokens of other rows ({leak:.1e} of its gradient lies there)"
             )
@@ -230,7 +98,7 @@ class _Comparison:
         if reason is None:
             return replace(result, passed=True)
         noise = self._noise(ordinary)
-        if noise is not None and max(noise.values()) > _CHAOS:
+        if noise is not None and max(noise.values()) > CHAOS:
             return replace(
                 result,
                 not_covered=f"rounding in {self.dtype} alone changes what this model computes by {max(noise.values()):.0%}",
@@ -240,11 +108,11 @@ class _Comparison:
 
     def _excess(self, found: _Run, expected: _Run, noise: dict[str, float] | None) -> str | None:
         """What differs by more than rounding explains, in words."""
-        plain = dict(zip(("outputs", "gradients"), _PLAIN.get(self.dtype, _PLAIN_ELSE), strict=True))
+        plain = tolerance(self.dtype)
         for name, difference in self._differences(found, expected).items():
-            limit = plain["outputs" if name.startswith("outputs") else "gradients"]
+            limit = plain.outputs if name.startswith("outputs") else plain.gradients
             if noise is not None:
-                limit += _TIMES_NOISE * noise[name]
+                limit += TIMES_NOISE * noise[name]
             if not difference <= limit:  # catches NaN as well
                 return f"{name} differ by {difference:.1e}, rounding in {self.dtype} explains {limit:.0e}"
         return None
@@ -301,7 +169,7 @@ class _Comparison:
 
     def _noise(self, ordinary: _Run) -> dict[str, float] | None:
         """What rounding does: differences of the rows from themselves, every module's output moved within its precision."""
-        with _rounding(self.base, self.dtype):
+        with rounding(self.base, self.dtype):
             try:
                 return self._differences(self._ordinary(), ordinary)
             except Exception:  # a module whose output may not be touched; the plain tolerance holds
@@ -374,34 +242,9 @@ class _Comparison:
         return next((p for p in trainable if p.is_floating_point() and p.dim() > 0), None)
 
     def _uncovered(self) -> str | None:
-        if self.window is None or self.window <= _LONGEST_WINDOW:
+        if self.window is None or self.window <= LONGEST_WINDOW:
             return None
         return f"the sliding window of {self.window}, which is longer than these rows"
-
-
-def _tree(words: list[int], reach: int, generator: torch.Generator) -> list[Tensor]:
-    """Five rows: two prompts that begin alike, responses of mixed lengths, two of which begin alike.
-
-    Args:
-        words: token ids to take from.
-        reach: a sliding window; what the prompts share is longer.
-    """
-    first = iter(words)  # branches begin with different words, so that they part where they should
-
-    def text(length: int) -> Tensor:
-        rest = torch.randint(len(words), (length - 1,), generator=generator).tolist()
-        return torch.tensor([next(first), *(words[i] for i in rest)])
-
-    shared = text(reach + 5)
-    prompts = torch.cat([shared, text(7)]), torch.cat([shared, text(4)])
-    begun = torch.cat([prompts[0], text(4)])
-    return [
-        torch.cat([begun, text(6)]),
-        torch.cat([begun, text(9)]),
-        torch.cat([prompts[0], text(5)]),
-        torch.cat([prompts[1], text(8)]),
-        torch.cat([prompts[1], text(5)]),
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- measures
@@ -422,55 +265,3 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def _autocast(device: torch.device) -> torch.dtype:
     """The dtype of matrix products here."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float64
-
-
-# ------------------------------------------------------------------------------------------------------ without a trace
-
-
-@contextmanager
-def _untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode; afterwards modes, buffers and random states are what they were."""
-    modes = [(module, module.training) for module in base.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in base.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = [device] if device.type == "cuda" else []
-    try:
-        for module, _ in modes:
-            module.training = False  # `eval()` may be overridden with something that merges weights
-        with torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(0)
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for module, name, buffer, content in buffers:
-                module._buffers[name] = buffer.copy_(content)
-
-
-@contextmanager
-def _rounding(base: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Move the outputs of the innermost modules and of the layers by up to half a unit in the last place."""
-    layers = {id(child) for m in base.modules() if isinstance(m, nn.ModuleList) for child in m}
-    # Norms, rotary angles and recurrent kernels of transformers compute in float32 in a float64 model too.
-    half_unit = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) / 2
-
-    def move(output: Tensor) -> Tensor:
-        return output * (1 + half_unit * (2 * torch.rand_like(output) - 1))
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            return move(output)
-        if isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].is_floating_point():
-            return (move(output[0]), *output[1:])
-        return output
-
-    with ExitStack() as hooks:
-        for module in base.modules():
-            if id(module) in layers or next(module.children(), None) is None:
-                hooks.callback(module.register_forward_hook(hook).remove)
-        yield
