@@ -1,5 +1,5 @@
-"""The wheel holds what it should, the core stands on torch and transformers alone and loads them late, and imports point
-one way."""
+"""Every way to install holds the files of the checkout; the core needs torch and transformers alone and imports them late;
+imports point one way."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import ast
 import configparser
 import graphlib
 import importlib
-import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "prefix_grouper_plugins"
+from tests.installs import PACKAGE, ROOT, Environment, copy_of_checkout, files_below
+
 # Where the folders of the checkout are installed.
 FOLDERS = {ROOT / PACKAGE: PACKAGE, ROOT / "integrations": f"{PACKAGE}.integrations"}
 # From the ground up; a floor may use the floors below it and itself, not its neighbours.
@@ -41,44 +42,63 @@ def run(code: str, cwd: Path, *arguments: str) -> str:
     return result.stdout
 
 
-# --- the wheel -------------------------------------------------------------------------------------------------------
+# --- what is built and installed -------------------------------------------------------------------------------------------------------
+
+
+def names_of(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that the checkout gets neither build/ nor egg-info."""
+def built(tmp_path_factory) -> dict[str, Path]:
+    """By kind: the wheel built from the checkout, the sdist, and the wheel built from that sdist."""
     pytest.importorskip("build")
-    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in (PACKAGE, "integrations"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (path,) = out.glob("*.whl")
-    return path
+    copy = copy_of_checkout(tmp_path_factory.mktemp("tree"))
+    found = {}
+    for folder, kinds in (("direct", ["--wheel"]), ("through_sdist", [])):  # without a kind: sdist, and wheel from it
+        out = tmp_path_factory.mktemp(folder)
+        command = [sys.executable, "-m", "build", *kinds, "--no-isolation", "--outdir", str(out), str(copy)]
+        done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found |= {f"{path.suffix} {folder}": path for path in out.iterdir()}
+    return {
+        "wheel": found[".whl direct"],
+        "sdist": found[".gz through_sdist"],
+        "wheel from sdist": found[".whl through_sdist"],
+    }
 
 
-def test_the_wheel_holds_every_package_of_the_checkout(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, installed in FOLDERS.items():
-        for path in folder.rglob("__init__.py"):
-            for module in path.parent.glob("*.py"):
-                where = f"{installed.replace('.', '/')}/{module.relative_to(folder).as_posix()}"
-                assert where in names, f"setup.cfg leaves out {where}"
-    assert f"{PACKAGE}/integrations/trl/trainer.py" in names
-    assert f"{PACKAGE}/py.typed" in names
-    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/", "integrations/"))]
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    return built["wheel"]
 
 
-def test_the_wheel_holds_what_hydra_reads(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    files = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("integrations/verl/hydra/*/*.yaml")]
-    assert "integrations/verl/hydra/actor/prefix_grouper_actor.yaml" in files
-    for file in files:
-        assert f"{PACKAGE}/{file}" in names, f"setup.cfg leaves out {file}"
-    assert len([name for name in names if name.endswith(".yaml")]) == len(files)
+def test_wheel_and_sdist_hold_the_files_of_the_checkout(built):
+    expected = files_below(ROOT / PACKAGE)
+    assert {"integrations/trl/trainer.py", "integrations/verl/hydra/actor/prefix_grouper_actor.yaml"} <= expected
+    for kind in ("wheel", "wheel from sdist"):
+        outside = {name for name in names_of(built[kind]) if not name.startswith(f"{PACKAGE}/")}
+        assert all(".dist-info/" in name for name in outside), kind
+        assert {name.removeprefix(f"{PACKAGE}/") for name in names_of(built[kind]) - outside} == expected, kind
+    with tarfile.open(built["sdist"]) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers() if not member.isdir()}
+    assert all(member.isreg() for member in members.values()), "no links, which some unpackers do not keep"
+    below = {name.removeprefix(f"{PACKAGE}/") for name in members if name.startswith(f"{PACKAGE}/")}
+    assert below == expected
+    assert not [name for name in members if name.startswith(("tests/", "integrations/"))]
+
+
+@pytest.mark.parametrize("kind", ["plain", "editable", "from sdist"])
+def test_an_installation_holds_the_files_of_the_checkout(built, tmp_path, kind):
+    (tmp_path / "tree").mkdir()
+    copy = copy_of_checkout(tmp_path / "tree")
+    what = {"plain": [str(copy)], "editable": ["--editable", str(copy)], "from sdist": [str(built["sdist"])]}
+    environment = Environment(tmp_path / "environment")
+    environment.install(*what[kind])
+    code = f"import {PACKAGE}.integrations.trl, {PACKAGE} as package; print(package.__path__[0])"
+    folder = Path(environment.run("-c", code, cwd=tmp_path).strip())
+    assert (copy if kind == "editable" else environment.site) in folder.parents
+    assert files_below(folder) == files_below(ROOT / PACKAGE)
 
 
 def test_the_wheel_tells_verl_and_the_shell_where_to_enter(wheel):
@@ -91,30 +111,17 @@ def test_the_wheel_tells_verl_and_the_shell_where_to_enter(wheel):
     assert f"{PACKAGE}.integrations.verl.plugin" in SOURCES
 
 
-IMPORT_FROM_TARGET = """
-import pathlib, sys
-target = pathlib.Path(sys.argv[1])
-sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
-sys.path.insert(0, str(target))
-import prefix_grouper_plugins
-import prefix_grouper_plugins.integrations.trl
-import prefix_grouper_plugins.integrations.verl
-names = [name for name in sys.modules if name.split(".")[0] == "prefix_grouper_plugins"]
-assert len(names) > 4
-for name in names:
-    assert target in pathlib.Path(sys.modules[name].__file__).parents, sys.modules[name].__file__
-print("imported from the target")
-"""
-
-
 @pytest.mark.slow
 def test_the_installed_wheel_imports_without_the_checkout(wheel, tmp_path):
     pytest.importorskip("trl")
-    target = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    result = subprocess.run([*command, str(wheel)], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "imported from the target" in run(IMPORT_FROM_TARGET, tmp_path, str(target))
+    environment = Environment(tmp_path / "environment")
+    environment.install(str(wheel))
+    code = (
+        f"import sys, {PACKAGE}.integrations.trl.trainer, {PACKAGE}.integrations.verl\n"
+        f"print(*(module.__file__ for name, module in sys.modules.items() if name.split('.')[0] == '{PACKAGE}'))"
+    )
+    files = environment.run("-c", code, cwd=tmp_path).split()
+    assert len(files) > 20 and all(environment.site in Path(file).parents for file in files)
 
 
 # --- the core alone --------------------------------------------------------------------------------------------------
@@ -178,7 +185,9 @@ def lazily_named(module: str) -> dict[str, str]:
     """Name -> module, from the arguments of ``lazy_names(...)`` in the file of ``module``."""
     calls = [node for node in ast.walk(ast.parse(SOURCES[module].read_text())) if isinstance(node, ast.Call)]
     (call,) = [call for call in calls if ast.unparse(call.func) == "lazy_names"]
-    return {name: f"{module}.{keyword.arg}" for keyword in call.keywords for name in ast.literal_eval(keyword.value)}
+    homes: dict[str | None, Any] = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    homes |= homes.pop(None, {})  # `**{"package.module": [...]}`
+    return {name: f"{module}.{home}" for home, names in homes.items() for name in names}
 
 
 def named_for_type_checkers(module: str) -> dict[str, str]:
