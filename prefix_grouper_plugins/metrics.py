@@ -1,59 +1,244 @@
-"""What was shared, and what was not and why: counted on every forward, so that sharing is never silently off."""
+"""What was shared, and what was not and why: counted on every forward, so that sharing is never silently off.
+
+The one counter. Trainers count their forwards in a :class:`SharingMeter`, by pass; whatever else can take a slower way
+than it was asked for counts that in a :class:`ReasonCounter`. Torch is imported only where processes add up.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 logger = logging.getLogger("prefix_grouper_plugins")
 
+UPDATE = "update"  # the forwards that the loss is made of
+OLD_LOG_PROB = "old_log_prob"  # log-probs of the policy that sampled
+REF_LOG_PROB = "ref_log_prob"  # log-probs of the reference policy
+PASSES = (UPDATE, OLD_LOG_PROB, REF_LOG_PROB)
 
-def sharing_metrics(token_ratio: float, rows_per_group: float, fallbacks: float) -> dict[str, float]:
-    """What every integration logs, by the names under which it does."""
-    return {
-        "prefix_grouper/token_ratio": token_ratio,
-        "prefix_grouper/rows_per_group": rows_per_group,
-        "prefix_grouper/fallbacks": float(fallbacks),
-    }
+METRICS = (
+    "prefix_grouper/token_ratio",
+    "prefix_grouper/rows_per_group",
+    "prefix_grouper/fallbacks",
+    "prefix_grouper/old_log_prob_token_ratio",
+    "prefix_grouper/old_log_prob_rows_per_group",
+    "prefix_grouper/ref_log_prob_token_ratio",
+    "prefix_grouper/ref_log_prob_rows_per_group",
+)
 
 
-class SharingMeter:
-    """Counts packed forwards and fallbacks, and warns of each new reason once.
+@dataclass
+class Counts:
+    """Of one forward or several.
 
     Attributes:
-        tokens_forwarded, row_tokens: what packed forwards processed, and what ordinary, unpadded ones would have.
-        rows, groups: rows and distinct prompts in packed forwards.
-        packed: packed forwards.
-        fallbacks: ordinary forwards that should have been packed, by reason.
+        tokens_forwarded, row_tokens: what was processed, and what ordinary, unpadded forwards would have processed.
+        squares, row_squares: the same for pairs of a query and a key that it sees: twice their number, less one for each
+            query, so that a row of ``L`` tokens counts ``L ** 2``, as in estimates of FLOPs. 0 where nobody counts them.
+        rows, groups: rows, and distinct prompts among those of one forward.
+        packed, fallbacks: shared forwards, and ordinary ones that should have been shared.
     """
 
-    def __init__(self, *, warn: bool = True) -> None:
-        self.tokens_forwarded = self.row_tokens = self.rows = self.groups = self.packed = 0
-        self.fallbacks: Counter[str] = Counter()
-        self._warn = warn
+    tokens_forwarded: int = 0
+    row_tokens: int = 0
+    squares: int = 0
+    row_squares: int = 0
+    rows: int = 0
+    groups: int = 0
+    packed: int = 0
+    fallbacks: int = 0
 
-    def count_packed(self, *, tokens_forwarded: int, row_tokens: int, rows: int, groups: int) -> dict[str, float]:
-        """Count one packed forward; return its metrics, named as the integrations log them."""
-        self.packed += 1
-        self.tokens_forwarded += tokens_forwarded
-        self.row_tokens += row_tokens
-        self.rows += rows
-        self.groups += groups
-        return sharing_metrics(tokens_forwarded / row_tokens, rows / groups, fallbacks=0)
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int]) -> Counts:
+        """Of rows of ``lengths`` tokens in an ordinary forward; neither packed nor a fallback."""
+        tokens, squares = sum(lengths), sum(length * length for length in lengths)
+        return cls(tokens, tokens, squares, squares, rows=len(lengths), groups=len(lengths))
 
-    def count_fallback(self, reason: str) -> dict[str, float]:
-        """Count one ordinary forward in place of a packed one; the first of each reason is logged as a warning."""
-        if self._warn and reason not in self.fallbacks:
-            logger.warning("prefix grouper: this forward runs without sharing: %s", reason)
-        self.fallbacks[reason] += 1
-        return {"prefix_grouper/fallbacks": 1.0}
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def forwards(self) -> int:
+        return self.packed + self.fallbacks
 
     @property
     def token_ratio(self) -> float:
-        """Tokens forwarded in packed forwards over the tokens of their rows; 1.0 where nothing was packed."""
+        """Tokens forwarded over the tokens of the rows; 1.0 where nothing was counted."""
         return self.tokens_forwarded / self.row_tokens if self.row_tokens else 1.0
 
     @property
     def rows_per_group(self) -> float:
-        """Mean number of rows that shared one prompt; 0.0 where nothing was packed."""
+        """Mean number of rows that shared one prompt; 0.0 where nothing was counted."""
         return self.rows / self.groups if self.groups else 0.0
+
+
+class ReasonCounter(dict[str, int]):
+    """How often something was done in another way than it was asked for, by reason.
+
+    Args:
+        message: what is logged as a warning, with ``%s`` for the reason, when a reason is counted for the first time.
+        warn: False to count only.
+    """
+
+    def __init__(self, message: str, *, warn: bool = True) -> None:
+        super().__init__()
+        self._message, self._warn = message, warn
+
+    def count(self, reason: str, times: int = 1) -> None:
+        if self._warn and reason not in self:
+            logger.warning(self._message, reason)
+        self[reason] = self.get(reason, 0) + times
+
+
+class SharingCounts:
+    """Counts by pass, and the reasons of fallbacks.
+
+    Attributes:
+        passes (`dict[str, Counts]`): for each of ``PASSES``.
+        fallbacks (`dict[str, int]`): ordinary forwards that should have been packed, of all passes, by reason.
+    """
+
+    def __init__(self) -> None:
+        self.passes = {name: Counts() for name in PASSES}
+        self.fallbacks: dict[str, int] = {}
+
+    def __add__(self, other: SharingCounts) -> SharingCounts:
+        both = SharingCounts()
+        both.passes = {name: self.passes[name] + other.passes[name] for name in PASSES}
+        both.fallbacks = dict(Counter(self.fallbacks) + Counter(other.fallbacks))
+        return both
+
+    @property
+    def total(self) -> Counts:
+        """Of all passes."""
+        return sum(self.passes.values(), Counts())
+
+    @property
+    def update(self) -> Counts:
+        """Of the update alone."""
+        return self.passes[UPDATE]
+
+    def metrics(self, *, share: bool = False) -> dict[str, float]:
+        """Named as every integration logs them (``METRICS``).
+
+        ``token_ratio`` and ``rows_per_group`` are of the update, other passes that made a forward have figures of their
+        own, and ``fallbacks`` is of all passes.
+
+        Args:
+            share: ``fallbacks`` as a share of all forwards instead of their number.
+        """
+        total = self.total
+        named = {
+            "prefix_grouper/token_ratio": self.update.token_ratio,
+            "prefix_grouper/rows_per_group": self.update.rows_per_group,
+            "prefix_grouper/fallbacks": total.fallbacks / max(total.forwards, 1) if share else float(total.fallbacks),
+        }
+        for name, counts in self.passes.items():
+            if name != UPDATE and counts.forwards:
+                named[f"prefix_grouper/{name}_token_ratio"] = counts.token_ratio
+                named[f"prefix_grouper/{name}_rows_per_group"] = counts.rows_per_group
+        return named
+
+    def summed(self, device: Any, group: Any = None) -> SharingCounts:
+        """The sum over the processes of ``group``, reasons included. A collective; these counts where there is one process.
+
+        Args:
+            device: where the group's collectives run.
+            group: by default all processes.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized() or dist.get_world_size(group) == 1:
+            return self
+        numbers = torch.tensor([astuple(self.passes[name]) for name in PASSES], dtype=torch.int64, device=device)
+        dist.all_reduce(numbers, group=group)
+        everywhere = SharingCounts()
+        everywhere.passes = {name: Counts(*row) for name, row in zip(PASSES, numbers.tolist(), strict=True)}
+        if everywhere.total.fallbacks:
+            found: list[dict[str, int]] = [{}] * dist.get_world_size(group)
+            dist.all_gather_object(found, dict(self.fallbacks), group=group)
+            everywhere.fallbacks = dict(sum(map(Counter, found), Counter[str]()))
+        return everywhere
+
+
+class SharingMeter(SharingCounts):
+    """Counts packed forwards and fallbacks, and warns of each new reason once.
+
+    Args:
+        warn: False where another process does the talking.
+
+    Its counts are of all forwards so far; its properties are those of :class:`Counts`, over all passes.
+    """
+
+    def __init__(self, *, warn: bool = True) -> None:
+        super().__init__()
+        self.fallbacks: ReasonCounter = ReasonCounter(
+            "prefix grouper: this forward runs without sharing: %s", warn=warn
+        )
+        self._warn = warn
+        self._told: set[str] = set()
+        self._recent = SharingCounts()
+
+    @property
+    def tokens_forwarded(self) -> int:
+        return self.total.tokens_forwarded
+
+    @property
+    def row_tokens(self) -> int:
+        return self.total.row_tokens
+
+    @property
+    def rows(self) -> int:
+        return self.total.rows
+
+    @property
+    def groups(self) -> int:
+        return self.total.groups
+
+    @property
+    def packed(self) -> int:
+        return self.total.packed
+
+    @property
+    def token_ratio(self) -> float:
+        return self.total.token_ratio
+
+    @property
+    def rows_per_group(self) -> float:
+        return self.total.rows_per_group
+
+    def count_packed(self, counts: Counts, *, during: str = UPDATE) -> None:
+        """Count one packed forward of ``counts`` in the pass ``during``."""
+        self._add(counts + Counts(packed=1), during)
+
+    def count_fallback(self, reason: str, lengths: Sequence[int] = (), *, during: str = UPDATE) -> None:
+        """Count one ordinary forward in place of a packed one.
+
+        Args:
+            reason: why it was not shared; the first of each reason is logged as a warning.
+            lengths: tokens of each of its rows.
+            during: the pass.
+        """
+        self._add(Counts.of_rows(lengths) + Counts(fallbacks=1), during)
+        self.fallbacks.count(reason)
+        self._recent.fallbacks[reason] = self._recent.fallbacks.get(reason, 0) + 1
+
+    def take(self) -> SharingCounts:
+        """What was counted since the last call of this method."""
+        taken, self._recent = self._recent, SharingCounts()
+        return taken
+
+    def warn_of(self, everywhere: SharingCounts) -> None:
+        """Warn of the reasons in ``everywhere``, counts summed over processes, that no process like this one has told."""
+        for reason in everywhere.fallbacks:
+            if self._warn and reason not in self.fallbacks and reason not in self._told:
+                logger.warning("prefix grouper: forwards of another process run without sharing: %s", reason)
+            self._told.add(reason)
+
+    def _add(self, counts: Counts, during: str) -> None:
+        self.passes[during] += counts
+        self._recent.passes[during] += counts

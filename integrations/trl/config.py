@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 from trl import GRPOConfig, RLOOConfig
 
-from prefix_grouper_plugins.attention.registry import BACKENDS
-from prefix_grouper_plugins.integrations.trl.options import SWITCHES
+from prefix_grouper_plugins import settings
 from prefix_grouper_plugins.integrations.trl.regroup import rows_mix_freely
 from prefix_grouper_plugins.metrics import logger
-
-REGROUP = ("exact", "group", "none")
-ON_UNSUPPORTED = ("error", "fallback")
 
 
 @dataclass
@@ -27,62 +23,18 @@ class PrefixGrouperArguments:
     wins over the code: this is how the launcher hands its command line to an unmodified script.
     """
 
-    use_prefix_grouper: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Encode the prompt of a group once instead of once for each completion. Same numbers, less time "
-            "and memory. On by default in this config; the stock trainer's path is taken when off."
-        },
-    )
-    prefix_grouper_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "Attention backend of packed forwards. 'auto' takes the fastest one that each layer can use.",
-            "choices": ["auto", *BACKENDS],
-        },
-    )
-    prefix_grouper_regroup: str = field(
-        default="exact",
-        metadata={
-            "help": "How rows of one prompt, which TRL shuffles over the micro-batches of a generation batch, are "
-            "brought together again. 'exact' moves rows only among the micro-batches of one optimizer step, and only "
-            "where the loss does not depend on which rows stand together; 'group' brings every group together, so a "
-            "row may move to another optimizer step of the same generation batch; 'none' leaves the shuffle alone.",
-            "choices": list(REGROUP),
-        },
-    )
-    prefix_grouper_rebatch: bool = field(
-        default=False,
-        metadata={
-            "help": "When per_device_train_batch_size is smaller than num_generations, make micro-batches larger and "
-            "gradient_accumulation_steps smaller by the same factor, so that whole groups fit in one. The optimization "
-            "is the same; memory per step is that of the larger micro-batch with its prompts shared."
-        },
-    )
-    prefix_grouper_on_unsupported: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with a model or setting that cannot be shared exactly: 'error' stops before training "
-            "and says why; 'fallback' trains on the stock path, says why and counts it.",
-            "choices": list(ON_UNSUPPORTED),
-        },
-    )
-
-    prefix_grouper_self_check: bool = field(
-        default=True,
-        metadata={
-            "help": "Before training, compare a tiny packed forward and backward of the model with forwards of its rows; "
-            "a model that fails is unsupported. Without it, model types that no test has compared are refused."
-        },
-    )
+    use_prefix_grouper: bool | None = settings.USE.field()
+    prefix_grouper_backend: str = settings.BACKEND.field()
+    prefix_grouper_regroup: str = settings.TRL_REGROUP.field()
+    prefix_grouper_rebatch: bool = settings.REBATCH.field()
+    prefix_grouper_on_unsupported: str = settings.ON_UNSUPPORTED.field()
+    prefix_grouper_self_check: bool = settings.SELF_CHECK.field()
 
     def __post_init__(self) -> None:
-        for option in fields(PrefixGrouperArguments):
-            if (text := os.environ.get(option.name.upper())) is not None:
-                setattr(self, option.name, string_to_bool(text) if option.name in SWITCHES else text)
-            choices = option.metadata.get("choices")
-            if choices and getattr(self, option.name) not in choices:
-                raise ValueError(f"{option.name} is {getattr(self, option.name)!r}: choose one of {', '.join(choices)}")
+        for name, setting in settings.TRL_OPTIONS.items():
+            if (text := os.environ.get(name.upper())) is not None:
+                setattr(self, name, string_to_bool(text) if setting.is_switch else text)
+            setting.check(getattr(self, name), name)
         if self.use_prefix_grouper is None:
             self.use_prefix_grouper = True
         if self.use_prefix_grouper and self.prefix_grouper_rebatch:

@@ -31,8 +31,8 @@ from types import ModuleType
 
 from prefix_grouper_plugins.import_hooks import after_import
 from prefix_grouper_plugins.integrations import trl as ours
-from prefix_grouper_plugins.integrations.trl.options import OPTIONS, SWITCHES
 from prefix_grouper_plugins.metrics import logger
+from prefix_grouper_plugins.settings import TRL_OPTIONS
 
 _TRL_SCRIPTS = {"grpo": "trl.scripts.grpo", "rloo": "trl.scripts.rloo"}
 _YES, _NO = {"true", "yes", "t", "y", "1"}, {"false", "no", "f", "n", "0"}
@@ -80,11 +80,11 @@ def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         name = name.replace("-", "_")
         if not token.startswith("--") or not name.startswith(("use_prefix_grouper", "prefix_grouper_")):
             rest.append(token)
-        elif name not in OPTIONS:
-            raise SystemExit(f"--{name} is unknown: the options are --{', --'.join(sorted(OPTIONS))}")
+        elif name not in TRL_OPTIONS:
+            raise SystemExit(f"--{name} is unknown: the options are --{', --'.join(sorted(TRL_OPTIONS))}")
         elif has_value:
             options[name] = value
-        elif name in SWITCHES:
+        elif TRL_OPTIONS[name].is_switch:
             options[name] = waiting.pop(0) if waiting and _is_bool(waiting[0]) else "true"
         elif waiting:
             options[name] = waiting.pop(0)
@@ -149,7 +149,7 @@ def _options_in_yaml(arguments: list[str]) -> dict[str, object]:
             import yaml  # a dependency of transformers
 
             settings = yaml.safe_load(path.read_text())
-            return {k: v for k, v in (settings or {}).items() if k in OPTIONS}
+            return {k: v for k, v in (settings or {}).items() if k in TRL_OPTIONS}
     return {}
 
 

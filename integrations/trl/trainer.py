@@ -31,7 +31,7 @@ from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArgument
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, reason_not_to_share
 from prefix_grouper_plugins.integrations.trl.regroup import regroup, rows_mix_freely, window_size
 from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
-from prefix_grouper_plugins.metrics import SharingMeter, logger
+from prefix_grouper_plugins.metrics import Counts, SharingMeter, logger
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     check_support,
@@ -223,7 +223,8 @@ class PrefixGrouperMixin:
         reason = self._reason_not_to_share(model, input_ids.shape[1], given)
         if reason is not None:
             if self._shares:
-                self._log_sharing(self.sharing.count_fallback(reason))
+                self.sharing.count_fallback(reason)
+                self._log_sharing()
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
@@ -290,7 +291,8 @@ class PrefixGrouperMixin:
         """One chunk of rows, packed into one row and brought back."""
         if not attention_mask[:, -logits_to_keep:].any() and not compute_aux_loss:
             # Every completion is masked. The stock method yields zeros that are still connected to the model.
-            self._log_sharing(self.sharing.count_fallback("every completion of a micro-batch is masked"))
+            self.sharing.count_fallback("every completion of a micro-batch is masked")
+            self._log_sharing()
             stock = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, compute_entropy=compute_entropy, **images.arguments()
             )
@@ -311,14 +313,15 @@ class PrefixGrouperMixin:
         with capture_router_logits(model, enabled=compute_aux_loss) as router_logits:
             logps, entropies = self._forward_packed(model, batch, rows, compute_entropy)
         loss = load_balancing_loss(model, router_logits, batch.layout.rows_per_position) if compute_aux_loss else None
-        self._log_sharing(
-            self.sharing.count_packed(
+        self.sharing.count_packed(
+            Counts(
                 tokens_forwarded=batch.layout.num_tokens,
                 row_tokens=batch.num_row_tokens,
                 rows=batch.num_rows,
                 groups=batch.num_groups,
             )
         )
+        self._log_sharing()
         return batch.scatter(logps), batch.scatter(entropies) if entropies is not None else None, loss
 
     def _forward_packed(
@@ -343,10 +346,10 @@ class PrefixGrouperMixin:
         with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(self, "_entropy_bonus_enabled", False)):
             return logps, trl_utils.entropy_from_logits(logits)
 
-    def _log_sharing(self, metrics: dict[str, float]) -> None:
+    def _log_sharing(self) -> None:
         """Into the trainer's own logs, so that they reach TensorBoard, W&B, trackio and the progress bar alike."""
         mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
+        for name, value in self.sharing.take().metrics(share=True).items():
             self._metrics[mode][name].append(value)
 
 

@@ -6,17 +6,17 @@ The three ways to turn sharing on (``model_engine=prefix_grouper``, ``actor.stra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.base_config import BaseConfig
 from verl.workers.config import FSDPEngineConfig
 
-from prefix_grouper_plugins.attention.registry import BACKENDS
+from prefix_grouper_plugins import settings
 from prefix_grouper_plugins.integrations.verl.switch import ENGINE_TARGET, STRATEGY, is_asked_for
+from prefix_grouper_plugins.settings import SHARDINGS
 
-SHARDINGS = ("fsdp2", "fsdp")
 _OPTIONS_TARGET = "prefix_grouper_plugins.integrations.verl.PrefixGrouperOptions"
 
 
@@ -28,59 +28,16 @@ class PrefixGrouperOptions(BaseConfig):
         ValueError: a value that is not among the choices.
     """
 
-    sharding: str = field(
-        default="fsdp2",
-        metadata={
-            "help": "How parameters are sharded: verl's own fsdp2 or fsdp engine underneath.",
-            "choices": SHARDINGS,
-        },
-    )
-    backend: str = field(
-        default="auto",
-        metadata={
-            "help": "Attention backend of packed forwards. 'auto' takes the fastest one that each layer can use.",
-            "choices": ("auto", *BACKENDS),
-        },
-    )
-    regroup: str = field(
-        default="exact",
-        metadata={
-            "help": "How rows of one prompt are brought together. 'exact' moves rows among the micro-batches and ranks "
-            "of one optimizer step, and only where the loss does not depend on which rows stand together; 'group' also "
-            "moves them to another optimizer step of the same training batch, so that every group is whole; 'none' "
-            "leaves them where verl put them.",
-            "choices": ("exact", "group", "none"),
-        },
-    )
-    on_unsupported: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with a model that cannot be shared exactly: 'error' stops before training and says "
-            "why; 'fallback' trains on the ordinary path, says why and counts it.",
-            "choices": ("error", "fallback"),
-        },
-    )
-    verify: bool = field(
-        default=False,
-        metadata={
-            "help": "Run the first update twice, ordinary and shared, and stop if the gradients differ.",
-        },
-    )
-    self_check: bool = field(
-        default=True,
-        metadata={
-            "help": "Before the first forward, compare a tiny packed forward and backward of the model with forwards of "
-            "its rows; a model that fails is unsupported. Without it, model types that no test has compared are refused.",
-        },
-    )
+    sharding: str = settings.SHARDING.field()
+    backend: str = settings.BACKEND.field()
+    regroup: str = settings.VERL_REGROUP.field()
+    on_unsupported: str = settings.ON_UNSUPPORTED.field()
+    verify: bool = settings.VERIFY.field()
+    self_check: bool = settings.SELF_CHECK.field()
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            choices = option.metadata.get("choices")
-            if choices and getattr(self, option.name) not in choices:
-                raise ValueError(
-                    f"prefix_grouper.{option.name} is {getattr(self, option.name)!r}: choose one of {', '.join(choices)}"
-                )
+        for setting in settings.VERL_SETTINGS:
+            setting.check(getattr(self, setting.name), f"prefix_grouper.{setting.name}")
 
 
 @dataclass

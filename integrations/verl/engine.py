@@ -24,7 +24,7 @@ from verl.utils.device import get_device_name
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
 from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
-from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, Tally, mend_positions, row_sizes
+from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
 from prefix_grouper_plugins.integrations.verl.switch import raise_failures
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
@@ -44,7 +44,15 @@ from prefix_grouper_plugins.integrations.verl.vision.model_patches import (
     numbered_rows,
     remember_attention,
 )
-from prefix_grouper_plugins.metrics import SharingMeter, logger
+from prefix_grouper_plugins.metrics import (
+    OLD_LOG_PROB,
+    REF_LOG_PROB,
+    UPDATE,
+    Counts,
+    SharingCounts,
+    SharingMeter,
+    logger,
+)
 from prefix_grouper_plugins.micro_batches import plan_micro_batches, spread_micro_batches
 from prefix_grouper_plugins.modeling import (
     ShardedLayout,
@@ -80,16 +88,16 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     Attributes:
         sharing (`SharingMeter`): all forwards so far, on this rank.
-        forwarded (`Tally`): the last :meth:`forward_backward_batch`, over all data-parallel ranks.
+        forwarded (`Counts`): the last :meth:`forward_backward_batch`, over all data-parallel ranks.
 
     Raises:
         UnsupportedModelError: on initialization, when the model cannot be shared exactly and
             ``prefix_grouper.on_unsupported`` is ``error``.
     """
 
-    # Old and reference log-probs come without metrics in verl: what fell back there is told with the next update, which
+    # Old and reference log-probs come without metrics in verl: what was counted there is told with the next update, which
     # another engine of the same process (actor and reference policy are two) may make.
-    _untold_fallbacks: ClassVar[int] = 0
+    _log_prob_counts: ClassVar[SharingCounts] = SharingCounts()
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         raise_failures()
@@ -99,8 +107,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             object.__setattr__(engine_config, "strategy", self.options.sharding)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         self.sharing = SharingMeter(warn=self.rank == 0)
-        self.forwarded = Tally()
-        self._tally = Tally()
+        self.forwarded = Counts()
+        self._pass = UPDATE
         self._warned: set[str] = set()
         self._standing_reason: str | None = None
         self._to_self_check = False
@@ -199,25 +207,28 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             self._prove()
         if self._to_verify and not forward_only:
             self._verify(data, loss_function)
-        output = self._run(data, loss_function, forward_only)
-        metrics = self.forwarded.metrics()
         if forward_only:
-            PrefixGrouperEngine._untold_fallbacks += self.forwarded.fallbacks
+            self._pass = REF_LOG_PROB if self.engine_config.forward_only else OLD_LOG_PROB
         else:
-            metrics["prefix_grouper/fallbacks"] += PrefixGrouperEngine._untold_fallbacks
-            PrefixGrouperEngine._untold_fallbacks = 0
+            self._pass = UPDATE
+        self.sharing.take()
+        output = self._run(data, loss_function, forward_only)
+        counts = self.sharing.take().summed(get_device_name(), self.get_data_parallel_group())
+        self.sharing.warn_of(counts)
+        self.forwarded = counts.total
+        counts += PrefixGrouperEngine._log_prob_counts
+        PrefixGrouperEngine._log_prob_counts = counts if forward_only else SharingCounts()
+        metrics = counts.metrics()
         # verl collects metrics as one list from each rank
         output["metrics"].update({name: [value] for name, value in metrics.items()})
         return output
 
     def _run(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
-        self._tally = Tally()
         dynamic = tu.get_non_tensor_data(data, "use_dynamic_bsz", True)
         mend_positions(data)
         with self._planning(loss_function):
             output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning
-        self.forwarded = self._tally.summed(self.get_data_parallel_group(), get_device_name())
         return output  # type: ignore[no-any-return]
 
     @contextmanager
@@ -301,11 +312,12 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             packed = PackedMicroBatch(micro_batch, self._placeholders)
             reason = packed.reason_not_to_share
         if reason is not None:
-            self._count_fallback(reason, micro_batch)
+            lengths = micro_batch["input_ids"].offsets().diff().tolist()
+            self.sharing.count_fallback(reason, lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
         if packed.some_alone:
             self._warn_once("rows with an image in the response, or at the very end of the prompt, share nothing")
-        self._count_packed(packed)
+        self.sharing.count_packed(packed.counts, during=self._pass)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
         layout = packed.layout.pad_to(packed.num_tokens + output_args.get("pad_size", 0))
         labels = pad(packed.labels, (0, layout.num_padding))
@@ -348,19 +360,6 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[no-any-return]
         outputs = super().prepare_model_outputs(output, output_args, packed.surrogate, logits_processor_func)
         return {name: packed.unpack(values.values()) for name, values in outputs.items()}
-
-    def _count_packed(self, packed: PackedMicroBatch) -> None:
-        tally = packed.tally
-        self._tally.add(tally)
-        self.sharing.count_packed(
-            tokens_forwarded=tally.tokens, row_tokens=tally.row_tokens, rows=tally.rows, groups=tally.groups
-        )
-
-    def _count_fallback(self, reason: str, micro_batch: TensorDict) -> None:
-        tally = Tally.of_rows(micro_batch["input_ids"].offsets().diff().tolist())
-        tally.fallbacks = 1
-        self._tally.add(tally)
-        self.sharing.count_fallback(reason)
 
     # -------------------------------------------------------------------------------------------------- verification
 

@@ -6,9 +6,7 @@ code as a micro-batch of a single, long row; what comes out of it is spread over
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Collection, Hashable
 
 import torch
 from tensordict import TensorDict
@@ -27,7 +25,7 @@ from prefix_grouper_plugins.integrations.verl.vision.images import (
     token_types,
 )
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.metrics import sharing_metrics
+from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.micro_batches import RowSize
 from prefix_grouper_plugins.modeling.images import ALONE, first_rows, image_blocks, packed_blocks, sharing_keys
 
@@ -117,7 +115,7 @@ class PackedMicroBatch:
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
         some_alone (`bool`): whether there are rows whose images keep them from sharing.
         reason_not_to_share: None, unless rows differ in what they should share.
-        tally (`Tally`): what is forwarded, and what would have been.
+        counts (`Counts`): what is forwarded, and what would have been.
     """
 
     def __init__(self, micro_batch: TensorDict, placeholders: Collection[int] = ()) -> None:
@@ -126,10 +124,10 @@ class PackedMicroBatch:
         self.some_alone = any(key[0] is ALONE for key in keyed.keys)
         layout = PrefixLayout.from_rows(keyed.rows, keyed.keys, shareable=keyed.prompt_lengths)
         self.images = merged([keyed.inputs[row] for row in first_rows(layout)])
-        self.tally = Tally.of_rows(keyed.lengths)
-        self.tally.tokens, self.tally.packed = layout.num_tokens, 1
-        self.tally.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
-        self.tally.groups = len(set(keyed.groups))
+        self.counts = Counts.of_rows(keyed.lengths)
+        self.counts.tokens_forwarded = layout.num_tokens
+        self.counts.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
+        self.counts.groups = len(set(keyed.groups))
         self.layout = layout = layout.to(ids.device)
         positions = micro_batch["position_ids"].values()  # [tokens], with mRoPE [4, tokens]
         packed_positions = positions[..., layout.source_index]
@@ -149,8 +147,8 @@ class PackedMicroBatch:
             packed_ids = torch.cat([packed_ids, dummy.placeholders.to(packed_ids)])
             packed_positions = pad(packed_positions, (0, len(dummy.placeholders)))
             self.images = merged([dummy.inputs])
-            self.tally.tokens += len(dummy.placeholders)
-            self.tally.squares += len(dummy.placeholders) ** 2
+            self.counts.tokens_forwarded += len(dummy.placeholders)
+            self.counts.squares += len(dummy.placeholders) ** 2
         self.num_tokens = len(packed_ids)
         self.surrogate = TensorDict(
             {"input_ids": _one_row(packed_ids), "position_ids": _one_row(packed_positions)}, batch_size=[1]
@@ -194,45 +192,3 @@ class PackedMicroBatch:
 def _one_row(values: Tensor) -> Tensor:
     """``[..., T]`` as a nested tensor of one row, its last axis the ragged one."""
     return tu.nested_tensor_from_tensor_list([values])  # type: ignore[no-any-return]
-
-
-@dataclass
-class Tally:
-    """Counts of one or several forwards.
-
-    Attributes:
-        tokens, row_tokens: forwarded, and in the rows.
-        squares, row_squares: pairs of a query and a key that it sees, times two less one for each query, so that a
-            row of ``L`` tokens counts ``L ** 2``, as in verl's estimate of FLOPs.
-        rows, groups: rows, and distinct prompts of them.
-        packed, fallbacks: shared forwards, and ordinary ones that should have been shared.
-    """
-
-    tokens: int = 0
-    row_tokens: int = 0
-    squares: int = 0
-    row_squares: int = 0
-    rows: int = 0
-    groups: int = 0
-    packed: int = 0
-    fallbacks: int = 0
-
-    @classmethod
-    def of_rows(cls, lengths: Sequence[int]) -> Tally:
-        """Of an ordinary forward."""
-        tokens, squares = sum(lengths), sum(length * length for length in lengths)
-        return cls(tokens, tokens, squares, squares, rows=len(lengths), groups=len(lengths))
-
-    def add(self, other: Tally) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-    def summed(self, group: Any, device: Any) -> Tally:
-        """The sum over the processes of ``group``."""
-        counts = torch.tensor([getattr(self, f.name) for f in fields(self)], device=device)
-        torch.distributed.all_reduce(counts, group=group)
-        return Tally(*counts.tolist())
-
-    def metrics(self) -> dict[str, float]:
-        """Named as the project logs them."""
-        return sharing_metrics(self.tokens / max(self.row_tokens, 1), self.rows / max(self.groups, 1), self.fallbacks)

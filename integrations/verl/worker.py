@@ -11,8 +11,9 @@ from omegaconf import open_dict
 from tensordict import TensorDict
 
 from prefix_grouper_plugins.integrations.verl.config import adopt
-from prefix_grouper_plugins.integrations.verl.micro_batch import Tally, mend_positions
+from prefix_grouper_plugins.integrations.verl.micro_batch import mend_positions
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY
+from prefix_grouper_plugins.metrics import Counts
 
 
 class ForwardedFlops:
@@ -29,12 +30,12 @@ class ForwardedFlops:
         estimated, promised = self._counter.estimate_flops(batch_seqlens, delta_time, **kwargs)
         return estimated * self._share(self._engine.forwarded), promised
 
-    def _share(self, forwarded: Tally) -> float:
+    def _share(self, forwarded: Counts) -> float:
         one, two = (self._counter.estimate_flops([length], 1.0)[0] for length in (1, 2))
         by_square = (two - 2 * one) / 2
         by_token = one - by_square
         rows = by_token * forwarded.row_tokens + by_square * forwarded.row_squares
-        return (by_token * forwarded.tokens + by_square * forwarded.squares) / rows if rows else 1.0
+        return (by_token * forwarded.tokens_forwarded + by_square * forwarded.squares) / rows if rows else 1.0
 
 
 def install(module: ModuleType) -> None:
@@ -82,7 +83,7 @@ def _follow_engine(worker: type, module: ModuleType) -> None:
     @functools.wraps(stock)
     def __init__(self: Any, config: Any) -> None:
         stock(self, config)
-        if not isinstance(getattr(self.engine, "forwarded", None), Tally):
+        if not isinstance(getattr(self.engine, "forwarded", None), Counts):
             return
         if self.flops_counter is not None:
             self.flops_counter = ForwardedFlops(self.flops_counter, self.engine)

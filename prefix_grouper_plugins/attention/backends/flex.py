@@ -16,7 +16,6 @@ where a kernel does not compile. Both are counted in `fallbacks` and logged with
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -30,7 +29,7 @@ from prefix_grouper_plugins.attention.backends import blockwise
 from prefix_grouper_plugins.attention.device import stream_of, upload, why_not_dtype, why_not_gpu
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.forest import Forest
-from prefix_grouper_plugins.metrics import logger
+from prefix_grouper_plugins.metrics import ReasonCounter
 
 Result = TypeVar("Result")
 
@@ -45,7 +44,7 @@ RECOMPILE_LIMIT = 64
 CACHED_MASKS = 8
 
 # Calls that ran on blockwise because torch could not compile flex_attention for them, by reason.
-fallbacks: Counter[str] = Counter()
+fallbacks = ReasonCounter("prefix grouper: flex_attention is not used, layers of this kind run on blockwise: %s")
 _given_up: dict[tuple[Any, ...], str] = {}
 
 
@@ -320,7 +319,7 @@ def _compiled_attention(
     widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     kind = (query.device, query.dtype, widths, scale, window is None, softcap)
     if kind in _given_up:
-        _count_fallback(_given_up[kind])
+        fallbacks.count(_given_up[kind])
         return None
     limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "fail_on_recompile_limit_hit": True}
     limits["suppress_errors"] = False  # torch allows one of the two only
@@ -335,11 +334,5 @@ def _compiled_attention(
         cause = getattr(error, "inner_exception", error)
         reason = f"torch could not compile it ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})"
     _given_up[kind] = reason
-    _count_fallback(reason)
+    fallbacks.count(reason)
     return None
-
-
-def _count_fallback(reason: str) -> None:
-    if reason not in fallbacks:
-        logger.warning("prefix grouper: flex_attention is not used, layers of this kind run on blockwise: %s", reason)
-    fallbacks[reason] += 1

@@ -12,7 +12,7 @@ import pytest
 
 from prefix_grouper_plugins.integrations.trl import launch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
-from prefix_grouper_plugins.integrations.trl.options import OPTIONS, SWITCHES
+from prefix_grouper_plugins.settings import TRL_OPTIONS
 from tests import tiny
 from tests.integrations.trl.training import run_python
 
@@ -170,7 +170,7 @@ def test_nothing_that_reads_the_environment_is_imported_before_the_script_sets_i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ours", ["config import REGROUP", "trainer import PrefixGrouperMixin"])
+@pytest.mark.parametrize("ours", ["config import PrefixGrouperArguments", "trainer import PrefixGrouperMixin"])
 def test_trls_names_are_ours_in_scripts_that_import_something_of_ours_first(tmp_path, ours):
     """Our modules import TRL then, so they are not complete when it is."""
     (tmp_path / "script.py").write_text(
@@ -188,8 +188,10 @@ def test_trls_names_are_ours_in_scripts_that_import_something_of_ours_first(tmp_
 def test_the_launcher_knows_the_options_of_the_config():
     hints = get_type_hints(PrefixGrouperArguments)  # not the fields' own types: TRL's parser writes over them
     own = {option.name: hints[option.name] for option in fields(PrefixGrouperArguments)}
-    assert own.keys() == OPTIONS
-    assert {name for name, kind in own.items() if kind in (bool, bool | None)} == SWITCHES
+    assert own.keys() == TRL_OPTIONS.keys()
+    assert {name for name, kind in own.items() if kind in (bool, bool | None)} == {
+        name for name, o in TRL_OPTIONS.items() if o.is_switch
+    }
 
 
 @pytest.mark.parametrize(
@@ -228,5 +230,5 @@ def test_help_tells_all_options(capsys):
         launch.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in OPTIONS:
+    for name in TRL_OPTIONS:
         assert f"--{name}" in text

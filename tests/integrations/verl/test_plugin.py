@@ -166,19 +166,19 @@ def test_flops_are_those_of_what_was_forwarded():
     from transformers import Qwen2Config
     from verl.utils.flops_counter import FlopsCounter
 
-    from prefix_grouper_plugins.integrations.verl.micro_batch import Tally
+    from prefix_grouper_plugins.metrics import Counts
 
     config = Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     counter = FlopsCounter(config)
     tokens, pairs = 99 + 50 + 50, 99 * 100 // 2 + 2 * sum(range(100, 150))
-    tally = Tally.of_rows([150, 150])
-    tally.tokens, tally.squares = tokens, 2 * pairs - tokens
-    (estimated, promised) = ForwardedFlops(counter, SimpleNamespace(forwarded=tally)).estimate_flops([150, 150], 2.0)
+    counts = Counts.of_rows([150, 150])
+    counts.tokens_forwarded, counts.squares = tokens, 2 * pairs - tokens
+    (estimated, promised) = ForwardedFlops(counter, SimpleNamespace(forwarded=counts)).estimate_flops([150, 150], 2.0)
     per_token = counter.estimate_flops([1], 2.0)[0] - 6 * 4 * 16 * 2 / 2.0 / 1e12
     expected = per_token * tokens + 6 * (2 * pairs - tokens) * 4 * 16 * 2 / 2.0 / 1e12
     assert estimated == pytest.approx(expected)
     assert promised == counter.estimate_flops([1], 2.0)[1]
-    whole = ForwardedFlops(counter, SimpleNamespace(forwarded=Tally.of_rows([150, 150])))
+    whole = ForwardedFlops(counter, SimpleNamespace(forwarded=Counts.of_rows([150, 150])))
     assert whole.estimate_flops([150, 150], 2.0)[0] == pytest.approx(counter.estimate_flops([150, 150], 2.0)[0])
 
 
