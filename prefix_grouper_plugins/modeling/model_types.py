@@ -33,7 +33,7 @@ VERIFIED_MODEL_TYPES = frozenset(
     """.split()
 )
 
-# Likewise in tests/modeling/test_multimodal.py, with images. Text parts are types of the list above, or come with these.
+# Likewise in tests/modeling/test_images.py, with images. Text parts are types of the list above, or come with these.
 VERIFIED_MULTIMODAL_TYPES = frozenset(
     """
     aya_vision cohere2_vision gemma3 glm4v idefics2 idefics3 internvl llava llava_next llava_onevision mistral3

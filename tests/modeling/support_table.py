@@ -6,7 +6,7 @@
 
 The types are those of transformers' causal-LM mapping and the vision-language models that we have verified. What a line
 says was seen in this run: a type is "exact" where it is in the list of modeling/model_types.py *and* packed logits and
-gradients equalled those of single rows just now, by the comparisons of test_families.py and test_multimodal.py. One that
+gradients equalled those of single rows just now, by the comparisons of test_families.py and test_images.py. One that
 is in the list and differs ends the run with an error.
 """
 
@@ -39,7 +39,7 @@ from prefix_grouper_plugins.modeling.images import ImageRows
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from prefix_grouper_plugins.modeling.support.report import SupportReport
 from tests import tiny
-from tests.modeling import families, multimodal_families, test_families, test_multimodal
+from tests.modeling import families, multimodal_families, test_families, test_images
 
 FILE = RESULTS / "support-cpu.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -136,11 +136,11 @@ def compare(model: PreTrainedModel) -> tuple[float, float]:
 
 def compare_with_images(model_type: str, model: PreTrainedModel) -> tuple[float, float]:
     rows = multimodal_families.rows(model_type)
-    expected = test_multimodal.single_rows(model, model_type, rows)
-    wanted = test_multimodal.gradients(model, expected)
+    expected = test_images.single_rows(model, model_type, rows)
+    wanted = test_images.gradients(model, expected)
     enable_prefix_grouper(model)
-    got = test_multimodal.packed(model, model_type, rows)
-    return differences(got, test_multimodal.gradients(model, got), expected, wanted, 1e-6)
+    got = test_images.packed(model, model_type, rows)
+    return differences(got, test_images.gradients(model, got), expected, wanted, 1e-6)
 
 
 def differences(

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.integrations.verl import vision
+from tests.integrations.verl.vision import rows as vision
 
 
 @dataclass

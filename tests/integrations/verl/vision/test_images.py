@@ -25,7 +25,7 @@ from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatc
 from prefix_grouper_plugins.integrations.verl.vision import images, model_patches
 from tests.integrations.verl.engines import Case, make_batch, make_rows
 from tests.integrations.verl.test_equality import BUCKETS, assert_equal, results
-from tests.integrations.verl.vision import IMAGE, make_model, patched_classes
+from tests.integrations.verl.vision.rows import IMAGE, make_model, patched_classes
 
 COMPARED = [
     Case(model="qwen2_vl", images="one", lora=True),
