@@ -6,6 +6,7 @@ The language-model head runs on completion positions alone and in chunks, each r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
     """Packed forward: last hidden states ``[T, hidden]`` and the head that continues them.
 
     The call goes through ``model`` itself, so that wrappers (PEFT, DDP) do their part; hooks take the decoder's output
-    and what runs behind it, and the logits of one single position prove that the head is understood.
+    and what runs behind it, and the logits of one single position show that the head is understood.
     """
     base = transformers_model(model)
     decoder = _decoder_of(base)
@@ -156,12 +157,18 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
         raise ValueError(f"{type(base).__name__} has no language-model head: a model for causal LM is needed")
     taken: list[Tensor] = []
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    thread = threading.get_ident()  # hooks stand on the module, so they see the forwards of other threads too
+
+    def take(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            taken[:] = [output[0]]  # the last one: a self-check may have run inside of this call, before it
+            calls.clear()
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if taken and args and isinstance(output, Tensor):
+        if threading.get_ident() == thread and taken and args and isinstance(output, Tensor):
             calls.append((module, args[0], output))
 
-    hooks = [decoder.register_forward_hook(lambda module, args, output: taken.append(output[0]))]
+    hooks = [decoder.register_forward_hook(take)]
     behind = [child for child in base.children() if all(module is not decoder for module in child.modules())]
     hooks += [child.register_forward_hook(note) for child in behind]
     try:

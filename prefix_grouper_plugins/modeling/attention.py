@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -142,17 +144,31 @@ def _is_ours(config: Any) -> bool:
 def without_prefix_grouper(model: nn.Module) -> Iterator[None]:
     """Restore the model's own implementation names for a while, for code that reads them (paged generation does).
 
-    Never open this around a forward whose backward comes later: checkpointed layers look the name up again.
+    Threads may be inside together: the last one puts the names back. A packed forward of another thread is refused
+    meanwhile. Never open this around a forward whose backward comes later: checkpointed layers look the name up again.
     """
-    configs = attention_configs(model)
-    names = [config._attn_implementation for config in configs]
+    base = transformers_model(model)
+    with _SWAPPING:
+        if base not in _SWAPPED:
+            _SWAPPED[base] = (0, [(config, config._attn_implementation) for config in attention_configs(model)])
+        count, names = _SWAPPED[base]
+        _SWAPPED[base] = (count + 1, names)
+        for config, name in names:
+            config._attn_implementation = base_implementation(name)
     try:
-        for config in configs:
-            config._attn_implementation = base_implementation(config._attn_implementation)
         yield
     finally:
-        for config, name in zip(configs, names, strict=True):
-            config._attn_implementation = name
+        with _SWAPPING:
+            count, names = _SWAPPED.pop(base)
+            if count > 1:  # another thread is still inside
+                _SWAPPED[base] = (count - 1, names)
+            else:
+                for config, name in names:
+                    config._attn_implementation = name
+
+
+_SWAPPING = threading.Lock()
+_SWAPPED: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[Any, str]]]] = weakref.WeakKeyDictionary()
 
 
 def base_implementation(name: str) -> str:
