@@ -4,9 +4,6 @@ from prefix_grouper_plugins.modeling.attention import (
     base_implementation,
     disable_prefix_grouper,
     is_enabled,
-    layout_inputs,
-    packed_inputs,
-    row_positions,
     without_prefix_grouper,
 )
 from prefix_grouper_plugins.modeling.enable import (
@@ -16,6 +13,7 @@ from prefix_grouper_plugins.modeling.enable import (
     self_check_pending,
 )
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.inputs import layout_inputs, packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.rope import row_limit
 from prefix_grouper_plugins.modeling.self_check import SelfCheck, on_all_ranks
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout

@@ -6,9 +6,7 @@ transformers looks its attention up by the name in ``config._attn_implementation
 would have called, so that generation, evaluation and reward models do not notice. The name is the only state, but for
 hooks that check packed calls.
 
-The layout travels as a model keyword and, for the few families that drop keywords on the way to the layer (stablelm,
-nemotron), also as a tag on the 4-D placeholder mask. Not through a context variable: gradient checkpointing recomputes
-outside of any context that was open in the forward. Mixers past this interface are in modeling/mixers/on_rows.py.
+How the layout gets there is in modeling/carrier.py. Mixers past this interface are in modeling/mixers/.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -30,16 +27,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout, is_placeholder, layout_of_layer
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
-from prefix_grouper_plugins.modeling.mixers.on_rows import (
-    LAYOUT_KWARG,
-    LAYOUT_TAG,
-    disable_mixers,
-    enable_mixers,
-    given_layout,
-    has_mixers_enabled,
-    layout_of_layer,
-)
+from prefix_grouper_plugins.modeling.mixers.on_rows import disable_mixers, enable_mixers, has_mixers_enabled
 from prefix_grouper_plugins.modeling.mixers.table import foreign_mixers
 from prefix_grouper_plugins.modeling.rope import modules_with_row_limit, row_limit
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
@@ -48,7 +38,6 @@ from prefix_grouper_plugins.modeling.support.report import (
     attention_layers,
     transformers_model,
 )
-from prefix_grouper_plugins.rows import rows_of
 
 _NAME = "prefix_grouper"
 
@@ -176,66 +165,6 @@ def base_implementation(name: str) -> str:
     return name.split(":", 2)[2] if name.startswith(f"{_NAME}:") else name
 
 
-def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
-    """Keyword arguments of a packed forward: ``model(**packed_inputs(layout, layout.pack(rows)))``.
-
-    Args:
-        layout: the layout, on the model's device.
-        input_ids: ``LongTensor[T]``, packed token ids.
-        position_ids: ``LongTensor[T]``, by default the positions in the rows, counted from 0; ``[3, T]`` or ``[4, T]``
-            for models with multimodal RoPE.
-
-    Raises:
-        ValueError: ``input_ids`` or ``position_ids`` is not of shape ``[T]``.
-    """
-    positions = layout.position_ids if position_ids is None else position_ids
-    for name, value in (
-        ("input_ids", input_ids),
-        ("position_ids", positions[0] if positions.dim() == 2 else positions),
-    ):
-        if value.shape != (layout.num_tokens,):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout needs ({layout.num_tokens},)")
-    return {
-        "input_ids": input_ids[None],
-        "position_ids": positions.unsqueeze(-2),
-        "use_cache": False,
-        **layout_inputs(layout, input_ids.device),
-    }
-
-
-def row_positions(model: nn.Module, layout: PrefixLayout, input_ids: Tensor) -> Tensor:
-    """``LongTensor[T]``: the positions that ``model`` gives the tokens of each row where nobody passes any.
-
-    Nearly all models count from 0. RoBERTa and what was made of it count from behind the id of their padding token, and
-    give that token no number.
-
-    Args:
-        model: the model, bare or wrapped.
-        layout: the layout of the packed row.
-        input_ids: ``LongTensor[T]``, packed token ids.
-    """
-    own = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
-    if own is None:
-        return layout.position_ids
-    rows = rows_of(layout)  # what stands behind a row does not change the numbers in front of it
-    numbers = own.create_position_ids_from_input_ids(rows.expand(input_ids[None]), own.padding_idx)  # type: ignore[operator]
-    return rows.collapse(numbers)[0]
-
-
-def layout_inputs(layout: PrefixLayout | ShardedLayout, device: torch.device) -> dict[str, Any]:
-    """The part of :func:`packed_inputs` that carries the layout, for callers who lay out the token ids themselves.
-
-    Args:
-        layout: the layout of the packed row, or of the piece of it that this process forwards.
-        device: the model's device.
-    """
-    # transformers hands a 4-D mask through unchanged. Without one it would read the positions as packed sequences and
-    # cut the responses off from their prefix. Attention that does not know the layout cannot apply an empty mask.
-    placeholder = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device)
-    setattr(placeholder, LAYOUT_TAG, layout)
-    return {"attention_mask": placeholder, LAYOUT_KWARG: layout}
-
-
 def _register(base: str, backend: str) -> str:
     """Make the name known to both interfaces of transformers, and return it."""
     name = f"{_NAME}:{backend}:{base}"
@@ -264,10 +193,10 @@ def _attention(
     if layout is None:
         layout = layout_of_layer()
     if layout is None:
-        if _is_placeholder(attention_mask) and query.shape[2] > 1:
+        if is_placeholder(attention_mask) and query.shape[2] > 1:
             raise RuntimeError(f"{type(module).__name__} runs in a packed forward, but the layout was lost on the way")
         return _own_attention(module, base)(module, query, key, value, attention_mask, *args, **kwargs)
-    if attention_mask is not None and not _is_placeholder(attention_mask):
+    if attention_mask is not None and not is_placeholder(attention_mask):
         raise UnsupportedModelError(
             f"{type(module).__name__} got a mask of {tuple(attention_mask.shape)} of the model's own making, which the "
             "shared-prefix core does not apply"
@@ -286,11 +215,6 @@ def _attention(
         backend=backend,
     )
     return output.unsqueeze(0), None
-
-
-def _is_placeholder(mask: Any) -> bool:
-    """Whether ``mask`` is that of :func:`layout_inputs`, with its tag or without."""
-    return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 0, 0)
 
 
 def _check_packed_call(

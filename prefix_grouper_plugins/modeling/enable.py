@@ -11,8 +11,8 @@ from torch import nn
 from prefix_grouper_plugins.attention.registry import BACKEND_NAMES
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.modeling.attention import disable_prefix_grouper, enable_layers
+from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
-from prefix_grouper_plugins.modeling.mixers.on_rows import LAYOUT_KWARG, given_layout
 from prefix_grouper_plugins.modeling.self_check import SelfCheck, is_sharded, self_check, why_not_yet
 from prefix_grouper_plugins.modeling.support.report import SupportReport, check_support, transformers_model
 

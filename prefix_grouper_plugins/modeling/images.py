@@ -23,8 +23,8 @@ from transformers.models.gemma3 import modeling_gemma3
 from prefix_grouper_plugins.attention.bidirectional import Blocks
 from prefix_grouper_plugins.batch import GroupedBatch, prompt_group
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.attention import packed_inputs
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.inputs import packed_inputs
 from prefix_grouper_plugins.modeling.support.report import transformers_model
 
 # What processors return for images, and what they return for each token.

@@ -27,6 +27,7 @@ from prefix_grouper_plugins import (
 )
 from prefix_grouper_plugins.modeling import attention as interface
 from prefix_grouper_plugins.modeling import is_enabled, packed_inputs, row_positions, without_prefix_grouper
+from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, LAYOUT_TAG
 from tests import tiny
 from tests.modeling import families
 
@@ -226,7 +227,7 @@ def test_the_tag_on_the_mask_suffices_also_where_keywords_are_dropped(model_type
     model = enable_prefix_grouper(families.build(model_type))
     inputs = packed_inputs(LAYOUT, IDS)
     both = model(**inputs).logits
-    inputs.pop(interface.LAYOUT_KWARG)
+    inputs.pop(LAYOUT_KWARG)
     assert torch.equal(model(**inputs).logits, both)
 
 
@@ -236,7 +237,7 @@ def test_the_keyword_suffices_where_the_mask_is_copied_on_the_way(model_type):
     inputs = packed_inputs(LAYOUT, IDS)
     both = model(**inputs).logits
     inputs["attention_mask"] = inputs["attention_mask"].clone()
-    assert not hasattr(inputs["attention_mask"], interface.LAYOUT_TAG)
+    assert not hasattr(inputs["attention_mask"], LAYOUT_TAG)
     assert torch.equal(model(**inputs).logits, both)
 
 

@@ -19,7 +19,7 @@ from prefix_grouper_plugins import (
     disable_prefix_grouper,
     enable_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling import ShardedLayout, is_enabled, layout_inputs, packed_inputs
+from prefix_grouper_plugins.modeling import ShardedLayout, carrier, is_enabled, layout_inputs, packed_inputs
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
 from prefix_grouper_plugins.modeling.mixers import table as known_mixers
 from tests import tiny
@@ -287,4 +287,4 @@ def test_ordinary_and_packed_forwards_may_alternate_under_checkpointing(recurren
 def test_models_without_mixers_are_left_alone():
     model = tiny.model("llama")
     enable_prefix_grouper(model)
-    assert "forward" not in model.__dict__ and type(model.model.layers[0]).__mro__[1] is not mixers._PackedLayer
+    assert "forward" not in model.__dict__ and type(model.model.layers[0]).__mro__[1] is not carrier.PackedLayer

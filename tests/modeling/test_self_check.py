@@ -23,6 +23,7 @@ from prefix_grouper_plugins import (
 )
 from prefix_grouper_plugins.modeling import attention as interface
 from prefix_grouper_plugins.modeling import is_enabled, packed_inputs, run_self_check, self_check_pending
+from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
 from tests import tiny
 from tests.modeling import families
@@ -230,7 +231,7 @@ def test_a_layer_that_makes_a_mask_of_its_own_is_refused():
 def test_a_placeholder_without_its_layout_is_an_error():
     model = enable_prefix_grouper(tiny.model())
     inputs = packed_inputs(LAYOUT, LAYOUT.pack(ROWS))
-    inputs.pop(interface.LAYOUT_KWARG)
+    inputs.pop(LAYOUT_KWARG)
     inputs["attention_mask"] = inputs["attention_mask"].clone()
     with pytest.raises(RuntimeError, match="Qwen3Attention runs in a packed forward, but the layout was lost"):
         model(**inputs)

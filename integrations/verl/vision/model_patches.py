@@ -26,7 +26,7 @@ from torch import nn
 from verl.utils.model import get_hf_auto_model_class
 
 from prefix_grouper_plugins.modeling import transformers_model
-from prefix_grouper_plugins.modeling.mixers.on_rows import LAYOUT_KWARG
+from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG
 
 _REPLACED = ("Attention", "GatedDeltaNet")  # how the names of the classes end
 _TOWER_WITHOUT_DEEPSTACK = {"qwen2_vl", "qwen2_5_vl"}

@@ -15,9 +15,7 @@ experts, norms, the head) stays shared.
 Where the code of a recurrent layer lets a scan start from a given state, the prefix is scanned only once and the layer
 runs on the packed row itself: *state forking*, in modeling/mixers/state_forking.py.
 
-How the layout gets there: a model's forward opens it, the call of a decoder layer writes it into that call's keywords,
-and the layer's forward shows it to the mixers inside. Gradient checkpointing keeps a call's keywords and runs the
-layer's forward again, long after the model's forward has returned; a context variable alone would be gone by then.
+How the layout gets there is in modeling/carrier.py.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,14 +31,20 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.carrier import (
+    LAYER_CALL,
+    LAYOUT_KWARG,
+    MODEL_CALL,
+    Layout,
+    ModelForward,
+    PackedLayer,
+    open_call,
+)
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.mixers.state_forking import ON_ROWS, forked_forward
 from prefix_grouper_plugins.modeling.mixers.table import Mixer, foreign_mixers, how_it_runs, mixer_of
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.rows import Rows, rows_of
-
-LAYOUT_KWARG = "prefix_layout"
-LAYOUT_TAG = "_prefix_layout"
 
 # Arguments that run along the sequence, `[1, T, ...]`: laid out as rows, like the hidden states themselves.
 _ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "k", "q"}
@@ -54,117 +56,15 @@ _OF_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 _MASKS = {"attention_mask", "mask", "conv_mask"}
 
 
-# -------------------------------------------------------------------------------------------- the layout's way to mixers
-
-Layout = PrefixLayout | ShardedLayout
-
-
-class _Call:
-    """A running forward: with its layout, or an ordinary one. No dataclass: FSDP2 copies dataclass arguments."""
-
-    __slots__ = ("layout",)
-
-    def __init__(self, layout: Layout | None) -> None:
-        self.layout = layout
-
-
-_MODEL: ContextVar[_Call | None] = ContextVar("prefix_grouper_model", default=None)
-_LAYER: ContextVar[_Call | None] = ContextVar("prefix_grouper_layer", default=None)
-
-
-@contextmanager
-def _open(variable: ContextVar[_Call | None], call: _Call | None) -> Iterator[None]:
-    token = variable.set(call)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-def given_layout(keyword: Layout | None, mask: Tensor | None) -> Layout | None:
-    """The layout that a call brings: its keyword or, where keywords are dropped on the way, the tag of its mask."""
-    return keyword if keyword is not None else getattr(mask, LAYOUT_TAG, None)
-
-
-def layout_of_layer() -> Layout | None:
-    """The layout of the decoder layer whose forward is running, for attention that receives neither keyword nor mask."""
-    call = _LAYER.get()
-    return None if call is None else call.layout
-
-
-class ModelForward:
-    """In place of a model's ``forward``: says to the layers below which layout is in flight, or that there is none.
-
-    A class, so that a copied or pickled model keeps it, bound to the copy.
-    """
-
-    def __init__(self, model: PreTrainedModel, without_mask: bool) -> None:
-        self.model, self.without_mask = model, without_mask
-        self.previous = model.__dict__.get("forward")  # TRL's fused head puts one there
-
-    @property
-    def own(self) -> Callable[..., Any]:
-        """The forward that the model had; that of its class where nobody put another in front of it."""
-        return self.previous or type(self.model).forward.__get__(self.model)
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # trainers look for the names of arguments
-        return inspect.signature(self.own)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layout = given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask"))
-        if layout is None and (outer := _MODEL.get()) is not None:
-            layout = outer.layout  # an inner model, whose outer one has dropped both
-        if layout is not None and self.without_mask:
-            kwargs["attention_mask"] = None
-        with _open(_MODEL, _Call(layout)):
-            return self.own(*args, **kwargs)
-
-
-class _PackedLayer:
-    """Mixed into the class of a decoder layer that holds foreign mixers."""
-
-    _packed_before = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call, given = _MODEL.get(), kwargs.get(LAYOUT_KWARG)
-        if call is not None:
-            kwargs[LAYOUT_KWARG] = call
-        elif isinstance(given, Layout):  # a model whose forward was replaced after ours
-            kwargs[LAYOUT_KWARG] = _Call(given)
-        elif not isinstance(given, _Call) and self._packed_before:
-            raise RuntimeError(
-                f"{type(self).__name__} is called outside of its model's forward, so it cannot know whether the call "
-                "belongs to a packed row: checkpoint with the model's own `gradient_checkpointing_enable()`"
-            )
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = kwargs.pop(LAYOUT_KWARG, None)
-        if not isinstance(call, _Call) or call.layout is None:
-            with _open(_LAYER, _Call(None)):
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not isinstance(self, _PackedLayer):  # what a checkpoint kept is our forward, run on the class of before
-            raise RuntimeError(
-                f"{type(self).__name__} was disabled between a packed forward and its backward, which runs checkpointed "
-                "layers again: call disable_prefix_grouper(model) after the backward"
-            )
-        self._packed_before = True
-        if self._takes_keywords:  # type: ignore[attr-defined]
-            kwargs[LAYOUT_KWARG] = call.layout  # for attention that does use the interface
-        with _open(_LAYER, call):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
 class _PackedMixer:
     """Mixed into the class of a foreign mixer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = _LAYER.get()
+        call = LAYER_CALL.get()
         run = super().forward  # type: ignore[misc]
         kwargs.pop(LAYOUT_KWARG, None)
         if call is None or call.layout is None:
-            if (model := _MODEL.get()) is not None and model.layout is not None:
+            if (model := MODEL_CALL.get()) is not None and model.layout is not None:
                 raise RuntimeError(f"{type(self).__name__} runs in a packed forward, but its layer lost the layout")
             return run(*args, **kwargs)
         return run_packed(self, run, call.layout, args, kwargs)  # type: ignore[arg-type]
@@ -246,7 +146,10 @@ def _run(module: nn.Module, run: Callable[..., Any], rows: Rows, args: tuple[Any
         mixer.adapt(arguments, x)
     for name in _MASKS & arguments.keys():
         arguments[name] = None if mixer.mask is None else mixer.mask(module, x, arguments)
-    with _open(_LAYER, None), _open(_MODEL, None):  # the rows are an ordinary batch to whatever runs inside
+    with (
+        open_call(LAYER_CALL, None),
+        open_call(MODEL_CALL, None),
+    ):  # the rows are an ordinary batch to whatever runs inside
         output = _call(run, bound.signature, arguments)
     if isinstance(output, Tensor):
         return rows.collapse(output)
@@ -301,7 +204,7 @@ def enable_mixers(model: nn.Module) -> None:
         if isinstance(module, PreTrainedModel) and not isinstance(module.__dict__.get("forward"), ModelForward):
             module.forward = ModelForward(module, without_mask)  # type: ignore[method-assign,assignment]
     for layer in layers_with_mixers(model):
-        _swap(layer, _PackedLayer)
+        _swap(layer, PackedLayer)
     for _, mixer in mixers:
         _swap(mixer, _PackedMixer)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.attention import packed_inputs, row_positions
+from prefix_grouper_plugins.modeling.inputs import packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.rope import row_limit
 from prefix_grouper_plugins.modeling.self_check.isolation import rounding, untouched
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, is_sharded
