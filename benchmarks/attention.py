@@ -28,7 +28,7 @@ from methods import OTHERS, other_step
 
 from prefix_grouper_plugins.attention import available_backends
 from prefix_grouper_plugins.bench import Case, Step, Timing, row_step, shared_step, take_turns, times_as_fast
-from prefix_grouper_plugins.layout import visible_pairs
+from prefix_grouper_plugins.forest import visible_pairs
 
 CPU_CASES = ((64, 512, 8), (1024, 128, 8), (4096, 128, 8), (4096, 128, 16), (4096, 512, 8))
 CPU_MEMORY_CASES = ((4096, 128, 16),)  # one fresh process for each method takes its time

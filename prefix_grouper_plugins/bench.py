@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.cost import visible_pairs_of_rows
-from prefix_grouper_plugins.layout import PrefixLayout, visible_pairs
+from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
+from prefix_grouper_plugins.layout import PrefixLayout
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # packed [T, H, D], [T, H_kv, D], [T, H_kv, D] -> [T, H, D]
 Step = Callable[[], None]

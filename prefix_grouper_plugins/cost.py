@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefix_grouper_plugins.layout import PrefixLayout, visible_pairs
+from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
+from prefix_grouper_plugins.layout import PrefixLayout
 
 # Types whose layers are those of Llama in size: attention with four projections and an MLP of gate, up and down. The
 # tests count their weights.
@@ -200,15 +201,6 @@ def compare(shape: ModelShape, layout: PrefixLayout, *, scored: int | None = Non
         shared=_cost(shape, layout.num_tokens, packed, scored, element_size),
         ordinary=_cost(shape, layout.num_row_tokens, alone, scored, element_size),
     )
-
-
-def visible_pairs_of_rows(row_lengths: Sequence[int], sliding_window: int | None = None) -> int:
-    """Pairs of query and key that causal attention over each row alone computes, one head."""
-    total = 0
-    for length in row_lengths:
-        near = length if sliding_window is None else min(length, sliding_window)
-        total += near * (near + 1) // 2 + (length - near) * near
-    return total
 
 
 def _cost(shape: ModelShape, tokens: int, pairs: Sequence[int], scored: int, element_size: int) -> Cost:

@@ -18,36 +18,12 @@ Visibility needs one integer per key: query ``q`` sees key ``k`` iff ``k <= q < 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import LongTensor, Tensor
+from torch import IntTensor, LongTensor, Tensor
 
 IGNORE_INDEX = -100  # the label of a position without one, as in torch.nn.functional.cross_entropy
-
-
-def visible_pairs(segments: Tensor, sliding_window: int | None = None) -> int:
-    """Pairs of a query and a key that it sees, for one head: what attention over a forest has to compute.
-
-    A query at position ``d`` of its row sees ``min(d + 1, sliding_window)`` keys.
-
-    Args:
-        segments: ``IntTensor[S, 4]`` on the CPU, as in :class:`PrefixLayout`.
-        sliding_window: tokens that a query sees, itself included; None for all.
-    """
-
-    def up_to(depth: int) -> int:
-        near = depth if sliding_window is None else min(depth, sliding_window)
-        return near * (near + 1) // 2 + (depth - near) * near
-
-    total = 0
-    ends: list[int] = []  # of each segment, the depth at which its rows go on
-    for start, end, parent, _ in segments.tolist():
-        depth = ends[parent] if parent >= 0 else 0
-        ends.append(depth + end - start)
-        total += up_to(ends[-1]) - up_to(depth)
-    return total
 
 
 class _Node:
@@ -83,12 +59,14 @@ class PrefixLayout:
         source_index (`LongTensor[T]`): index of each packed token in the rows laid end to end.
         row_index (`LongTensor[sum(L_i - 1)]`): packed position of each transition of the rows laid end to end.
         num_padding (`int`): tokens at the end that belong to no row, see :meth:`pad_to`.
-        blocks (`attention.bidirectional.Blocks`): tokens that see each other in both directions, or None. Set it last: :meth:`to` and
-            :meth:`pad_to` refuse such a layout.
+        blocks (`IntTensor[N, 2]`): first token and end of each block of tokens that see each other in both directions,
+            such as an image, in packed order; None for none. Always on the CPU. See `attention.bidirectional.blocks_of`.
+        blocks_cut_by_window (`bool`): whether a sliding window hides tokens of a query's own block too.
     """
 
     num_padding: int = 0
-    blocks: Any = None
+    blocks: IntTensor | None = None
+    blocks_cut_by_window: bool = False
 
     def __init__(self, roots: Sequence[_Node], row_lengths: Sequence[int], device: torch.device | None = None) -> None:
         self.row_lengths = tuple(row_lengths)
@@ -198,11 +176,10 @@ class PrefixLayout:
         return torch.bincount(self.row_index, minlength=self.num_tokens)  # type: ignore[return-value]
 
     def to(self, device: torch.device | str) -> PrefixLayout:
-        """The same layout with its tensors on ``device`` (``segments`` stays on the CPU)."""
-        if self.blocks is not None:
-            raise ValueError("a layout with blocks cannot be moved or padded: set `blocks` afterwards")
+        """The same layout with its tensors on ``device`` (``segments`` and ``blocks`` stay on the CPU)."""
         moved = object.__new__(PrefixLayout)
         moved.row_lengths, moved.segments, moved.num_padding = self.row_lengths, self.segments, self.num_padding
+        moved.blocks, moved.blocks_cut_by_window = self.blocks, self.blocks_cut_by_window
         for name in ("position_ids", "subtree_end", "source_index", "row_index"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved

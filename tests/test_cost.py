@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Moe
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper, prefix_grouped_logps, shared_prefix_attention
 from prefix_grouper_plugins.attention.backends.dense import visibility_mask
-from prefix_grouper_plugins.cost import MODEL_TYPES, SHAPES, ModelShape, compare, visible_pairs_of_rows
-from prefix_grouper_plugins.layout import visible_pairs
+from prefix_grouper_plugins.cost import MODEL_TYPES, SHAPES, ModelShape, compare
+from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.modeling import packed_inputs
 from tests import tiny
 

@@ -27,7 +27,7 @@ from prefix_grouper_plugins.integrations.verl.vision.images import (
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.micro_batches import RowSize
-from prefix_grouper_plugins.modeling.images import ALONE, first_rows, image_blocks, packed_blocks, sharing_keys
+from prefix_grouper_plugins.modeling.images import ALONE, first_rows, image_blocks, set_blocks, sharing_keys
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -175,7 +175,7 @@ class PackedMicroBatch:
         blocks = image_blocks(model_type, padded, last)
         if blocks is not None:
             rows = blocks[torch.arange(padded.shape[1]) <= last[:, None]].to(layout.position_ids.device)
-            layout.blocks = packed_blocks(self._packed(rows, layout, -1), layout)
+            set_blocks(layout, self._packed(rows, layout, -1))
         types = torch.cat(self._types).to(layout.position_ids.device)
         return {TOKEN_TYPES: self._packed(types, layout, 0)[None]}
 

@@ -72,9 +72,7 @@ def shared_prefix_attention(
         return out
     if softcap is not None or sinks is not None:
         raise ValueError(f"softcap={softcap} and sinks={sinks} do not go together with blocks: set both to None")
-    return attend_within_blocks(
-        out, query, key, value, layout, layout.blocks, scale=float(scale), window=sliding_window
-    )
+    return attend_within_blocks(out, query, key, value, layout, scale=float(scale), window=sliding_window)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from prefix_grouper_plugins.attention import op as op  # makes the operators
-from prefix_grouper_plugins.layout import visible_pairs
+from prefix_grouper_plugins.forest import visible_pairs
 
 
 @register_flop_formula(torch.ops.prefix_grouper.shared_prefix_attention, get_raw=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3 import modeling_gemma3
 
-from prefix_grouper_plugins.attention.bidirectional import Blocks
+from prefix_grouper_plugins.attention.bidirectional import blocks_of
 from prefix_grouper_plugins.batch import GroupedBatch, prompt_group
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
@@ -292,7 +292,7 @@ class ImageRows:
         """Keyword arguments of the packed forward of ``batch``, which was made of these rows with :attr:`keys`."""
         positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
         if self.block_ids is not None:
-            batch.layout.blocks = packed_blocks(batch.pack(self.block_ids), batch.layout)
+            set_blocks(batch.layout, batch.pack(self.block_ids))
         return {
             **packed_inputs(batch.layout, batch.input_ids, positions),
             **{name: batch.pack(x)[None] for name, x in self.token_tensors.items()},
@@ -320,14 +320,15 @@ def image_blocks(model_type: str, token_type_ids: Tensor | None, last_tokens: Te
     return (first.flatten().cumsum(0).view_as(image) - 1).where(image, -1)
 
 
-def packed_blocks(block_ids: Tensor, layout: PrefixLayout) -> Blocks:
-    """What to set as ``layout.blocks``.
+def set_blocks(layout: PrefixLayout, block_ids: Tensor) -> None:
+    """Tell ``layout`` which tokens see each other in both directions.
 
     Args:
-        block_ids: ``LongTensor[T]``, those of :func:`image_blocks` at the tokens of the packed row.
         layout: of the packed row.
+        block_ids: ``LongTensor[T]``, those of :func:`image_blocks` at the tokens of the packed row.
     """
-    return Blocks(block_ids, layout, cut_by_window=_window_cuts_blocks())
+    layout.blocks = blocks_of(block_ids, layout)
+    layout.blocks_cut_by_window = _window_cuts_blocks()
 
 
 def _window_cuts_blocks() -> bool:

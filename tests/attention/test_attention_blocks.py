@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_grouper_plugins import PrefixLayout, shared_prefix_attention
-from prefix_grouper_plugins.attention.bidirectional import Blocks
+from prefix_grouper_plugins.attention.bidirectional import blocks_of
 
 # Two groups, whose prompts hold two blocks and one; a row that shares with nobody; a group without blocks.
 PROMPTS = [[-1, 0, 0, 0, 0, -1, 1, 1, -1], [0, 0, 0, -1], [-1, 0, 0], [-1, -1, -1]]
@@ -48,7 +48,7 @@ def row_by_row(layout, ids, qkv, window, cut_by_window):
 @pytest.mark.parametrize(("window", "cut_by_window"), [(None, True), (3, True), (3, False), (6, True)])
 def test_blocks_give_what_single_rows_with_masks_give(backend, window, cut_by_window):
     layout, packed, ids, qkv = case()
-    layout.blocks = Blocks(packed, layout, cut_by_window=cut_by_window)
+    layout.blocks, layout.blocks_cut_by_window = blocks_of(packed, layout), cut_by_window
     got = layout.unpack(shared_prefix_attention(*qkv, layout, sliding_window=window, backend=backend))
     wanted = row_by_row(layout, ids, qkv, window, cut_by_window)
     for x, y in zip(got, wanted, strict=True):
@@ -61,9 +61,36 @@ def test_blocks_give_what_single_rows_with_masks_give(backend, window, cut_by_wi
 
 def test_options_that_do_not_go_with_blocks_are_errors():
     layout, packed, _, qkv = case()
-    layout.blocks = Blocks(packed, layout, cut_by_window=True)
+    layout.blocks = blocks_of(packed, layout)
     with pytest.raises(ValueError, match=r"softcap=5\.0 and sinks=None do not go together with blocks"):
         shared_prefix_attention(*qkv, layout, softcap=5.0)
-    for move in (lambda: layout.to("cpu"), lambda: layout.pad_to(layout.num_tokens + 3)):
-        with pytest.raises(ValueError, match="a layout with blocks cannot be moved or padded"):
-            move()
+
+
+@pytest.mark.parametrize("moved", [lambda x: x.to("cpu"), lambda x: x.pad_to(x.num_tokens + 3)], ids=["to", "pad_to"])
+@pytest.mark.parametrize("cut_by_window", [True, False])
+def test_a_moved_or_padded_layout_keeps_its_blocks(moved, cut_by_window):
+    layout, packed, ids, qkv = case()
+    layout.blocks, layout.blocks_cut_by_window = blocks_of(packed, layout), cut_by_window
+    assert layout.blocks.tolist()[:2] == [[1, 5], [6, 8]]
+    layout = moved(layout)
+    qkv = [torch.cat([x, x[: layout.num_padding]]) for x in qkv]
+    got = layout.unpack(shared_prefix_attention(*qkv, layout, sliding_window=3))
+    for x, y in zip(got, row_by_row(layout, ids, qkv, 3, cut_by_window), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_that_were_scored_first_serve_training():
+    layout, packed, _, qkv = case()
+    layout.blocks = blocks_of(packed, layout)
+    with torch.inference_mode():
+        scored = shared_prefix_attention(*qkv, layout)
+    out = shared_prefix_attention(*qkv, layout)
+    assert torch.equal(out, scored) and all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), qkv))
+
+
+def test_rows_that_share_a_part_of_a_block_are_refused():
+    layout = PrefixLayout.from_groups([4], [[3, 3]])
+    with pytest.raises(
+        ValueError, match=r"the block of tokens 1 to 4 goes past the end of its segment.*keys of their own"
+    ):
+        blocks_of(torch.tensor([-1, 0, 0, 0, 0, -1, -1, -1, -1]), layout)
