@@ -14,7 +14,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu support-table lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu support-table docs lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ bench-gpu: $(VENV)/ready ## the GPU benchmarks, then pictures and tables (about 
 support-table: $(VENV)/ready ## build every model type tiny, compare and time it, then the tables of docs/models.md (about 6 minutes)
 	@$(ENVIRONMENT) $(BIN)/python -m tests.modeling.support_table
 
+docs: $(VENV)/ready ## the documentation site, in site/; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/ready ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +82,4 @@ format: $(VENV)/ready ## put the code in the project's format
 	$(BIN)/ruff format .
 
 clean: ## remove environments, caches and the demo's results
-	rm -rf .venvs demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venvs demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
