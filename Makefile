@@ -72,10 +72,11 @@ support-table: $(VENV)/ready ## build every model type tiny, compare and time it
 docs: $(VENV)/ready ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: $(VENV)/ready ## style, formatting and types
+lint: $(VENV)/ready ## style, formatting, types, and which way imports point
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 format: $(VENV)/ready ## put the code in the project's format
 	$(BIN)/ruff check --fix .
