@@ -24,7 +24,7 @@ from prefix_grouper_plugins.modeling import (
     transformers_model,
     without_router_loss,
 )
-from prefix_grouper_plugins.modeling.images import ImageRows, reason_not_to_pack
+from prefix_grouper_plugins.modeling.images import ImageRows, why_not_pack
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 
@@ -86,7 +86,7 @@ def prefix_grouped_logps(
         positions = row_positions(model, batch.layout, batch.input_ids)
         inputs = packed_inputs(batch.layout, batch.input_ids, positions)
     else:
-        if (reason := reason_not_to_pack(model, list(images))) is not None:
+        if (reason := why_not_pack(model, list(images))) is not None:
             raise UnsupportedModelError(reason)
         rows = ImageRows.from_processor(model, *blocks, images, num_images or [1] * len(prompt_ids), num_tiles)
         batch = GroupedBatch(*blocks, keys=rows.keys)

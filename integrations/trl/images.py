@@ -1,7 +1,7 @@
 """TRL's image arguments, row by row.
 
-TRL hands the images of a micro-batch to ``_get_per_token_logps_and_entropies`` as the processor returned them, with the
-numbers of images and tiles of each row, and cuts them where it cuts the rows.
+TRL passes the images of a micro-batch to ``_get_per_token_logps_and_entropies`` as the processor returned them, with the
+numbers of images and tiles of each row, and splits them where it splits the rows.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from prefix_grouper_plugins.modeling.images import (
     ImageRows,
     RowTensors,
     merge_images,
-    reason_not_to_pack,
     split_images,
+    why_not_pack,
 )
 
 _COUNTS = ("num_images", "num_tiles")
 
 
-def reason_not_to_share(model: Any, given: dict[str, Any]) -> str | None:
-    """Why the images among the arguments that are not None cannot be packed; None where they can."""
+def why_not_share(model: Any, given: dict[str, Any]) -> str | None:
+    """Why images cannot be packed, given the arguments that are not None; None if they can."""
     names = [name for name in given if name not in (*_COUNTS, "compute_aux_loss")]
     if not names:
         return None
     if "pixel_values" in names and "num_images" not in given:
         return "`pixel_values` came without `num_images`, so that images cannot be told apart by row"
-    return reason_not_to_pack(model, names)
+    return why_not_pack(model, names)
 
 
 class RowsOfImages:
-    """The image tensors of each row, and its token kinds. Sliced as rows are.
+    """The image tensors and token kinds of each row. Slicing selects rows.
 
     Args:
         given: the arguments of the stock method that are not None.
@@ -58,11 +58,11 @@ class RowsOfImages:
         return part
 
     def arguments(self) -> dict[str, Any]:
-        """For the stock method."""
+        """Keyword arguments of the stock method."""
         return {**self.counts, **self.token_tensors, **merge_images(self.images)}
 
     def image_rows(self, model: Any, blocks: tuple[Tensor, Tensor, Tensor, Tensor]) -> ImageRows | None:
-        """What the packed forward needs besides tokens; None where there is nothing.
+        """The inputs of the packed forward besides tokens; None if there are none.
 
         Args:
             model: the vision-language model.

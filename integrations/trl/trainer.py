@@ -28,7 +28,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
-from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, reason_not_to_share
+from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, why_not_share
 from prefix_grouper_plugins.integrations.trl.regroup import regroup, rows_mix_freely, window_size
 from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
 from prefix_grouper_plugins.metrics import Counts, SharingMeter, logger
@@ -269,7 +269,7 @@ class PrefixGrouperMixin:
         limit = self._row_limit(model)
         if limit is not None and columns >= limit[0]:  # the stock path numbers padded columns too
             return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} turns a whole batch"
-        return reason_not_to_share(model, given)
+        return why_not_share(model, given)
 
     def _row_limit(self, model: Any) -> tuple[int, str] | None:
         """`row_limit`, which walks all modules, worked out once for each model."""

@@ -33,8 +33,8 @@ from prefix_grouper_plugins.integrations.verl.vision.images import (
     WITH_VERLS_FORWARD,
     joined,
     placeholder_ids,
-    reason_not_to_share,
     row_inputs,
+    why_not_share,
 )
 from prefix_grouper_plugins.integrations.verl.vision.model_patches import (
     fit_to_packed_rows,
@@ -301,7 +301,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if not any(inputs):  # text: nothing to wait for the device for
             return None
         lengths = data["input_ids"].offsets().diff().tolist()
-        return reason_not_to_share(inputs, lengths, self._placeholders, self._model_type)
+        return why_not_share(inputs, lengths, self._placeholders, self._model_type)
 
     # ----------------------------------------------------------------------------------------------- one micro-batch
 
@@ -315,7 +315,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             lengths = micro_batch["input_ids"].offsets().diff().tolist()
             self.sharing.count_fallback(reason, lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
-        if packed.some_alone:
+        if packed.some_share_nothing:
             self._warn_once("rows with an image in the response, or at the very end of the prompt, share nothing")
         self.sharing.count_packed(packed.counts, during=self._pass)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
@@ -342,7 +342,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if not any(images) or self._model_type in WITH_VERLS_FORWARD:
             return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
         lengths = micro_batch["input_ids"].offsets().diff().tolist()
-        if reason_not_to_share(images, lengths, self._placeholders, self._model_type) is not None:
+        if why_not_share(images, lengths, self._placeholders, self._model_type) is not None:
             return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
         padded = not tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
         inputs, output_args = super().prepare_model_inputs(joined(micro_batch, lengths, padded))

@@ -27,7 +27,14 @@ from prefix_grouper_plugins.integrations.verl.vision.images import (
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.micro_batches import RowSize
-from prefix_grouper_plugins.modeling.images import ALONE, first_rows, image_blocks, set_blocks, sharing_keys
+from prefix_grouper_plugins.modeling.images import (
+    SHARES_NOTHING,
+    check_placeholders,
+    first_rows,
+    image_blocks,
+    set_blocks,
+    sharing_keys,
+)
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -113,7 +120,7 @@ class PackedMicroBatch:
         num_tokens: of the surrogate: those of the layout, and the placeholders of a dummy image behind them.
         labels (`LongTensor[T]`): next token of each packed position.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
-        some_alone (`bool`): whether there are rows whose images keep them from sharing.
+        some_share_nothing (`bool`): whether the images of some rows keep them from sharing.
         reason_not_to_share: None, unless rows differ in what they should share.
         counts (`Counts`): what is forwarded, and what would have been.
     """
@@ -121,7 +128,8 @@ class PackedMicroBatch:
     def __init__(self, micro_batch: TensorDict, placeholders: Collection[int] = ()) -> None:
         ids = micro_batch["input_ids"]
         keyed = _KeyedRows(micro_batch, placeholders)
-        self.some_alone = any(key[0] is ALONE for key in keyed.keys)
+        check_placeholders(keyed.rows, list(map(images_of, keyed.inputs)), placeholders)
+        self.some_share_nothing = any(key[0] is SHARES_NOTHING for key in keyed.keys)
         layout = PrefixLayout.from_rows(keyed.rows, keyed.keys, shareable=keyed.prompt_lengths)
         self.images = merged([keyed.inputs[row] for row in first_rows(layout)])
         self.counts = Counts.of_rows(keyed.lengths)

@@ -1,13 +1,18 @@
-"""Rows with images: what makes their groups, and what a packed forward of a vision-language model is called with.
+"""Rows with images: which of them share, and the inputs of a packed forward of a vision-language model.
 
-Images are shared as prompts are: the vision tower sees those of one row of each group, in the order in which the prompts
-stand in the packed row, since models put image features at the placeholder tokens one after the other. Two rules make
-that exact. Rows share only if their prompts *and* their images are equal: equal placeholder tokens may stand for
-different pictures. And they share only if all of their placeholders lie in the part that is shared: a branch repeats
-the prompt's last token, and a placeholder that stands twice would need its feature twice.
+Images are shared as prompts are. The vision tower sees the images of one row of each group, in the order in which the
+prompts stand in the packed row, because models put image features into placeholder tokens one after the other. Two
+rules make this exact:
+
+- Rows share only if their prompts *and* their images are equal: equal placeholder tokens may stand for different images.
+- Rows share only if all their placeholders lie in the shared part: a branch repeats the prompt's last token, and a
+  placeholder that occurs twice would need its feature twice.
 
 Positions are those that the model's own rope index gives to the rows (multimodal RoPE, Qwen2-VL, arXiv 2409.12191,
-section 2.1), laid out as the tokens are.
+section 2.1). They are packed like the tokens.
+
+What is checked in total by an ordinary forward is checked for each row here (:func:`check_placeholders`): the totals of
+a packed row are those of its groups, in which the errors of two rows may cancel where those of the batch do not.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
 from prefix_grouper_plugins.modeling.support.report import transformers_model
 
-# What processors return for images, and what they return for each token.
+# What processors return for images, and for each token.
 IMAGE_TENSORS = (
     "pixel_values",
     "image_grid_thw",
@@ -41,19 +46,19 @@ TOKEN_TENSORS = ("token_type_ids", "mm_token_type_ids")
 # Image tokens see all others of their image.
 BIDIRECTIONAL_IMAGES = {"gemma3"}
 
-ALONE = object()  # leads the key of a row whose images keep it from sharing
+SHARES_NOTHING = object()  # the first part of the key of a row whose images keep it from sharing
 
 RowTensors = Mapping[str, Tensor]  # image tensors of one row; empty for a row without images
 
 
-def reason_not_to_pack(model: nn.Module, names: Sequence[str]) -> str | None:
+def why_not_pack(model: nn.Module, names: Sequence[str]) -> str | None:
     """Why rows that bring the tensors ``names`` cannot be packed; None where they can."""
     if videos := [name for name in names if "video" in name]:
         return f"`{videos[0]}` belongs to rows with videos, which are not packed"
     if unknown := [name for name in names if name not in IMAGE_TENSORS + TOKEN_TENSORS]:
         return f"`{unknown[0]}` is an input that packed rows of images do not know"
     if "image_grid_thw" in names and "mm_token_type_ids" not in names and _rope_index(model) is not None:
-        return "`mm_token_type_ids` is missing, without which the positions of images cannot be told"
+        return "`mm_token_type_ids` is missing, without which the positions of images are unknown"
     return None
 
 
@@ -107,11 +112,12 @@ def merge_images(rows: Sequence[RowTensors]) -> dict[str, Tensor]:
 
 
 def first_alike(images: Sequence[RowTensors], among: Sequence[Hashable]) -> list[int | None]:
-    """For each row with images the first row that shows the same; None for a row without.
+    """For each row with images, the first row that has the same ones; None for a row without images.
 
     Args:
         images: the image tensors of each row: pixels, grids, sizes, masks. All of them must be equal.
-        among: of each row, what must be equal as well. Only rows in which it is are compared, so let it tell prompts.
+        among: what else must be equal, one entry for each row. Only rows with equal entries are compared, which is
+            fast where the entries identify prompts.
     """
     distinct: dict[Hashable, list[int]] = {}
     found: list[int | None] = []
@@ -140,15 +146,15 @@ def sharing_keys(
     images: Sequence[RowTensors],
     placeholders: Collection[int],
 ) -> list[tuple[Hashable, int | None]]:
-    """Keys that two rows have in common only if all that they would share is the same, images included.
+    """Keys that are equal for two rows only if everything they would share is equal, images included.
 
-    Rows with images share if their keys, prompts (the whole of them) and images are equal: equal placeholders may stand
-    for different images. A row with placeholders behind the part of its prompt that is laid out once (an image in the
-    response, or at the very end of the prompt) shares with nobody: what is laid out twice would need features twice.
+    Rows with images share if their keys, whole prompts and images are equal: equal placeholders may stand for different
+    images. A row shares nothing if it has placeholders after the shared part of its prompt (an image in the response,
+    or at the very end of the prompt): a placeholder that is laid out twice would need its feature twice.
 
     Args:
-        keys: of each row, what must be equal as well.
-        rows: token ids, on the CPU.
+        keys: what else must be equal, one entry for each row.
+        rows: token ids of each row, on the CPU.
         prompt_lengths: how many of each row's tokens are its prompt.
         images: the image tensors of each row.
         placeholders: token ids that stand for images. Without any, rows with images share nothing.
@@ -158,13 +164,81 @@ def sharing_keys(
     found: list[tuple[Hashable, int | None]] = []
     for i, first in enumerate(first_alike(images, prompts)):
         branch = rows[i][prompt_lengths[i] - 1 :]
-        alone = first is not None and (not len(tokens) or bool(torch.isin(branch, tokens).any()))
-        found.append((ALONE, i) if alone else (keys[i], first))
+        shares_nothing = first is not None and (not len(tokens) or bool(torch.isin(branch, tokens).any()))
+        found.append((SHARES_NOTHING, i) if shares_nothing else (keys[i], first))
     return found
 
 
+def check_placeholders(
+    rows: Sequence[Tensor], images: Sequence[RowTensors], placeholders: Collection[int], merge_size: int | None = None
+) -> None:
+    """Compare the placeholders of each row with its images.
+
+    With grids and ``merge_size`` the number of features is known. Otherwise rows are compared with each other: the
+    number of placeholders is proportional to what a row shows, and the model's own check of the totals fixes the
+    factor. Models that cut images into pieces by their shape (``image_sizes``) are compared among rows of equal shapes.
+
+    Args:
+        rows: token ids of each row without padding, on the CPU.
+        images: the image tensors of each row.
+        placeholders: token ids that stand for images.
+        merge_size: side of the square of patches that makes one feature, for models with grids.
+
+    Raises:
+        ValueError: a row has more or fewer placeholders than its images have features, with the words of transformers.
+    """
+    if not any(images):
+        return
+    tokens = torch.tensor(sorted(placeholders), dtype=torch.long)
+    first: dict[Hashable, tuple[int, int, int]] = {}
+    for i, (row, shown) in enumerate(zip(rows, images, strict=True)):
+        count = int(torch.isin(row, tokens).sum())
+        size, shapes = _size(shown)
+        if not shown or (shapes is None and merge_size is not None):
+            features = size // (merge_size or 1) ** 2
+            if count != features:
+                raise _mismatch(f"in row {i}, tokens: {count}, features: {features}", tokens)
+            continue
+        other, other_count, other_size = first.setdefault(shapes, (i, count, size))
+        if count * other_size != other_count * size:
+            raise _mismatch(
+                f"in row {other} or in row {i}, tokens: {other_count} and {count}, for images of {other_size} and {size} "
+                "units",
+                tokens,
+            )
+
+
+def _mismatch(where: str, tokens: Tensor) -> ValueError:
+    ids = tokens.tolist()
+    return ValueError(
+        f"Image features and image tokens do not match {where}. Either truncation cut an image off (raise the length of "
+        f"prompts) or a completion has a placeholder (forbid it: generation_kwargs={{'suppress_tokens': {ids}}})"
+    )
+
+
+def _size(images: RowTensors) -> tuple[int, Hashable]:
+    """How much a row shows, and what must be equal for two rows to have placeholders in proportion to it.
+
+    The second is None for patches counted by a grid, which all have the same number of features.
+    """
+    grids = [images[name] for name in ("image_grid_thw", "video_grid_thw") if name in images]
+    if grids or not images:
+        return int(sum(grid.prod(-1).sum() for grid in grids)), None
+    pixels = images.get("pixel_values")
+    if pixels is None:
+        return 1, tuple(images)
+    sizes = tuple(
+        tuple(images[name].flatten().tolist()) for name in ("image_sizes", "spatial_shapes") if name in images
+    )
+    if sizes:
+        return 1, sizes
+    if pixels.dim() == 5:  # Idefics pads a row to the most images with zeros
+        return int((pixels != 0).flatten(2).any(-1).sum()), "images"
+    return len(pixels), "images"
+
+
 def image_token_id(model: nn.Module) -> int | None:
-    """The placeholder token of an image; None for a model that knows none."""
+    """The placeholder token of an image; None if the model's config names none."""
     config: Any = transformers_model(model).config
     found = getattr(config, "image_token_id", None)
     return getattr(config, "image_token_index", None) if found is None else found
@@ -179,7 +253,7 @@ def multimodal_positions(
 ) -> Tensor | None:
     """The positions that the model gives to padded rows with images, ``LongTensor[3, B, L]``.
 
-    None where it numbers tokens as for text: models without a rope index, and batches without images.
+    None where it numbers tokens as it does in text: for models without a rope index, and batches without images.
 
     Args:
         model: the vision-language model.
@@ -200,13 +274,24 @@ def multimodal_positions(
     return positions
 
 
+def _merge_size(model: nn.Module) -> int | None:
+    vision = getattr(transformers_model(model).config, "vision_config", None)
+    return getattr(vision, "spatial_merge_size", None)
+
+
+def _kinds_read_by(model: nn.Module) -> dict[str, bool]:
+    """Which tensors in :data:`TOKEN_TENSORS` change what the model computes."""
+    bidirectional = transformers_model(model).config.model_type in BIDIRECTIONAL_IMAGES
+    return {"mm_token_type_ids": _rope_index(model) is not None, "token_type_ids": bidirectional}
+
+
 def _rope_index(model: nn.Module) -> Any:
     base = transformers_model(model)
     return getattr(getattr(base, "model", base), "get_rope_index", None)
 
 
 def first_rows(layout: PrefixLayout) -> list[int]:
-    """For each tree of the layout, in packed order, the row that its images are taken from."""
+    """For each tree of the layout, in packed order, the first row that it holds: its images are those of the tree."""
     real = layout.segments[layout.segments[:, 0] < layout.num_tokens - layout.num_padding]
     starts = real[real[:, 2] < 0, 0].long()
     ends = torch.tensor(list(accumulate(layout.row_lengths)))
@@ -214,7 +299,7 @@ def first_rows(layout: PrefixLayout) -> list[int]:
 
 
 class ImageRows:
-    """Padded rows with images, and what their packed forward takes.
+    """Padded rows with images, and the inputs of their packed forward.
 
     Args:
         model: the vision-language model.
@@ -225,12 +310,14 @@ class ImageRows:
             not given.
 
     Attributes:
-        keys: one for each row, for :class:`~prefix_grouper_plugins.grouping.GroupedBatch`.
+        keys: one for each row, for :class:`~prefix_grouper_plugins.batch.GroupedBatch`.
         positions (`LongTensor[3, B, P + C]`): the model's own, or None, see :func:`multimodal_positions`.
-        block_ids (`LongTensor[B, P + C]`): images that see themselves in both directions, or None.
+        block_ids (`LongTensor[B, P + C]`): images whose tokens see each other in both directions, or None.
 
     Raises:
         UnsupportedModelError: a row ends within such an image.
+        ValueError: a row has more or fewer placeholders than its images have features, or its token kinds mark other
+            tokens than its placeholders.
     """
 
     def __init__(
@@ -247,6 +334,11 @@ class ImageRows:
         mask = torch.cat([prompt_mask, completion_mask], dim=1)
         self.images = list(images)
         self.token_tensors = {name: _fill(x, input_ids.shape[1]) for name, x in (token_tensors or {}).items()}
+        token = image_token_id(model)
+        if token is not None and any(self.images):
+            real = [row[own != 0].cpu() for row, own in zip(input_ids, mask, strict=True)]
+            check_placeholders(real, self.images, {token}, _merge_size(model))
+            self._check_kinds(model, (input_ids == token) & (mask != 0))
         self.positions = multimodal_positions(
             model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
         )
@@ -256,7 +348,7 @@ class ImageRows:
             self.token_tensors.get("token_type_ids"),
             torch.where(mask != 0, columns, 0).amax(1),
         )
-        self.keys = self._keys(image_token_id(model), input_ids.cpu(), mask.cpu() != 0, prompt_ids.shape[1])
+        self.keys = self._keys(token, input_ids.cpu(), mask.cpu() != 0, prompt_ids.shape[1])
 
     @classmethod
     def from_processor(
@@ -270,15 +362,26 @@ class ImageRows:
         num_images: Sequence[int],
         num_tiles: Sequence[int] | None = None,
     ) -> ImageRows:
-        """Of rows whose tensors, those of images and those of tokens, are still in one batch."""
+        """From the tensors of a whole batch, those of images and those of tokens."""
         images = split_images({k: v for k, v in tensors.items() if k in IMAGE_TENSORS}, num_images, num_tiles)
         per_token = {k: v for k, v in tensors.items() if k in TOKEN_TENSORS}
         return cls(model, prompt_ids, prompt_mask, completion_ids, completion_mask, images, per_token)
 
+    def _check_kinds(self, model: nn.Module, placeholders: Tensor) -> None:
+        """Compare where the token kinds mark images with the placeholders ``[B, P + C]``, where the model reads kinds."""
+        read = [name for name, used in _kinds_read_by(model).items() if used and name in self.token_tensors]
+        for name in read:
+            wrong = ((self.token_tensors[name] == 1) != placeholders).any(1).nonzero()
+            if len(wrong):
+                raise ValueError(
+                    f"`{name}` of row {int(wrong[0])} marks other tokens than its image placeholders. The processor pads "
+                    "the two on different sides: set `padding_side='left'` in the processor and its tokenizer"
+                )
+
     def _keys(self, token: int | None, ids: Tensor, mask: Tensor, width: int) -> list[Hashable]:
         per_token = [x.cpu() for x in self.token_tensors.values()]
         per_token += [] if self.positions is None else list(self.positions.cpu())
-        # Equal by construction in rows with equal prompts and images; where they were not, rows would not share.
+        # These are equal in rows with equal prompts and images. If they ever differ, the rows must not share.
         along = [
             tuple(x[i, :width][mask[i, :width]].numpy().tobytes() for x in per_token) if row else ()
             for i, row in enumerate(self.images)
@@ -289,7 +392,7 @@ class ImageRows:
         ]
 
     def packed_inputs(self, batch: GroupedBatch) -> dict[str, Any]:
-        """Keyword arguments of the packed forward of ``batch``, which was made of these rows with :attr:`keys`."""
+        """Keyword arguments of the packed forward of ``batch``, which was made from these rows with :attr:`keys`."""
         positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
         if self.block_ids is not None:
             set_blocks(batch.layout, batch.pack(self.block_ids))
@@ -301,7 +404,9 @@ class ImageRows:
 
 
 def image_blocks(model_type: str, token_type_ids: Tensor | None, last_tokens: Tensor) -> Tensor | None:
-    """``LongTensor[B, L]``: a number for each image that the model lets see itself in both directions, -1 elsewhere.
+    """``LongTensor[B, L]``: the number of the image where tokens of an image see each other both ways, -1 elsewhere.
+
+    None for models whose image tokens are causal.
 
     Args:
         model_type: of the vision-language model.
@@ -321,18 +426,18 @@ def image_blocks(model_type: str, token_type_ids: Tensor | None, last_tokens: Te
 
 
 def set_blocks(layout: PrefixLayout, block_ids: Tensor) -> None:
-    """Tell ``layout`` which tokens see each other in both directions.
+    """Set the tokens of ``layout`` that see each other in both directions.
 
     Args:
-        layout: of the packed row.
-        block_ids: ``LongTensor[T]``, those of :func:`image_blocks` at the tokens of the packed row.
+        layout: of the packed row. Changed in place.
+        block_ids: ``LongTensor[T]``, the result of :func:`image_blocks` at the tokens of the packed row.
     """
     layout.blocks = blocks_of(block_ids, layout)
     layout.blocks_cut_by_window = _window_cuts_blocks()
 
 
 def _window_cuts_blocks() -> bool:
-    """Whether the installed transformers hides what lies behind the sliding window in blocks too."""
+    """Whether the sliding window of the installed transformers also cuts blocks."""
     return hasattr(modeling_gemma3, "create_masks_for_vision_model")
 
 

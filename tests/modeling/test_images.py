@@ -15,10 +15,11 @@ from prefix_grouper_plugins import (
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling.images import (
     ImageRows,
+    check_placeholders,
     first_alike,
-    reason_not_to_pack,
     sharing_keys,
     split_images,
+    why_not_pack,
 )
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MULTIMODAL_TYPES
 from tests.modeling import multimodal_families as families
@@ -219,7 +220,7 @@ def test_ordinary_generation_does_not_notice():
 )
 def test_inputs_that_cannot_be_packed_are_refused(names, reason):
     model = enable_prefix_grouper(families.build("qwen2_5_vl"))
-    found = reason_not_to_pack(model, names)
+    found = why_not_pack(model, names)
     assert found is None if reason is None else found.startswith(reason)
     if reason:
         blocks, *_ = families.batch_inputs("qwen2_5_vl", families.rows("qwen2_5_vl"))
@@ -230,6 +231,68 @@ def test_inputs_that_cannot_be_packed_are_refused(names, reason):
 def test_tensors_that_cannot_be_told_apart_by_row_are_an_error():
     with pytest.raises(ValueError, match=r"pixel_values has 5 entries for 2 rows of \[1, 1\] images"):
         split_images({"pixel_values": torch.zeros(5, 3, 8, 8)}, [1, 1])
+
+
+def placeholders_of(model_type, made):
+    """The check's verdict on the rows, from their tensors alone."""
+    _, tensors, counts, tiles = families.batch_inputs(model_type, made)
+    images = split_images({k: v for k, v in tensors.items() if "token_type" not in k}, counts, tiles)
+    config = families.configure(model_type).vision_config
+    check_placeholders([row.ids for row in made], images, {families.IMAGE}, getattr(config, "spatial_merge_size", None))
+
+
+def lose_one(row):
+    """One placeholder less, as truncation from the left makes it."""
+    first = int((row.prompt == families.IMAGE).nonzero()[0])
+    row.prompt = row.prompt[first + 1 :]
+
+
+def sample_one(row):
+    """One placeholder more, as a model may sample it."""
+    row.response = torch.cat([row.response[:1], torch.tensor([families.IMAGE]), row.response[1:]])
+
+
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES))
+def test_placeholders_are_compared_with_the_images_of_each_row(model_type):
+    """In total the rows are right: one lost in a group, and one sampled in a single row of another."""
+    placeholders_of(model_type, families.rows(model_type))
+    cancelled = families.rows(model_type)
+    lose_one(cancelled[0])
+    sample_one(cancelled[1])
+    sampled_by_text = families.rows(model_type)
+    sample_one(next(row for row in sampled_by_text if not row.images))
+    for made in (cancelled, sampled_by_text):
+        with pytest.raises(ValueError, match=r"Image features and image tokens do not match.*suppress_tokens.*5"):
+            placeholders_of(model_type, made)
+
+
+def test_rows_without_any_images_may_hold_placeholders():
+    """Images that were dropped: the model reads their placeholders as text."""
+    check_placeholders([torch.tensor([families.IMAGE, 9])], [{}], {families.IMAGE}, 2)
+
+
+def test_a_prompt_that_is_cut_inside_an_image_is_named_before_positions_are_computed():
+    model = enable_prefix_grouper(families.build("qwen2_5_vl"))
+    made = families.rows("qwen2_5_vl")
+    for row in made:
+        if row.images:
+            lose_one(row)
+    with pytest.raises(ValueError, match=r"do not match in row 0, tokens: 3, features: 4\. Either truncation cut"):
+        grouped(model, "qwen2_5_vl", made)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
+def test_kinds_that_are_padded_on_another_side_than_the_tokens_are_an_error(model_type):
+    model = enable_prefix_grouper(families.build(model_type))
+    made = families.rows(model_type)
+    blocks, tensors, counts, tiles = families.batch_inputs(model_type, made)
+    name = families.FAMILIES[model_type].token_tensor
+    kinds = [(row.prompt == families.IMAGE).int() for row in made]
+    tensors[name] = torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True)  # on the right
+    with pytest.raises(
+        ValueError, match=f"`{name}` of row . marks other tokens than its image placeholders.*padding_side"
+    ):
+        ImageRows.from_processor(model, *blocks, tensors, counts, tiles)
 
 
 def test_a_text_part_that_is_not_verified_needs_a_proof():

@@ -1,9 +1,9 @@
-"""An image for micro-batches that have none, where other ranks have one.
+"""A dummy image for micro-batches without images, if another rank has some.
 
-Most vision-language models do not run their vision tower without an image. A rank whose tower runs gathers its sharded
-parameters, and waits for ranks whose towers do not: with verl such a step crashes or hangs. verl has forwards of its own
-for some models, which show the tower an empty picture then. For the others a packed row borrows one: the placeholders of
-some row stand behind it as padding, which belongs to no row. Nothing that is computed there reaches a loss.
+Most vision-language models run their vision tower only on images. A rank whose tower runs gathers the tower's sharded
+parameters and waits for all ranks, so with verl such a step crashes or hangs. For some models verl has its own forward,
+which then gives the tower an empty image. For the others a dummy image is added to the packed row: its placeholders
+follow as padding, which belongs to no row, so nothing that is computed there reaches a loss.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ _KEY = "dummy_image"
 
 
 class DummyImage(NamedTuple):
-    """Placeholder tokens, ``LongTensor[n]`` on the CPU, and what the processor made of the images that they stand for."""
+    """Placeholder tokens, ``LongTensor[n]`` on the CPU, and the processor's tensors of the images behind them."""
 
     placeholders: Tensor
     inputs: RowInputs
 
 
 def dummy_image(micro_batch: TensorDict) -> DummyImage | None:
-    """What :func:`add_dummy_images` has given to this micro-batch."""
+    """The one that :func:`add_dummy_images` added to this micro-batch, or None."""
     found: DummyImage | None = tu.get_non_tensor_data(micro_batch, _KEY, None)
     return found
 
 
 def add_dummy_images(micro_batches: Sequence[TensorDict], placeholders: Collection[int], group: Any) -> None:
-    """Give an image to each micro-batch without one, if that of another rank has one. In place, on all ranks of ``group``.
+    """Add a dummy image to each micro-batch that has no image while that of another rank has one. In place.
+
+    A collective: every rank of ``group`` calls it.
 
     Args:
-        micro_batches: of this rank, as many as on any other, run in this order.
+        micro_batches: those of this rank, in the order in which they run; every rank has the same number.
         placeholders: token ids that stand for images.
         group: the ranks that shard the model.
     """
@@ -51,15 +53,15 @@ def add_dummy_images(micro_batches: Sequence[TensorDict], placeholders: Collecti
         i for i, (mine, any_rank) in enumerate(zip(shown, needed.tolist(), strict=True)) if any_rank and not mine
     ]
     ranks = dist.get_world_size(group)
-    # The first rank with an image, counted down so that one reduction tells both that and whether some rank lacks one.
-    lender = ranks - dist.get_rank(group) if any(shown) else 0
-    asked = torch.tensor([lender, int(bool(lacking))], device=get_device_name())
-    dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
-    first, somebody_lacks = asked.tolist()
-    if not somebody_lacks:
+    # Counted down, so that one reduction finds both the first rank with an image and whether any rank lacks one.
+    source = ranks - dist.get_rank(group) if any(shown) else 0
+    found = torch.tensor([source, int(bool(lacking))], device=get_device_name())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    first, any_lacking = found.tolist()
+    if not any_lacking:
         return
     whole: Any = dist.group.WORLD if group is None else group
-    image = [_some_image(micro_batches, placeholders) if first == lender else None]
+    image = [_some_image(micro_batches, placeholders) if first == source else None]
     dist.broadcast_object_list(image, src=dist.get_global_rank(whole, ranks - first), group=group)
     for i in lacking:
         tu.assign_non_tensor(micro_batches[i], **{_KEY: image[0]})

@@ -1,10 +1,9 @@
-"""Images and videos in a micro-batch of verl: which rows show the same, and which tensors a packed row needs.
+"""Images and videos in a micro-batch of verl: which rows have the same ones, and which tensors a packed row needs.
 
-verl's agent loop keeps what a processor made of a row's images beside the row (``multi_modal_inputs``, one dict of
-tensors for each row), and its engine hands the model all of them, one after the other. The model puts their features,
-in order, into the places of the placeholder tokens. A packed row holds the placeholders of each group once, so it takes
-the tensors of one row of each group. Positions (mRoPE) come with the rows. The kinds of tokens (Gemma 3) do, too: they
-are laid out as the tokens are.
+verl's agent loop stores the processor's image tensors beside each row (``multi_modal_inputs``, one dict of tensors for
+each row), and its engine passes all of them to the model, one row after the other. The model puts their features, in
+order, into the placeholder tokens. A packed row holds the placeholders of each group once, so it takes the tensors of
+one row of each group. Positions (mRoPE) and token kinds (Gemma 3) come with the rows and are packed like the tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from verl.utils.model import extract_multi_modal_inputs
 
 from prefix_grouper_plugins.modeling.images import BIDIRECTIONAL_IMAGES
 
-# Model types whose images a test has compared with verl's own engine: those whose forward verl replaces by one that
-# shows the vision tower an empty picture where a micro-batch has none, and those that it leaves as they are.
+# Model types whose images a test has compared with verl's own engine. verl replaces the forward of the first group by one
+# that gives the vision tower an empty image if a micro-batch has none; it leaves the others as they are.
 WITH_VERLS_FORWARD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 COMPARED_MODEL_TYPES = (
     *WITH_VERLS_FORWARD,
@@ -40,13 +39,13 @@ RowInputs = dict[str, Any]
 
 
 def placeholder_ids(config: Any) -> frozenset[int]:
-    """Token ids that stand for images and videos, by the model's config."""
+    """Token ids that stand for images and videos, from the model's config."""
     names = ("image_token_id", "video_token_id")
     return frozenset(token for name in names if (token := getattr(config, name, None)) is not None)
 
 
 def row_inputs(data: TensorDict) -> list[RowInputs]:
-    """What the processor made of each row beside its tokens; nothing for a row of text in most families."""
+    """The processor's tensors of each row besides its tokens; in most families none for a row of text."""
     found = data.get("multi_modal_inputs", None)
     if found is None:
         return [{}] * len(data)
@@ -55,20 +54,20 @@ def row_inputs(data: TensorDict) -> list[RowInputs]:
 
 
 def images_of(row: RowInputs) -> RowInputs:
-    """What belongs to the images of a row."""
+    """The tensors of a row that belong to its images."""
     return {name: value for name, value in row.items() if name != TOKEN_TYPES}
 
 
-def reason_not_to_share(
+def why_not_share(
     inputs: Sequence[RowInputs], lengths: Sequence[int], placeholders: Collection[int], model_type: str
 ) -> str | None:
-    """Why rows with these inputs cannot be shared, None where they can.
+    """Why rows with these inputs cannot be shared; None if they can.
 
     Args:
         inputs: see :func:`row_inputs`.
         lengths: tokens of each row.
         placeholders: see :func:`placeholder_ids`.
-        model_type: of the model.
+        model_type: the model's.
     """
     if not any(inputs):
         return None
@@ -76,7 +75,7 @@ def reason_not_to_share(
         for name, value in row.items():
             if name not in _OF_IMAGES | {TOKEN_TYPES} or not torch.is_tensor(value):
                 return f"`{name}` among the multimodal inputs is not known here"
-        if reason := _reason_of_tokens(row, length, model_type):
+        if reason := _why_not_share_tokens(row, length, model_type):
             return reason
     if not any(map(images_of, inputs)):
         return None
@@ -85,7 +84,7 @@ def reason_not_to_share(
     return None if placeholders else "the model's config names no token that stands for an image"
 
 
-def _reason_of_tokens(row: RowInputs, length: int, model_type: str) -> str | None:
+def _why_not_share_tokens(row: RowInputs, length: int, model_type: str) -> str | None:
     types = row.get(TOKEN_TYPES)
     if types is not None and types.shape != (1, length):
         return f"`{TOKEN_TYPES}` has shape {tuple(types.shape)} for a row of {length} tokens"
@@ -99,7 +98,7 @@ def _reason_of_tokens(row: RowInputs, length: int, model_type: str) -> str | Non
 
 
 def token_types(inputs: Sequence[RowInputs], lengths: Sequence[int]) -> list[Tensor] | None:
-    """``LongTensor[L]`` of each row, zero for those without; None where no row has any."""
+    """``LongTensor[L]`` for each row, zeros for rows without token kinds; None if no row has any."""
     if not any(TOKEN_TYPES in row for row in inputs):
         return None
     return [
@@ -111,23 +110,23 @@ def token_types(inputs: Sequence[RowInputs], lengths: Sequence[int]) -> list[Ten
 def merged(rows: Sequence[RowInputs]) -> dict[str, Any]:
     """The image tensors of ``rows``, concatenated by verl.
 
-    verl cannot concatenate those of rows with unequally many images (Idefics3, SmolVLM) or pictures of one image
-    (LLaVA-NeXT), which lie along a second axis. They are brought into a form that the models take as well.
+    verl cannot concatenate rows with different numbers of images (Idefics3, SmolVLM) or of pictures of one image
+    (LLaVA-NeXT), since these lie along a second axis. Such tensors are first reshaped to a form that the models accept too.
     """
     rows = [images_of(row) for row in rows]
     return extract_multi_modal_inputs([*map(_one_by_one, rows)] if _counts_along_rows(rows) else _filled_up(rows))
 
 
 def joined(micro_batch: TensorDict, lengths: Sequence[int], padded: bool) -> TensorDict:
-    """``micro_batch`` with the inputs of all rows in its first, in the form in which verl lays out the tokens.
+    """``micro_batch`` with the inputs of all rows in its first row, laid out as verl lays out the tokens.
 
-    For the ordinary path, on which verl concatenates inputs of rows: it stops at those of unequal shapes, and takes kinds
-    of tokens that lie row by row for those of packed tokens.
+    For the ordinary path, on which verl concatenates the inputs of rows. It stops at unequal shapes, and it reads token
+    kinds that lie row by row as if they belonged to packed tokens.
 
     Args:
-        micro_batch: rows of a model whose forward is its own.
+        micro_batch: rows for a model that runs its own forward.
         lengths: tokens of each row.
-        padded: whether verl pads the rows (else it packs them).
+        padded: whether verl pads the rows; otherwise it packs them.
     """
     inputs = row_inputs(micro_batch)
     first, types = merged(inputs), token_types(inputs, lengths)
@@ -139,17 +138,17 @@ def joined(micro_batch: TensorDict, lengths: Sequence[int], padded: bool) -> Ten
 
 
 def _counts_along_rows(rows: Sequence[RowInputs]) -> bool:
-    """Whether all images of a row lie along a second axis (Idefics3 and SmolVLM)."""
+    """Whether the images of a row lie along a second axis (Idefics3 and SmolVLM)."""
     return any(row["pixel_values"].dim() == 5 and "image_sizes" not in row for row in rows if "pixel_values" in row)
 
 
 def _one_by_one(row: RowInputs) -> RowInputs:
-    """``[1, images, ...]`` as ``[images, 1, ...]``: one image in each of as many rows."""
+    """``[1, images, ...]`` as ``[images, 1, ...]``: as many rows of one image each."""
     return {name: value.transpose(0, 1) for name, value in row.items()}
 
 
 def _filled_up(rows: Sequence[RowInputs]) -> list[RowInputs]:
-    """As many pictures of each image (``[images, pictures, 3, height, width]``), as the processor makes it in a batch."""
+    """Rows with equally many pictures for each image, as a processor pads them: ``[images, pictures, 3, H, W]``."""
     most = max((row["pixel_values"].shape[1] for row in rows if "image_sizes" in row), default=0)
     return [
         {

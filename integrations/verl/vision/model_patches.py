@@ -1,16 +1,16 @@
-"""What verl replaces in the classes of vision-language models, made to fit packed rows.
+"""Makes the classes of vision-language models that verl patches work with packed rows.
 
-verl gives some classes another forward (``verl/models/transformers/monkey_patch.py``), for all models of a process:
+verl replaces the forward of some classes (``verl/models/transformers/monkey_patch.py``), for all models of a process:
 
-- The attention of Qwen2-VL, Qwen2.5-VL and GLM-4V calls flash-attn past transformers' attention interface, and reads from
-  the positions where rows begin. It would take a packed row for many short texts. Here packed rows go to the forward
-  that the class had before, which looks its attention up in the interface; all other calls stay verl's. So they do for
-  the gated delta nets of Qwen3.5, whose own forward has the seam that state forking needs.
-- Some of the models themselves show their vision tower an empty picture where a micro-batch has none, so that every rank
-  gathers the tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 stumbles there over what the tower of
-  transformers 5 returns. Keeping groups whole makes such micro-batches where verl's mixture of rows has none, so here
-  the tower returns the features alone, which verl's code takes as well.
-- With fused kernels, models of which verl knows no forward get one for text, which leaves their images out.
+- The attention of Qwen2-VL, Qwen2.5-VL and GLM-4V then calls flash-attn directly instead of through transformers'
+  attention interface, and infers from the positions where rows begin. It would read a packed row as many short texts.
+  Packed rows therefore go to the forward that the class had before, which uses the interface; all other calls run verl's.
+  The gated delta nets of Qwen3.5 are treated in the same way, because state forking needs their own forward.
+- Some of the models give their vision tower an empty image if a micro-batch has none, so that every rank gathers the
+  tower's parameters. For Qwen2-VL and Qwen2.5-VL verl 0.9.1 fails there on the output class of the tower in
+  transformers 5. Micro-batches without images are more common where groups stay whole, so here the tower returns only
+  the features, which verl's code accepts too.
+- With fused kernels, models for which verl has no forward get one for text, which ignores their images.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _original: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 def remember_attention(config: Any) -> None:
-    """Keep the forwards of the classes that mix tokens, of the model type of ``config``, as they are before verl's patch.
+    """Remember the forwards of the token-mixing classes of the model type of ``config``, before verl patches them.
 
-    A class that is known already stays as it was: it may have been patched since, for another model of the process.
+    A class that is already known is not read again: it may have been patched since, for another model of the process.
     """
     model = get_hf_auto_model_class(config)._model_mapping.get(type(config), None)
     if not isinstance(model, type):  # code from outside of transformers
@@ -48,22 +48,22 @@ def remember_attention(config: Any) -> None:
 
 
 def fit_to_packed_rows(model: Any) -> None:
-    """Adapt what verl has patched in ``model``, see above. In place."""
+    """Adapt the modules of ``model`` that verl has patched, see above. In place."""
     for module in model.modules():
         cls: Any = type(module)
         if cls in _original and cls.forward is not _original[cls]:
             module.__class__ = _with_both(cls, _original[cls], cls.forward)
     if model.config.model_type in _TOWER_WITHOUT_DEEPSTACK:
-        model.model.visual.register_forward_hook(_features_alone)
+        model.model.visual.register_forward_hook(_only_features)
 
 
 def has_verls_forward(model: nn.Module) -> bool:
-    """Whether a vision-language model, or its part without the head, runs verl's forward in place of its own."""
+    """Whether a vision-language model, or its part without the head, runs verl's forward instead of its own."""
     return any(cls.forward.__module__.startswith("verl.") for cls in _model_classes(model))
 
 
 def leaves_images_out(model: nn.Module) -> bool:
-    """Whether what verl runs in place of the forward of a vision-language model takes text only."""
+    """Whether the forward by which verl replaces that of a vision-language model takes text only."""
     return any(cls.forward.__module__ == "verl.models.transformers.dense_common" for cls in _model_classes(model))
 
 
@@ -74,7 +74,7 @@ def _model_classes(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def numbered_rows(model: nn.Module) -> Iterator[None]:
-    """Number the tokens of forwards of one row of text as verl's forwards demand: ``[4, 1, tokens]``, never None."""
+    """In this context, forwards of one row of text get the positions that verl's forwards need: ``[4, 1, tokens]``."""
 
     def number(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
@@ -94,7 +94,7 @@ def numbered_rows(model: nn.Module) -> Iterator[None]:
 
 
 def lost_attention(model: nn.Module) -> list[str]:
-    """Why ``model`` cannot be shared if verl patched its attention before :func:`remember_attention` saw it."""
+    """Why ``model`` cannot be shared: verl patched its attention before :func:`remember_attention` saw it. Else empty."""
     found = {type(m).__name__ for m in model.modules() if type(m).forward.__module__.startswith("verl.")}
     return [
         f"verl has replaced {name}.forward for another engine of this process, before this one was built"
@@ -112,5 +112,5 @@ def _with_both(cls: Any, own: Callable[..., Any], replaced: Callable[..., Any]) 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
-def _features_alone(tower: nn.Module, args: Any, output: Any) -> Any:
+def _only_features(tower: nn.Module, args: Any, output: Any) -> Any:
     return getattr(output, "pooler_output", output)

@@ -169,6 +169,36 @@ def test_videos_fall_back_to_the_stock_method(monkeypatch, tmp_path):
     ]
 
 
+def score(trainer, model_type, made):
+    blocks, tensors, counts, tiles = vision.families.batch_inputs(model_type, made)
+    kind = vision.families.FAMILIES[model_type].token_tensor
+    if kind:
+        tensors[kind] = torch.nn.functional.pad(tensors[kind], (0, blocks[2].shape[1]))
+    if tiles is not None:
+        tensors["num_tiles"] = tiles
+    ids, mask = (torch.cat([blocks[i], blocks[i + 2]], dim=1) for i in (0, 1))
+    tensors["pixel_values"] = tensors["pixel_values"].to(next(trainer.model.parameters()).dtype)
+    return trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, blocks[2].shape[1], num_images=counts, **tensors
+    )[0]
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+def test_rows_whose_placeholders_do_not_fit_their_images_stop_as_in_the_stock_trainer(tmp_path, model_type):
+    """A placeholder is lost in both rows of a group and sampled in one row of another, so the totals of a packed row fit."""
+    path = vision.saved_model(tmp_path, model_type)
+    made = vision.families.rows(model_type)
+    lost, other = made[0], made[1]
+    for row in made:
+        if row.images and row.images[0] is lost.images[0]:
+            row.prompt = row.prompt[int((row.prompt == vision.families.IMAGE).nonzero()[0]) + 1 :]
+    other.response = torch.cat([torch.tensor([vision.families.IMAGE]), other.response])
+    for shared in (False, True):
+        trainer = make_trainer(path, shared=shared, **settings(model_type))
+        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+            score(trainer, model_type, made)
+
+
 def test_a_micro_batch_without_completions_keeps_its_images(tmp_path):
     trainer = make_trainer(vision.saved_model(tmp_path, "qwen2_5_vl"), shared=True, **settings("qwen2_5_vl"))
     blocks, tensors, counts, _ = vision.families.batch_inputs("qwen2_5_vl", vision.families.rows("qwen2_5_vl"))

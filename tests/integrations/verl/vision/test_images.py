@@ -241,7 +241,7 @@ KINDS = torch.zeros(1, 9, dtype=torch.long)
     ],
 )
 def test_inputs_that_nobody_knows_are_not_shared(inputs, placeholders, model, reason):
-    assert images.reason_not_to_share([{}, inputs], [5, 9], placeholders, model) == reason
+    assert images.why_not_share([{}, inputs], [5, 9], placeholders, model) == reason
 
 
 def test_rows_that_do_not_agree_which_shared_tokens_are_images_are_not_shared():
