@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +17,7 @@ from prefix_grouper_plugins.cost import MODEL_TYPES, SHAPES, ModelShape, compare
 from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.modeling import packed_inputs
 from tests import tiny
-
-sys.path.insert(0, str(Path(__file__).parent / "attention"))
-from forests import layouts
+from tests.attention.forests import layouts
 
 GROUP = PrefixLayout.from_groups([60], [[20, 12, 31, 7]])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends import blockwise, flex
 from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
-from prefix_grouper_plugins.attention.backends.triton import kernels as triton_kernels
+from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.forest import Forest
 

@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from forests import FEATURES, Features, assert_all_close, features_of, inputs, layout_of, output_and_gradients
 from torch import Tensor
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
 from prefix_grouper_plugins.attention.backends import flex
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import (
+    FEATURES,
+    Features,
+    assert_all_close,
+    features_of,
+    inputs,
+    layout_of,
+    output_and_gradients,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.backends.triton import kernels as triton_kernels
+from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
 from prefix_grouper_plugins.attention.device import accumulation_dtype, stream_of, upload, why_not_capability
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest

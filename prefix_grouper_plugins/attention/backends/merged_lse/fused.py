@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.backends.triton.tiles import load_tile, store_tile
+from prefix_grouper_plugins.attention.triton_tiles import load_tile, store_tile
 
 # Rows of a program.
 ROWS = tl.constexpr(32)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from forests import Features, inputs
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
 from prefix_grouper_plugins.attention.backends import blockwise
 from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
-from prefix_grouper_plugins.attention.backends.triton import kernels as triton_kernels
+from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
 from prefix_grouper_plugins.attention.registry import BACKENDS, auto_backend
 from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import Features, inputs
 
 LAYERS: dict[str, dict[str, Any]] = {
     "causal": {},

@@ -7,10 +7,21 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import interpreter
 import pytest
 import torch
-from forests import (
+from hypothesis import given, settings
+from torch import Tensor
+
+from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.attention.backends.triton import configs as triton_configs
+from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
+from prefix_grouper_plugins.attention.backends.triton import tables as triton_tables
+from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.forest import forest_of
+from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention import interpreter
+from tests.attention.forests import (
     FEATURES,
     Features,
     assert_all_close,
@@ -22,17 +33,6 @@ from forests import (
     layouts,
     output_and_gradients,
 )
-from hypothesis import given, settings
-from torch import Tensor
-
-from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
-from prefix_grouper_plugins.attention.backends.triton import configs as triton_configs
-from prefix_grouper_plugins.attention.backends.triton import kernels as triton_kernels
-from prefix_grouper_plugins.attention.backends.triton import tables as triton_tables
-from prefix_grouper_plugins.attention.request import Request
-from prefix_grouper_plugins.forest import forest_of
-from prefix_grouper_plugins.layout import PrefixLayout
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(interpreter.why_not() is not None, reason=str(interpreter.why_not()))
@@ -358,7 +358,7 @@ def test_configurations_are_timed_on_a_gpu_by_long_calls_unless_pinned(
 
 @needs_triton
 def test_the_autotuner_has_the_shipped_configurations_and_keeps_its_choice() -> None:
-    from prefix_grouper_plugins.attention.backends.triton.forward import forward_kernel
+    from prefix_grouper_plugins.attention.backends.triton.forward_kernel import forward_kernel
 
     choices = triton_configs.configurations("forward", 128, 2, (9, 0))
     tuner = triton_configs._tuned(forward_kernel, choices, (9, 0))

@@ -8,17 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from forests import (
-    Features,
-    assert_all_close,
-    attend,
-    emulated_flash_backward,
-    emulated_flash_forward,
-    inputs,
-    layout_of,
-    layouts,
-    output_and_gradients,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,6 +20,17 @@ from prefix_grouper_plugins.attention.backends import blockwise
 from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
 from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import (
+    Features,
+    assert_all_close,
+    attend,
+    emulated_flash_backward,
+    emulated_flash_forward,
+    inputs,
+    layout_of,
+    layouts,
+    output_and_gradients,
+)
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from forests import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.attention.backends.triton import tables as triton_tables
 from prefix_grouper_plugins.attention.backends.triton.tables import Blocks
 from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import layouts
 
 
 def assert_covers(blocks: Blocks, visible: np.ndarray, block_size: int) -> None:

@@ -88,8 +88,8 @@ def compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], warp
 
 
 def attention_kernel(case: Case) -> Any:
-    from prefix_grouper_plugins.attention.backends.triton import backward as triton_backward
-    from prefix_grouper_plugins.attention.backends.triton import forward as triton_forward
+    from prefix_grouper_plugins.attention.backends.triton import backward_kernels as triton_backward
+    from prefix_grouper_plugins.attention.backends.triton import forward_kernel as triton_forward
 
     kernels = {
         "forward": triton_forward.forward_kernel,
@@ -154,7 +154,7 @@ def test_the_last_configuration_compiles_and_fits_on_blackwell(
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_the_kernels_that_only_add_compile_and_do_not_spill(arch: int) -> None:
     from prefix_grouper_plugins.attention.backends.merged_lse import fused as triton_merge
-    from prefix_grouper_plugins.attention.backends.triton import backward as triton_backward
+    from prefix_grouper_plugins.attention.backends.triton import backward_kernels as triton_backward
 
     sizes = {"DIM": 96, "PADDED": 128}
     for kernel, constants in (

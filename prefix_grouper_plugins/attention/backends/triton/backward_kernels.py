@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_grouper_plugins.attention.backends.triton.tiles import load_tile, scaled_scores, store_tile, visible
+from prefix_grouper_plugins.attention.triton_tiles import load_tile, scaled_scores, store_tile, visible
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

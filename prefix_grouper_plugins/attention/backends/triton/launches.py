@@ -106,7 +106,7 @@ def forward(
     Returns:
         ``out [T, H, D_v]`` in the query's dtype and ``lse [H, T]`` (of scaled, capped scores, natural log) in float32.
     """
-    from prefix_grouper_plugins.attention.backends.triton.forward import forward_kernel
+    from prefix_grouper_plugins.attention.backends.triton.forward_kernel import forward_kernel
 
     q, k, v = (_dense_rows(x) for x in (query, key, value))
     call = _Call(q, k, v, forest, scale, window, softcap)
@@ -138,7 +138,7 @@ def backward(
         lse: ``[H, T]``; it may hold the attention sinks, with ``out`` rescaled accordingly.
         query, key, value, forest, scale, window, softcap: as in `forward`.
     """
-    from prefix_grouper_plugins.attention.backends.triton.backward import dkdv_kernel, dq_kernel
+    from prefix_grouper_plugins.attention.backends.triton.backward_kernels import dkdv_kernel, dq_kernel
 
     q, k, v, do, out = (_dense_rows(x) for x in (query, key, value, grad_out, out))
     lse = lse.contiguous()
@@ -223,7 +223,7 @@ ROWS = 64
 
 def _delta(grad_out: Tensor, out: Tensor) -> Tensor:
     """``sum(dO * O)`` over dims, ``[H, T]`` in float32."""
-    from prefix_grouper_plugins.attention.backends.triton.backward import delta_kernel
+    from prefix_grouper_plugins.attention.backends.triton.backward_kernels import delta_kernel
 
     tokens, heads, dim = out.shape
     delta = out.new_empty((heads, tokens), dtype=torch.float32)
@@ -236,7 +236,7 @@ def _delta(grad_out: Tensor, out: Tensor) -> Tensor:
 
 def _add_slots(slots: Tensor, grad: Tensor, plan: Tables) -> None:
     """Write the sums of ``slots [slots * TABLE_BLOCK, H_kv, D]`` to their blocks of ``grad [T, H_kv, D]``."""
-    from prefix_grouper_plugins.attention.backends.triton.backward import add_slots_kernel
+    from prefix_grouper_plugins.attention.backends.triton.backward_kernels import add_slots_kernel
 
     tokens, heads, dim = grad.shape
     rows = min(ROWS, TABLE_BLOCK)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from forests import Features, assert_all_close, attend, inputs, layout_of, layouts, output_and_gradients
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +32,7 @@ from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.forest import Forest, forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import Features, assert_all_close, attend, inputs, layout_of, layouts, output_and_gradients
 
 CPU = torch.device("cpu")
 FEATURES = {

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from forests import (
+from hypothesis import given, settings
+
+from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention.backends import blockwise
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import (
     PAIRS,
     Features,
     assert_all_close,
@@ -19,12 +25,6 @@ from forests import (
     output_and_gradients,
     row_by_row,
 )
-from hypothesis import given, settings
-
-from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.attention.backends import blockwise
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
-from prefix_grouper_plugins.layout import PrefixLayout
 
 
 def names_of(names: tuple[str, ...]) -> str:

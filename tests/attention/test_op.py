@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from forests import Features, assert_all_close, inputs, output_and_gradients
 from torch import Tensor, library
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -15,6 +14,7 @@ from prefix_grouper_plugins.attention import op as ops
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.op import attention_backward_op, attention_op
 from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import Features, assert_all_close, inputs, output_and_gradients
 
 LAYOUT = PrefixLayout.from_groups([33, 7], [[9, 14, 5], [6, 3]])
 ALL_FEATURES = Features(heads=4, kv_heads=2, head_dim=8, value_dim=6, window=11, softcap=3.0, sinks=True)
