@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 from functools import reduce
+from typing import Any
 
 SUPPORTED = ("0.9.1",)
 _FSDP = "verl.workers.engine.fsdp.transformer_impl"
@@ -95,7 +96,7 @@ def check_all(*, v1: bool) -> None:
 
 def _check(module: str, name: str, parameters: tuple[str, ...]) -> None:
     try:
-        function = reduce(getattr, name.split("."), importlib.import_module(module))
+        function: Any = reduce(getattr, name.split("."), importlib.import_module(module))
         found = tuple(p for p in inspect.signature(function).parameters if p != "_ray_trace_ctx")  # Ray's own
     except (ImportError, AttributeError) as error:
         raise ImportError(f"{module}.{name} is not there ({error}). {remedy()}") from error

@@ -24,8 +24,10 @@ from verl.utils.device import get_device_name
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
 from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
-from prefix_grouper_plugins.integrations.verl.switch import raise_failures
+from prefix_grouper_plugins.integrations.verl.planning import Limits, plan_on_all_ranks, why_groups_are_cut
+from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
     COMPARED_MODEL_TYPES,
@@ -44,6 +46,7 @@ from prefix_grouper_plugins.integrations.verl.vision.model_patches import (
     numbered_rows,
     remember_attention,
 )
+from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import (
     OLD_LOG_PROB,
     REF_LOG_PROB,
@@ -53,7 +56,6 @@ from prefix_grouper_plugins.metrics import (
     SharingMeter,
     logger,
 )
-from prefix_grouper_plugins.micro_batches import plan_micro_batches, spread_micro_batches
 from prefix_grouper_plugins.modeling import (
     ShardedLayout,
     UnsupportedModelError,
@@ -70,11 +72,8 @@ from prefix_grouper_plugins.modeling import (
 from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
 from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, local_gradients
 
-# Policy losses of verl whose value does not depend on which rows stand in one micro-batch. Of its own, clip_cov and
-# kl_cov select tokens within a micro-batch, and geo_mean averages over it.
-_ROWS_MIX_FREELY = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
-_NO_PROOF_OF_PIECES = (
-    "not self-checked: Ulysses leaves each process a piece of the rows, which a few tokens are too short for; "
+_NO_SELF_CHECK_UNDER_ULYSSES = (
+    "no self-check: Ulysses cuts rows into pieces, and the few tokens of the check are too short for that; "
     "prefix_grouper.verify=true compares the first update"
 )
 
@@ -95,8 +94,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             ``prefix_grouper.on_unsupported`` is ``error``.
     """
 
-    # Old and reference log-probs come without metrics in verl: what was counted there is told with the next update, which
-    # another engine of the same process (actor and reference policy are two) may make.
+    # verl drops the metrics of old and reference log-probs, so their counts are logged with the next update, which another
+    # engine of the same process (actor and reference policy are two) may make.
     _log_prob_counts: ClassVar[SharingCounts] = SharingCounts()
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
@@ -110,8 +109,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self.forwarded = Counts()
         self._pass = UPDATE
         self._warned: set[str] = set()
-        self._standing_reason: str | None = None
+        self._cut: set[str] = set()  # passes whose groups are cut, of which one line of the log tells
+        self._reason_of_model: str | None = None
         self._to_self_check = False
+        self._without_adapter = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._model_type = self.model_config.hf_config.model_type
         self._to_verify = self.options.verify and not engine_config.forward_only
@@ -129,7 +130,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
         report = check_support(module)
         if self.options.self_check and self.use_ulysses_sp:
-            self._warn_once(_NO_PROOF_OF_PIECES)
+            self._warn_once(_NO_SELF_CHECK_UNDER_ULYSSES)
         self._to_self_check = self.options.self_check and not self.use_ulysses_sp
         unverified = () if self._to_self_check else report.unverified
         reasons = [*lost_attention(module), *report.reasons, *unverified, *self._own_reasons(module)]
@@ -151,9 +152,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
                 "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
             )
         self._to_self_check = False
-        self._standing_reason = "; ".join(reasons)
+        self._reason_of_model = "; ".join(reasons)
 
-    def _prove(self) -> None:
+    def _compare_packed_with_rows(self) -> None:
         """Compare a tiny packed forward with its rows, before the first batch: on all ranks, as FSDP demands."""
         self._to_self_check = False
         device, dtype = torch.device(get_device_name()), self._autocast_dtype
@@ -181,8 +182,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     @property
     def _waits_for_towers(self) -> bool:
         """Whether a vision tower runs on the ranks with images only, and others have to wait."""
-        alone = dist.get_world_size(self.get_data_parallel_group()) == 1
-        return bool(self._placeholders) and self._model_type not in WITH_VERLS_FORWARD and not alone
+        has_others = dist.get_world_size(self.get_data_parallel_group()) > 1
+        return bool(self._placeholders) and self._model_type not in WITH_VERLS_FORWARD and has_others
 
     def _reasons_of_images(self, module: nn.Module) -> list[str]:
         kind, reasons = self._model_type, []
@@ -204,13 +205,11 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         Adds ``prefix_grouper/*`` to the metrics.
         """
         if self._to_self_check:
-            self._prove()
+            self._compare_packed_with_rows()
+        self._name_sharding(loss_function)
+        self._pass = self._pass_of(forward_only)
         if self._to_verify and not forward_only:
             self._verify(data, loss_function)
-        if forward_only:
-            self._pass = REF_LOG_PROB if self.engine_config.forward_only else OLD_LOG_PROB
-        else:
-            self._pass = UPDATE
         self.sharing.take()
         output = self._run(data, loss_function, forward_only)
         counts = self.sharing.take().summed(get_device_name(), self.get_data_parallel_group())
@@ -223,13 +222,36 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         output["metrics"].update({name: [value] for name, value in metrics.items()})
         return output
 
+    def _pass_of(self, forward_only: bool) -> str:
+        """What verl runs this engine for."""
+        if not forward_only:
+            return UPDATE
+        return REF_LOG_PROB if self.engine_config.forward_only or self._without_adapter else OLD_LOG_PROB
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """verl's, in which it computes the log-probs of a reference policy that is the actor without its adapter."""
+        self._without_adapter = True
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            self._without_adapter = False
+
+    def _name_sharding(self, loss_function: Any) -> None:
+        """Losses of verl that choose their code by the actor's strategy (top-k distillation) know fsdp and fsdp2 only."""
+        config = getattr(loss_function, "keywords", {}).get("config")
+        if getattr(config, "strategy", None) == STRATEGY:
+            object.__setattr__(config, "strategy", self.engine_config.strategy)
+
     def _run(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
         dynamic = tu.get_non_tensor_data(data, "use_dynamic_bsz", True)
         mend_positions(data)
-        with self._planning(loss_function):
-            output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
-        tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning
-        return output  # type: ignore[no-any-return]
+        try:
+            with self._planning(loss_function):
+                return super().forward_backward_batch(data, loss_function, forward_only=forward_only)  # type: ignore[no-any-return]
+        finally:
+            tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning
 
     @contextmanager
     def _planning(self, loss_function: Callable[..., Any] | None) -> Iterator[None]:
@@ -237,7 +259,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         stock = fsdp.prepare_micro_batches
 
         def planned(data: TensorDict, dp_group: Any = None, **kwargs: Any) -> tuple[list[TensorDict], Any]:
-            plan = self._plan(data, dp_group) if self._may_move_rows(loss_function) else None
+            plan = self._plan(data, dp_group) if self._may_move_rows(loss_function, data) else None
             if plan is None:
                 micro_batches, plan = stock(data=data, dp_group=dp_group, **kwargs)
             else:
@@ -253,15 +275,15 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         finally:
             fsdp.prepare_micro_batches = stock
 
-    def _may_move_rows(self, loss_function: Callable[..., Any] | None) -> bool:
+    def _may_move_rows(self, loss_function: Callable[..., Any] | None, data: TensorDict) -> bool:
         """Whether rows may go to another micro-batch than verl would put them in."""
-        if self.options.regroup == "exact" and not rows_mix_freely(loss_function):
-            self._warn_once(
-                "this loss may depend on which rows stand in one micro-batch, so they stay where verl puts them and "
-                "share less; actor_rollout_ref.actor.fsdp_config.prefix_grouper.regroup=group moves them all the same"
-            )
-            return False
-        return self.options.regroup != "none"
+        if self.options.regroup in ("none", "group"):
+            return self.options.regroup == "group"
+        knows_global_batch = tu.get_non_tensor_data(data, "global_batch_size", None) is not None
+        reason = why_rows_stay(loss_function, knows_global_batch=knows_global_batch)
+        if reason is not None:
+            self._warn_once(f"{reason}, so rows stay where verl puts them and share less")
+        return reason is None
 
     def _warn_once(self, what: str) -> None:
         if self.rank == 0 and what not in self._warned:
@@ -270,27 +292,21 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _plan(self, data: TensorDict, dp_group: Any) -> list[list[int]] | None:
         """Row indices of each micro-batch, as many on every data-parallel rank; None where some rank cannot share."""
-        limits: dict[str, int] = {}
-        if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
-            budget = data["max_token_len_per_gpu"] * self.ulysses_sequence_parallel_size
-            limits["max_tokens"] = int(budget)
-        else:
-            limits["max_rows"] = int(data["micro_batch_size_per_gpu"])
-        shares = self._reason_not_to_share(data) is None
-        sizes = row_sizes(data, self._placeholders) if shares else []
-        plan = plan_micro_batches(sizes, **limits)
-        # The ranks must agree, or they would wait for each other in different collectives.
-        agreed = torch.tensor([len(plan), int(not shares)], device=get_device_name())
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=dp_group)
-        count, refused = agreed.tolist()
-        if refused:
-            return None
-        return spread_micro_batches(plan, sizes, count)
+        # A reference policy that is the actor without its adapter has the limits of the actor's own log-probs.
+        options = OLD_LOG_PROB if self._without_adapter else self._pass
+        limits = Limits.of(data, options, self.ulysses_sequence_parallel_size)
+        sizes = None if self._reason_not_to_share(data) else row_sizes(data, self._placeholders)
+        longest = int(data["input_ids"].offsets().diff().max())
+        plan = plan_on_all_ranks(sizes, longest, limits, dp_group)
+        if sizes and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
+            self._cut.add(self._pass)
+            self._warn_once(f"{self._pass}: {notice}")
+        return plan
 
     def _reason_not_to_share(self, data: TensorDict) -> str | None:
         """Why rows of ``data`` go the ordinary way, None where they are shared."""
-        if self._standing_reason is not None:
-            return self._standing_reason
+        if self._reason_of_model is not None:
+            return self._reason_of_model
         if tu.get_non_tensor_data(data, "distillation_use_topk", False):
             return "top-k distillation reads logits at every row's own positions"
         if isinstance(data["temperature"], Tensor):
@@ -321,9 +337,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
         layout = packed.layout.pad_to(packed.num_tokens + output_args.get("pad_size", 0))
         labels = pad(packed.labels, (0, layout.num_padding))
+        travelling: PrefixLayout | ShardedLayout = layout
         if self.use_ulysses_sp:
             labels = ulysses_pad_and_slice_inputs(labels[None], sp_size=self.ulysses_sequence_parallel_size)[0][0]
-            layout = ShardedLayout(layout, self.ulysses_parallel_group)
+            travelling = ShardedLayout(layout, self.ulysses_parallel_group)
         output_args["input_ids_rmpad_rolled"] = labels
         if tu.get_non_tensor_data(micro_batch, "use_fused_kernels", False):
             inputs["shift_labels"] = labels[None]
@@ -331,7 +348,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             inputs.pop(lengths, None)
         inputs.update(packed.images)
         inputs.update(packed.token_inputs(self._model_type, layout))
-        inputs.update(layout_inputs(layout, labels.device))
+        inputs.update(layout_inputs(travelling, labels.device))
         inputs.update(without_router_loss(self.module))  # verl's losses do not read it
         output_args["packed"] = packed
         return inputs, output_args
@@ -366,25 +383,18 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
         """Compare the gradients of this update on the ordinary path and on the shared one."""
         sharing, self.sharing = self.sharing, SharingMeter(warn=False)
-        standing, self._standing_reason = self._standing_reason, "the ordinary half of the verification"
-        self._run(data, loss_function, forward_only=False)
-        self._standing_reason = standing
-        ordinary = local_gradients(self.module)
-        self.optimizer_zero_grad()
-        self._run(data, loss_function, forward_only=False)
-        difference = check_gradients(self.module, ordinary, self._autocast_dtype)
-        self.optimizer_zero_grad()
-        self.sharing = sharing
+        reason, self._reason_of_model = self._reason_of_model, "the ordinary half of the verification"
+        try:
+            self._run(data, loss_function, forward_only=False)
+            self._reason_of_model = reason
+            ordinary = local_gradients(self.module)
+            self.optimizer_zero_grad()
+            self._run(data, loss_function, forward_only=False)
+            difference = check_gradients(self.module, ordinary, self._autocast_dtype)
+        finally:
+            self._reason_of_model, self.sharing = reason, sharing
+            self.optimizer_zero_grad()
         if difference == 0:  # every advantage is zero, so this update would prove nothing
             return
         self._to_verify = False
         self._warn_once(f"verified: the gradients of this update, shared and ordinary, differ by {difference:.1e}")
-
-
-def rows_mix_freely(loss_function: Any) -> bool:
-    """Whether the loss is known not to depend on which rows stand in one micro-batch, so that rows may be moved."""
-    if loss_function is None:
-        return True
-    config = getattr(loss_function, "keywords", {}).get("config")
-    policy_loss = getattr(config, "policy_loss", None)
-    return policy_loss is not None and policy_loss.get("loss_mode", "vanilla") in _ROWS_MIX_FREELY

@@ -64,13 +64,14 @@ def row_lengths(data: TensorDict) -> tuple[list[int], list[int]]:
 
 
 def mend_positions(data: TensorDict) -> None:
-    """Make mRoPE positions ragged along the tokens, where they are so along the four kinds of position. In place.
+    """Make the token axis of mRoPE positions the ragged one. In place.
 
-    That is what ``as_nested_tensor`` makes of ``[4, L]`` for each row if all rows are equally long, and verl 0.9.1 stops
-    there when it selects rows. Whole groups on a rank, cut off at the longest response, are equally long more often.
+    Rows have positions ``[4, L]``. Where all rows have the same length, or there is one row only, ``as_nested_tensor``
+    makes the axis of 4 the ragged one, and verl 0.9.1 stops when it selects rows. Whole groups on one rank, cut off at
+    the longest response, have the same length more often than verl's mixture of rows.
     """
     positions, lengths = data["position_ids"], data["input_ids"].offsets().diff()
-    if not positions.is_nested or positions.dim() != 3 or len(data) == 1:
+    if not positions.is_nested or positions.dim() != 3:
         return
     values = positions.values()
     if bool((lengths == values.shape[-1]).all()):

@@ -36,9 +36,11 @@ class Case:
     sequence_parallel: int = 1
     temperature: float | list[float] = 0.7
     rows_per_group: int = 4
+    groups: int = 3
     token_budget: int = 100_000
     micro_batch_size: int = 8
     loss_mode: str = "vanilla"
+    policy_loss: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     sum_pi_squared: bool = False
@@ -47,6 +49,8 @@ class Case:
     wrong_positions: bool = False  # of packed rows, as in a model that somebody has patched
     images: str = ""
     alone: bool = False  # the stock engine gets each row in a micro-batch of its own
+    actor: dict[str, Any] = field(default_factory=dict)  # more of the actor's config, by which its loss is computed
+    log_prob_rows: int = 0  # of a micro-batch in a log-prob pass, which another update follows
 
     def __str__(self) -> str:
         changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self)(), k)}
@@ -154,13 +158,13 @@ def model_classes_restored() -> Any:
 # -------------------------------------------------------------------------------------------------------------- the data
 
 
-def make_rows(case: Case, groups: int = 3) -> list[dict[str, Any]]:
+def make_rows(case: Case) -> list[dict[str, Any]]:
     """Rows of a training batch, in an order that scatters every group."""
     import torch
 
     torch.manual_seed(1)
     rows: list[dict[str, Any]] = []
-    for group in range(groups):
+    for group in range(case.groups):
         prompt = torch.randint(4, 250, (9 + 7 * group,))
         for member in range(case.rows_per_group):
             length = int(torch.randint(1, 9, ()))
@@ -173,7 +177,7 @@ def make_rows(case: Case, groups: int = 3) -> list[dict[str, Any]]:
                     "old": -5.5 + 0.3 * torch.randn(length),
                     "ref": -5.5 + 0.3 * torch.randn(length),
                     "advantage": torch.randn(()) * torch.ones(length),
-                    "order": member * groups + group,
+                    "order": member * case.groups + group,
                 }
             )
     if case.images:
@@ -264,10 +268,8 @@ def loss_function(case: Case) -> Any:
         strategy="fsdp2",
         rollout_n=case.rows_per_group,
         ppo_micro_batch_size_per_gpu=case.micro_batch_size,
-        entropy_coeff=0.01,
-        use_kl_loss=True,
-        kl_loss_coef=0.1,
-        policy_loss=PolicyLossConfig(loss_mode=case.loss_mode),
+        policy_loss=PolicyLossConfig(loss_mode=case.loss_mode, **case.policy_loss),
+        **{"entropy_coeff": 0.01, "use_kl_loss": True, "kl_loss_coef": 0.1, **case.actor},
     )
     return partial(ppo_loss, config=config)
 
@@ -333,7 +335,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
             count_packed_positions(shared.module)
         if shared._to_self_check and case.images:  # whose passes are not those that are counted below
             with shared.eval_mode():
-                shared._prove()
+                shared._compare_packed_with_rows()
         with vision.watched_tower(shared.module) as patches:
             found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
         got = scores(shared, make_batch(case, mine, len(rows)))
@@ -351,6 +353,10 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         "proved": is_enabled(shared.module) and case.sequence_parallel == 1 and self_check(shared.module).passed,
         "scores": {},
     }
+    if case.log_prob_rows:
+        scores(shared, make_batch(replace(case, micro_batch_size=case.log_prob_rows), mine, len(rows)))
+        _, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
+        result["later_metrics"] = {name: value[0] for name, value in metrics.items() if "prefix_grouper/" in name}
     for name, values in wanted.items():
         other = got[name][first : first + len(values), : values.shape[1]]
         result["scores"][name] = float((other - values).abs().max())

@@ -1,0 +1,97 @@
+"""Which losses of verl let rows change their micro-batch: those that are known to be sums over rows.
+
+verl scales each micro-batch's loss for the whole optimizer step, so for most losses it does not matter which rows stand
+together. Some do look at the micro-batch as a whole: ``geo_mean`` averages over its rows, ``clip_cov`` and ``kl_cov``
+select among its tokens, ``seq-mean-token-sum-norm`` without a ``loss_scale_factor`` divides by its longest response, and
+importance weights may be normalized over it. The engine, which plans micro-batches, and the driver, which deals rows out
+to ranks, ask the same functions. What is not known here keeps its rows where verl puts them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from verl.trainer.distillation import losses as distillation
+from verl.trainer.ppo import core_algos
+from verl.workers.utils.losses import ppo_loss, sft_loss
+
+# Of verl's policy losses, those that compute a loss for each token of a row and leave the rest to `agg_loss`.
+_TOKEN_WISE = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
+_SUMS_OVER_ROWS = frozenset("token-mean token-sum seq-mean-token-sum seq-mean-token-mean".split())
+_BY_LONGEST_RESPONSE = "seq-mean-token-sum-norm"
+
+
+def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str | None:
+    """Why rows must keep their micro-batches under this loss function, None where they may move.
+
+    Args:
+        loss_function: as verl's engines take it: None where nothing but log-probs is computed, else one of verl's with
+            its configs bound by :func:`functools.partial`.
+        knows_global_batch: whether the batch says how many rows the optimizer step has on all ranks
+            (``global_batch_size``).
+    """
+    if loss_function is None:
+        return None
+    function, given = loss_function, {}
+    if isinstance(loss_function, partial):
+        function, given = loss_function.func, loss_function.keywords
+    if function is sft_loss:
+        return None
+    config = given.get("config")
+    if function not in (ppo_loss, distillation.distillation_ppo_loss) or config is None:
+        return (
+            f"{getattr(function, '__qualname__', function)} is not a loss of verl's that is known to be a sum over rows"
+        )
+    if not knows_global_batch and str(config.get("loss_agg_mode")).startswith("seq-mean"):
+        return f"loss_agg_mode={config.loss_agg_mode} averages over a micro-batch where global_batch_size is missing"
+    return why_actor_rows_stay(config, given.get("distillation_config"))
+
+
+def why_actor_rows_stay(actor: Any, distillation_config: Any = None) -> str | None:
+    """:func:`why_rows_stay` of the loss that verl makes from ``actor`` and ``distillation``, dataclasses or Hydra's."""
+    if reason := why_aggregation_keeps_rows(actor):
+        return reason
+    policy_loss = actor.get("policy_loss") or {}
+    if reason := _why_policy_loss_keeps_rows(policy_loss.get("loss_mode", "vanilla")):
+        return reason
+    if policy_loss.get("loss_mode") == "bypass_mode":
+        correction = policy_loss.get("rollout_correction") or {}
+        weighted = correction.get("rollout_is") and correction.get("loss_type", "ppo_clip") != "ppo_clip"
+        if weighted and correction.get("rollout_is_batch_normalize"):
+            return "rollout_is_batch_normalize divides by the mean weight of each micro-batch"
+    if distillation_config is None or not distillation.is_distillation_enabled(distillation_config):
+        return None
+    return _why_distillation_keeps_rows(distillation_config.distillation_loss)
+
+
+def why_aggregation_keeps_rows(config: Any) -> str | None:
+    """:func:`why_rows_stay` of ``agg_loss``, which actor and critic (``config``) apply to every term of their losses."""
+    mode = config.get("loss_agg_mode", "token-mean")
+    if mode in _SUMS_OVER_ROWS:
+        return None
+    if mode != _BY_LONGEST_RESPONSE:
+        return f"loss_agg_mode={mode} is not known to be a sum over rows"
+    if config.get("loss_scale_factor") is not None:
+        return None
+    return f"loss_agg_mode={mode} divides by the longest response of each micro-batch unless loss_scale_factor is set"
+
+
+def _why_policy_loss_keeps_rows(mode: str) -> str | None:
+    function = core_algos.POLICY_LOSS_REGISTRY.get(mode)
+    if mode in _TOKEN_WISE and getattr(function, "__module__", None) == core_algos.__name__:
+        return None
+    return f"the policy loss {mode} may depend on which rows stand in one micro-batch"
+
+
+def _why_distillation_keeps_rows(config: Any) -> str | None:
+    mode = config.get("loss_mode")
+    function = distillation.DISTILLATION_LOSS_REGISTRY.get(mode)
+    if getattr(function, "__module__", None) != distillation.__name__:
+        return f"the distillation loss {mode} is not known to be a sum over rows"
+    if not config.get("use_policy_gradient"):
+        return None
+    mode = config.get("policy_loss_mode")
+    if mode == "bypass_mode":  # whose settings a distillation config does not have
+        return f"the policy loss {mode} of distillation is not known to be a sum over rows"
+    return _why_policy_loss_keeps_rows(mode)

@@ -1,0 +1,112 @@
+"""Micro-batches that keep groups whole, within verl's limits, as many on every data-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
+
+from prefix_grouper_plugins.micro_batches import (
+    RowSize,
+    packed_tokens,
+    plan_micro_batches,
+    rows_by_group,
+    spread_micro_batches,
+)
+
+# Names of verl's limits by pass: of tokens (dynamic batches) and of rows.
+_OPTIONS = {
+    "update": ("actor.ppo_max_token_len_per_gpu", "actor.ppo_micro_batch_size_per_gpu"),
+    "old_log_prob": ("rollout.log_prob_max_token_len_per_gpu", "rollout.log_prob_micro_batch_size_per_gpu"),
+    "ref_log_prob": ("ref.log_prob_max_token_len_per_gpu", "ref.log_prob_micro_batch_size_per_gpu"),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a micro-batch may hold: tokens or rows.
+
+    Attributes:
+        option: verl's name for the limit.
+        max_tokens, max_rows: one of them is set.
+        ranks: among which a micro-batch is split (Ulysses), each of which may hold ``max_tokens / ranks``.
+    """
+
+    option: str
+    max_tokens: int | None = None
+    max_rows: int | None = None
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, data: TensorDict, options: str, ranks: int) -> Limits:
+        """Those that verl put beside the rows of ``data``, for the pass whose ``options`` are a key of this module."""
+        tokens, rows = (f"actor_rollout_ref.{name}" for name in _OPTIONS[options])
+        if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
+            return cls(tokens, max_tokens=int(data["max_token_len_per_gpu"] * ranks), ranks=ranks)
+        return cls(rows, max_rows=int(data["micro_batch_size_per_gpu"]), ranks=ranks)
+
+    def __str__(self) -> str:
+        value = self.max_rows if self.max_tokens is None else self.max_tokens // self.ranks
+        return f"{self.option}={value}"
+
+    def per_rank(self, tokens: int) -> int:
+        """The value of the option that a micro-batch of ``tokens`` needs."""
+        return -(-tokens // self.ranks)
+
+
+def plan_on_all_ranks(
+    sizes: Sequence[RowSize] | None, longest: int, limits: Limits, group: Any
+) -> list[list[int]] | None:
+    """Row indices of each micro-batch. A collective of ``group``, whose ranks get equally many micro-batches.
+
+    Args:
+        sizes: the rows of this rank, None where they cannot share prompts.
+        longest: tokens of the longest of them.
+        limits: what a micro-batch may hold.
+        group: data-parallel ranks.
+
+    Returns:
+        the plan, None where the rows of some rank cannot share, so that all take verl's micro-batches.
+
+    Raises:
+        ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
+    """
+    plan: list[list[int]] = []
+    # Nothing is raised before all ranks know: those that went on would wait for this one.
+    if sizes is not None and (limits.max_tokens is None or longest - 1 <= limits.max_tokens):
+        plan = plan_micro_batches(sizes, max_tokens=limits.max_tokens, max_rows=limits.max_rows)
+    told = torch.tensor([len(plan), int(sizes is None), longest], device=get_device_name())
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
+    count, refused, longest = told.tolist()
+    needed = longest if refused else longest - 1  # a packed row does without the last token of its rows
+    if limits.max_tokens is not None and needed > limits.max_tokens:
+        raise ValueError(
+            f"a row of {longest} tokens does not fit into a micro-batch: {limits}"
+            f"{f' on each of {limits.ranks} sequence-parallel ranks' if limits.ranks > 1 else ''}. Set it to at least "
+            f"{limits.per_rank(needed)}, or make prompts and responses shorter"
+        )
+    return None if refused or sizes is None else spread_micro_batches(plan, sizes, count)
+
+
+def why_groups_are_cut(sizes: Sequence[RowSize], limits: Limits) -> str | None:
+    """A line for the log where a micro-batch holds less than a group, None where whole groups fit."""
+    groups = rows_by_group(sizes, range(len(sizes)))
+    rows = max(map(len, groups), default=0)
+    if limits.max_rows is not None and rows > limits.max_rows:
+        return (
+            f"{limits}: a group has {rows} rows, so its prompt is forwarded {-(-rows // limits.max_rows)} times; set a "
+            f"multiple of {rows} to share it whole"
+        )
+    tokens = max((packed_tokens(sizes[row] for row in group) for group in groups if len(group) > 1), default=0)
+    if limits.max_tokens is not None and tokens > limits.max_tokens:
+        return (
+            f"{limits}: a group has up to {tokens} tokens, its prompt counted once, so it is cut and its prompt forwarded for "
+            f"each part; set {limits.per_rank(tokens)} to share it whole"
+        )
+    return None

@@ -1,0 +1,90 @@
+"""Limits are verl's by verl's names, groups that do not fit are told of, and all ranks agree."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("verl")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from prefix_grouper_plugins.integrations.verl.planning import Limits, plan_on_all_ranks, why_groups_are_cut
+from prefix_grouper_plugins.micro_batches import RowSize
+
+OPTION = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+
+
+def group(rows: int, prompt: int, response: int, name: str = "a") -> list[RowSize]:
+    return [RowSize(name, prompt, response)] * rows
+
+
+def planned(rank: int, meeting: str, folder: str, lengths: list[int], shares: list[bool]) -> None:
+    """One of two ranks, each with one row."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    sizes = group(1, lengths[rank] - 4, 4) if shares[rank] else None
+    try:
+        found = str(plan_on_all_ranks(sizes, lengths[rank], Limits(OPTION, max_tokens=100, ranks=2), None))
+    except ValueError as error:
+        found = str(error)
+    with open(f"{folder}/{rank}", "w") as file:
+        file.write(found)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shares", "found"),
+    [
+        ([20, 101], [True, True], "[[0]]"),  # a packed row does without its last token
+        ([20, 102], [True, True], f"{OPTION}=50 on each of 2 sequence-parallel ranks. Set it to at least 51"),
+        ([101, 20], [False, True], f"{OPTION}=50 on each of 2 sequence-parallel ranks. Set it to at least 51"),
+        ([20, 20], [False, True], "None"),
+    ],
+    ids=["fits", "too long", "too long for verl's own path", "one rank does not share"],
+)
+def test_both_ranks_find_the_same_where_one_of_them_cannot_go_on(lengths, shares, found, tmp_path):
+    mp.start_processes(planned, (f"{tmp_path}/meeting", str(tmp_path), lengths, shares), nprocs=2, start_method="fork")
+    for rank in range(2):
+        assert found in (tmp_path / str(rank)).read_text()
+
+
+@pytest.mark.parametrize(
+    ("limits", "sizes", "told"),
+    [
+        (
+            Limits("o", max_rows=1),
+            group(8, 10, 3),
+            "o=1: a group has 8 rows, so its prompt is forwarded 8 times; set a multiple of 8",
+        ),
+        (Limits("o", max_rows=3), group(8, 10, 3), "its prompt is forwarded 3 times"),
+        (Limits("o", max_rows=8), group(8, 10, 3), None),
+        (Limits("o", max_rows=1), group(1, 10, 3) + group(1, 10, 3, "b"), None),
+        (Limits("o", max_tokens=32), group(8, 10, 3), "o=32: a group has up to 33 tokens, its prompt counted once"),
+        (Limits("o", max_tokens=32, ranks=2), group(8, 10, 3), "set 17 to share it whole"),
+        (Limits("o", max_tokens=33), group(8, 10, 3), None),
+    ],
+)
+def test_groups_that_a_micro_batch_cannot_hold_are_told_of_with_the_option(limits, sizes, told):
+    notice = why_groups_are_cut(sizes, limits)
+    assert notice is None if told is None else told in notice
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "options", "limits"),
+    [
+        (True, "update", Limits(OPTION, max_tokens=80, ranks=2)),
+        (True, "ref_log_prob", Limits("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu", max_tokens=80, ranks=2)),
+        (
+            False,
+            "old_log_prob",
+            Limits("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu", max_rows=6, ranks=2),
+        ),
+    ],
+)
+def test_limits_are_those_that_verl_put_beside_the_rows(dynamic, options, limits):
+    from verl.utils import tensordict_utils as tu
+
+    beside = {"use_dynamic_bsz": dynamic, "max_token_len_per_gpu": 40, "micro_batch_size_per_gpu": 6}
+    data = tu.get_tensordict({"ids": torch.zeros(3, 2)}, non_tensor_dict=beside)
+    assert Limits.of(data, options, 2) == limits
