@@ -15,10 +15,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         check_support,
         disable_prefix_grouper,
-        enable_prefix_grouper,
     )
     from prefix_grouper_plugins.modeling.self_check import self_check
     from prefix_grouper_plugins.scoring import prefix_grouped_logps
+    from prefix_grouper_plugins.sharing import enable_prefix_grouper
 
 __all__ = [
     "PrefixLayout",
@@ -36,7 +36,8 @@ __getattr__ = lazy_names(
     __name__,
     attention=["shared_prefix_attention"],
     layout=["PrefixLayout"],
-    modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper", "enable_prefix_grouper"],
+    modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper"],
     scoring=["prefix_grouped_logps"],
+    sharing=["enable_prefix_grouper"],
     **{"modeling.self_check": ["self_check"]},
 )

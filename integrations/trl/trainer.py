@@ -36,18 +36,15 @@ from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     check_support,
     disable_prefix_grouper,
-    enable_prefix_grouper,
     numbers_padded_columns,
     on_all_ranks,
     packed_inputs,
-    reasons_after,
     row_limit,
-    run_self_check,
-    self_check_pending,
     transformers_model,
     without_prefix_grouper,
 )
 from prefix_grouper_plugins.modeling.images import ImageRows
+from prefix_grouper_plugins.sharing import enable_prefix_grouper, reasons_after, run_self_check, self_check_pending
 
 _HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 # Parameters are cut into shards when training begins, and until then some processes hold none.

@@ -61,16 +61,14 @@ from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     check_support,
     disable_prefix_grouper,
-    enable_prefix_grouper,
     layout_inputs,
     on_all_ranks,
-    reasons_after,
-    run_self_check,
     transformers_model,
     without_router_loss,
 )
 from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
 from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, local_gradients
+from prefix_grouper_plugins.sharing import enable_prefix_grouper, reasons_after, run_self_check
 
 _NO_SELF_CHECK_UNDER_ULYSSES = (
     "no self-check: Ulysses cuts rows into pieces, and the few tokens of the check are too short for that; "

@@ -6,12 +6,6 @@ from prefix_grouper_plugins.modeling.attention import (
     is_enabled,
     without_prefix_grouper,
 )
-from prefix_grouper_plugins.modeling.enable import (
-    enable_prefix_grouper,
-    reasons_after,
-    run_self_check,
-    self_check_pending,
-)
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import layout_inputs, packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.rope import row_limit
@@ -33,17 +27,13 @@ __all__ = [
     "base_implementation",
     "check_support",
     "disable_prefix_grouper",
-    "enable_prefix_grouper",
     "is_enabled",
     "layout_inputs",
     "numbers_padded_columns",
     "on_all_ranks",
     "packed_inputs",
-    "reasons_after",
     "row_limit",
     "row_positions",
-    "run_self_check",
-    "self_check_pending",
     "transformers_model",
     "without_prefix_grouper",
     "without_router_loss",

@@ -22,9 +22,10 @@ from prefix_grouper_plugins import (
     self_check,
 )
 from prefix_grouper_plugins.modeling import attention as interface
-from prefix_grouper_plugins.modeling import is_enabled, packed_inputs, run_self_check, self_check_pending
+from prefix_grouper_plugins.modeling import is_enabled, packed_inputs
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
+from prefix_grouper_plugins.sharing import self_check_pending
 from tests import tiny
 from tests.modeling import families
 from tests.modeling.unseen import unseen
@@ -326,7 +327,7 @@ def test_a_wrong_model_is_stopped_at_its_first_packed_forward():
     for one in (model, copied):
         with pytest.raises(UnsupportedModelError, match="are not its rows"):
             packed(one)
-    assert not run_self_check(model).passed
+    assert not is_enabled(model) and not self_check_pending(model), "it is not offered again"
 
 
 def test_what_was_not_covered_is_said():

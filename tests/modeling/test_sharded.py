@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import packed_inputs, run_self_check
+from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper, self_check
+from prefix_grouper_plugins.modeling import packed_inputs
 from tests import tiny
 from tests.modeling import families
 from tests.processes import Processes
@@ -95,7 +95,7 @@ def self_checks(group: dist.ProcessGroup, model_type: str, version: int) -> list
         else:
             policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(x) for x in layers})
             wrapped = FullyShardedDataParallel(model, group, auto_wrap_policy=policy, device_id=torch.device("cpu"))
-        result = run_self_check(wrapped)
+        result = self_check(wrapped)
         clean = all(p.grad is None for p in wrapped.parameters())
         forward_and_backward(wrapped)  # nothing is in the way of what follows
         found.append((result.passed, result.gradient, clean))

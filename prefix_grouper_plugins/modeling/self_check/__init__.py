@@ -28,7 +28,7 @@ from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, is_sharded, on_all_ranks, why_not_yet
 from prefix_grouper_plugins.modeling.support.report import attention_configs, transformers_model
 
-__all__ = ["SelfCheck", "is_sharded", "on_all_ranks", "self_check", "why_not_yet"]
+__all__ = ["SelfCheck", "checked_before", "is_sharded", "on_all_ranks", "self_check", "why_not_yet"]
 
 
 def self_check(model: nn.Module, device: torch.device | None = None) -> SelfCheck:
@@ -51,17 +51,26 @@ def self_check(model: nn.Module, device: torch.device | None = None) -> SelfChec
     if not is_enabled(model):
         raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
     base = transformers_model(model)
-    backends = tuple(str(config._attn_implementation) for config in attention_configs(base))
-    known = _CHECKED.get(base)
-    if known is not None and known[0] == backends:
-        return known[1]
+    if (known := checked_before(model)) is not None:
+        return known
     if (reason := why_not_yet(model)) is not None:
         return SelfCheck(type(base).__name__, not_covered=reason)
     with torch.inference_mode(False), torch.enable_grad():
         result = Comparison(model, base, device).run()
     if result.passed or result.reason is not None:
-        _CHECKED[base] = (backends, result)
+        _CHECKED[base] = (_backends(base), result)
     return result
+
+
+def checked_before(model: nn.Module) -> SelfCheck | None:
+    """The self-check of ``model`` as it is enabled now, if there was one."""
+    base = transformers_model(model)
+    backends, result = _CHECKED.get(base, ((), None))
+    return result if backends == _backends(base) else None
+
+
+def _backends(base: nn.Module) -> tuple[str, ...]:
+    return tuple(str(config._attn_implementation) for config in attention_configs(base))
 
 
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], SelfCheck]] = weakref.WeakKeyDictionary()

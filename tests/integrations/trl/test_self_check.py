@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper, prefix_grouped_logps
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
 from prefix_grouper_plugins.integrations.trl import trainer as ours
-from prefix_grouper_plugins.modeling import is_enabled, self_check_pending
+from prefix_grouper_plugins.modeling import is_enabled
+from prefix_grouper_plugins.sharing import self_check_pending
 from tests import tiny
 from tests.integrations.trl.training import largest_difference, logged, make_trainer, reward, train, use_float64_head
 

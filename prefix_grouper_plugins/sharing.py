@@ -1,0 +1,308 @@
+"""The one gate: whether a model's forwards are shared. It is the code of the two rules, for every caller.
+
+*Never silently wrong.* A model is checked (:func:`check_support`), enabled, and compared with its own rows on a few tokens
+(:func:`self_check`) before its first packed forward. What fails is refused with all reasons in one message, or it takes the
+ordinary path from then on and the reason stands in :attr:`SharingGate.reason`.
+
+*Never silently off.* Forwards are counted in :attr:`SharingGate.meter`, fallbacks by reason; what a user should know is
+said once, by one process; and one line at the start says that sharing is on (:meth:`SharingGate.announce`).
+
+A trainer goes through a gate like this:
+
+    gate = SharingGate(backend="auto", on_unsupported="fallback", is_main=rank == 0)
+    gate.enable([policy, reference], reasons)   # once the models are built and have their adapters; before sharding
+    ...
+    if gate.needs_self_check(model):            # before a pass, when weights are loaded and sharded as they will be
+        with autocast:
+            gate.self_check(model, device)      # every process at the same point, with the outermost module
+    if gate.reason is not None:                 # the ordinary path
+        gate.meter.count_fallback(gate.reason, lengths)
+    else:                                       # the packed one
+        gate.meter.count_packed(counts)
+
+:func:`enable_prefix_grouper` is the same for one model of one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prefix_grouper_plugins.attention.registry import check_backend_name
+from prefix_grouper_plugins.metrics import SharingMeter, logger
+from prefix_grouper_plugins.modeling.attention import disable_prefix_grouper, enable_layers
+from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.self_check import (
+    SelfCheck,
+    checked_before,
+    is_sharded,
+    on_all_ranks,
+    self_check,
+    why_not_yet,
+)
+from prefix_grouper_plugins.modeling.support.report import SupportReport, check_support, transformers_model
+
+
+class SharingGate:
+    """Whether the models that one trainer runs are shared.
+
+    Args:
+        backend: attention backend of every layer.
+        self_check: compare packed rows of each model with its rows before its first packed forward. Without it, model
+            types that no test has compared are refused.
+        on_unsupported: ``"error"`` raises for a model that cannot be shared exactly, ``"fallback"`` leaves all models to
+            the ordinary path.
+        refusal: the error's message, with ``{reasons}`` in the place of the reasons: name the remedy in the caller's own
+            terms.
+        is_main: whether this process is the one that talks.
+
+    Attributes:
+        reason (`str | None`): why nothing is shared; None where forwards are shared.
+        meter (`SharingMeter`): all forwards so far, on this process.
+        models (`list[nn.Module]`): what :meth:`enable` was given.
+        reports (`list[SupportReport]`): of each of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str = "auto",
+        self_check: bool = True,
+        on_unsupported: str = "error",
+        refusal: str = "{reasons}",
+        is_main: bool = True,
+    ) -> None:
+        self.reason: str | None = None
+        self.meter = SharingMeter(warn=is_main)
+        self.models: list[nn.Module] = []
+        self.reports: list[SupportReport] = []
+        self._backend, self._self_check = backend, self_check
+        self._on_unsupported, self._refusal = on_unsupported, refusal
+        self._is_main = is_main
+        self._said: set[str] = set()
+
+    # ------------------------------------------------------------------------------------------------ check and enable
+
+    def enable(self, models: Sequence[nn.Module], reasons: Sequence[str] = (), *, left_padding: bool = False) -> None:
+        """Check ``models`` and let them take packed rows; their self-check waits for :meth:`self_check`.
+
+        Args:
+            models: bare or wrapped by PEFT, before they are sharded.
+            reasons: the caller's own reasons why nothing can be shared.
+            left_padding: whether the caller's ordinary path pads batches on the left, and packed rows have to equal that.
+
+        Raises:
+            UnsupportedModelError: some model cannot be shared exactly, and ``on_unsupported`` is ``"error"``.
+            ValueError: there is no such backend.
+        """
+        check_backend_name(self._backend)
+        self.models, self.reports = list(models), [check_support(model) for model in models]
+        found = list(reasons)
+        for report in self.reports:
+            found += report.reasons
+            found += report.left_padding_reasons if left_padding else ()
+            found += () if self._self_check else report.unverified
+        if found:
+            self.refuse(found)
+            return
+        for model, report in zip(self.models, self.reports, strict=True):
+            enable_layers(model, self._backend)
+            base = transformers_model(model)
+            _stop_waiting(base)
+            if self._self_check:
+                _wait_for_packed_forward(base, report.unverified)
+
+    def needs_self_check(self, model: nn.Module) -> bool:
+        """Whether ``model``, bare or wrapped, has to go through :meth:`self_check` before its next packed forward."""
+        return self.reason is None and self_check_pending(model)
+
+    def self_check(self, model: nn.Module, device: torch.device | None = None, *, alone: bool = False) -> None:
+        """Compare packed rows of ``model`` with its rows on a few tokens. Where it fails, on any process, it is refused on all.
+
+        A collective: every process calls it at the same point, with the outermost module, and under the autocast that
+        forwards will have.
+
+        Args:
+            model: one of :attr:`models`, as it is wrapped by now.
+            device: where token ids go and collectives run, by default where the model's embeddings are.
+            alone: leave the other processes out. For callers that cannot know what those do.
+
+        Raises:
+            UnsupportedModelError: packed rows are not the rows, or nothing could be compared for a model that is refused
+                without, and ``on_unsupported`` is ``"error"``.
+        """
+        unverified = _stop_waiting(transformers_model(model))
+        result = self_check(model, device)
+        if not alone:
+            result = on_all_ranks(result, device or next(model.parameters()).device)
+        if reasons := _why_not_after(result, unverified):
+            self.refuse(reasons)
+        elif self._is_main:
+            logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
+
+    def refuse(self, reasons: Sequence[str]) -> None:
+        """Share nothing from here on: every model becomes what it was.
+
+        Raises:
+            UnsupportedModelError: ``on_unsupported`` is ``"error"``.
+        """
+        self.reason = "; ".join(dict.fromkeys(reasons))
+        for model in self.models:
+            if transformers_model(model) is not None:
+                _stop_waiting(transformers_model(model))
+                disable_prefix_grouper(model)
+        if self._on_unsupported == "error":
+            raise UnsupportedModelError(self._refusal.replace("{reasons}", self.reason))
+
+    # -------------------------------------------------------------------------------------------------------- say so
+
+    def warn(self, what: str) -> None:
+        """Log ``what`` as a warning, once and on the main process."""
+        if self._is_main and what not in self._said:
+            logger.warning("prefix grouper: %s", what)
+        self._said.add(what)
+
+    def announce(self, expected: str, limits: Sequence[str] = ()) -> str:
+        """Say in one line at INFO, on the main process, that sharing is on.
+
+        Args:
+            expected: what will be shared, by the sizes of batches.
+            limits: what keeps rows from sharing more, if anything.
+
+        Returns:
+            the line.
+        """
+        models = " and ".join(
+            f"{type(transformers_model(model)).__name__} ({_layers_in_words(report)})"
+            for model, report in zip(self.models, self.reports, strict=True)
+        )
+        line = f"prefix grouper is on for {models}: {expected}"
+        if limits:
+            line += f"; limited: {'; '.join(limits)}"
+        if self._is_main:
+            tell(line)
+        return line
+
+
+def enable_prefix_grouper(
+    model: nn.Module, *, backend: str = "auto", self_check: bool | Literal["later"] = True
+) -> nn.Module:
+    """Let ``model`` (a transformers causal LM, bare or wrapped by PEFT) take packed rows. In place and idempotent.
+
+    Nothing changes for ordinary calls. Packed calls are made with :func:`packed_inputs`.
+
+    Args:
+        model: the model.
+        backend: attention backend of every layer, see :func:`~prefix_grouper_plugins.shared_prefix_attention`.
+        self_check: compare a tiny packed forward and backward with forwards of the rows (:func:`~prefix_grouper_plugins.self_check`)
+            at once, or before the first packed forward where weights are not loaded yet; ``"later"`` waits for it in any
+            case. Without the self-check, model types that no test has compared are refused.
+
+    Returns:
+        the same model.
+
+    Raises:
+        UnsupportedModelError: the packed result could differ from the ordinary one, or did in the self-check; the message
+            says why.
+        ValueError: there is no such backend.
+    """
+    gate = SharingGate(backend=backend, self_check=bool(self_check))
+    gate.enable([model])
+    can_run = self_check != "later" and why_not_yet(model) is None and not is_sharded(model)
+    if can_run and gate.needs_self_check(model):
+        gate.self_check(model, alone=True)
+    return model
+
+
+def self_check_pending(model: nn.Module) -> bool:
+    """Whether the self-check of ``model`` waits for its first packed forward."""
+    base = transformers_model(model)
+    return base is not None and bool(_waiting_hooks(base))
+
+
+def tell(message: str) -> None:
+    """Log ``message`` at INFO, and see to it that it reaches the terminal.
+
+    Python drops INFO of loggers for which nobody has set up anything; there it goes to stderr, where warnings go too. Who
+    has set up logging decides.
+    """
+    if logger.hasHandlers() or logger.level != logging.NOTSET:
+        logger.info(message)
+    else:
+        print(message, file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------- the self-check
+
+
+def _why_not_after(result: SelfCheck, unverified: Sequence[str]) -> tuple[str, ...]:
+    """Why a model is refused after its self-check: it failed, or it was needed and could not be made."""
+    if result.reason is not None:
+        return (str(result),)
+    return (*unverified, str(result)) if unverified and not result.passed else ()
+
+
+def _wait_for_packed_forward(base: Any, unverified: Sequence[str]) -> None:
+    hook = functools.partial(_self_check_first, unverified=tuple(unverified))
+    base.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _waiting_hooks(base: Any) -> dict[int, Any]:
+    hooks = base._forward_pre_hooks.items()  # not by the handle: that of a copied model belongs to the original
+    return {key: hook for key, hook in hooks if getattr(hook, "func", None) is _self_check_first}
+
+
+def _stop_waiting(base: Any) -> tuple[str, ...]:
+    """No self-check waits for ``base`` any longer; why the model would be refused without one."""
+    unverified: tuple[str, ...] = ()
+    for key, hook in _waiting_hooks(base).items():
+        unverified = hook.keywords["unverified"]
+        del base._forward_pre_hooks[key]
+        base._forward_pre_hooks_with_kwargs.pop(key, None)
+    return unverified
+
+
+def _self_check_first(base: Any, args: Any, kwargs: dict[str, Any], unverified: tuple[str, ...]) -> None:
+    """Forward pre-hook: check a model that could not be checked when it was enabled, before its first packed forward."""
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
+        return
+    gate = SharingGate()
+    gate.models = [base]
+    if not is_sharded(base) or checked_before(base) is not None:
+        gate.self_check(base, alone=True)
+        return
+    # Only some layers may be sharded, and this process cannot know what others do.
+    _stop_waiting(base)
+    if unverified:
+        raise UnsupportedModelError("; ".join([*unverified, "call self_check(model) on every process first"]))
+    gate.warn(
+        f"{type(base).__name__} is sharded, so it is not self-checked on its own: call self_check(model) on every process"
+    )
+
+
+def run_self_check(model: nn.Module, device: torch.device | None = None) -> SelfCheck:
+    """The self-check of ``model``, for which nothing waits any longer. verl's engine calls it until it goes through the gate."""
+    _stop_waiting(transformers_model(model))
+    return self_check(model, device)
+
+
+def reasons_after(report: SupportReport, result: SelfCheck) -> tuple[str, ...]:
+    """:func:`_why_not_after`, for verl's engine until it goes through the gate."""
+    return _why_not_after(result, report.unverified)
+
+
+# ---------------------------------------------------------------------------------------------------------- in one line
+
+
+def _layers_in_words(report: SupportReport) -> str:
+    """How the layers run: "24 layers: auto, merged_lse" and the like."""
+    kinds = Counter(layer.backend for layer in report.layers)
+    return ", ".join(f"{number} layers: {backend}" for backend, number in kinds.items())
