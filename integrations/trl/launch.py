@@ -12,15 +12,18 @@ The flag and its companions may stand before or after the script, or in the YAML
     --prefix_grouper_regroup MODE               exact (default), group or none
     --prefix_grouper_rebatch [true|false]       larger micro-batches, fewer accumulation steps, until a group fits
     --prefix_grouper_on_unsupported ACTION      error (default) or fallback
-    --prefix_grouper_self_check [true|false]         check on a few tokens that the model can share (default true)
+    --prefix_grouper_self_check [true|false]    check on a few tokens that the model can share (default true)
 
-Without any of them the script runs as if it had been started by python itself. With them, `trl.GRPOTrainer` and
-`trl.GRPOConfig` (and RLOO's) are the prefix-grouping subclasses from the moment at which the script imports `trl`. Until
-then neither torch nor transformers is imported, so the environment variables that a script sets first are heeded.
+Hyphens do as well as underscores. Anything else that looks like one of these options is an error, since a script that
+parses no arguments would ignore it. Without any of them the script runs as if it had been started by python itself. With
+them, `trl.GRPOTrainer` and `trl.GRPOConfig` (and RLOO's) are the prefix-grouping subclasses from the moment at which the
+script imports `trl`. Until then neither torch nor transformers is imported, so the environment variables that a script
+sets first are heeded.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -33,9 +36,16 @@ from prefix_grouper_plugins.import_hooks import after_import
 from prefix_grouper_plugins.integrations import trl as ours
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.settings import TRL_OPTIONS
+from prefix_grouper_plugins.usage import UsageError, told_in_one_line
+from prefix_grouper_plugins.version import __version__
 
 _TRL_SCRIPTS = {"grpo": "trl.scripts.grpo", "rloo": "trl.scripts.rloo"}
 _YES, _NO = {"true", "yes", "t", "y", "1"}, {"false", "no", "f", "n", "0"}
+# Hyphens, and the dashes that word processors make of them.
+_DASHES = "-\N{EN DASH}\N{EM DASH}"
+# How much a name must be like one of ours (difflib's ratio) to be taken for a slip. `use_prefix_caching`, the nearest
+# name that we know of elsewhere, has 0.62; ours with two pairs of letters swapped still have 0.88.
+_ALIKE = 0.8
 # Our modules that put the classes in the place of TRL's, each with what it defines last.
 _MODULES = {
     f"{ours.__name__}.config": "PrefixGrouperRLOOConfig",
@@ -44,53 +54,116 @@ _MODULES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script named in ``argv`` (by default the command line), with or without prefix grouping."""
-    options, rest = split_arguments(sys.argv[1:] if argv is None else argv)
+    """Run the script named in ``argv`` (by default the command line), with or without prefix grouping.
+
+    Raises:
+        UsageError: nothing to run, or an option of ours that is misspelt or has a wrong value.
+    """
+    with told_in_one_line():
+        target, arguments, wanted = _prepare(sys.argv[1:] if argv is None else argv)
+    _run(target, arguments)
+    if wanted:
+        _warn_if_unused()
+
+
+def _prepare(argv: list[str]) -> tuple[str, list[str], bool]:
+    """What to run, its arguments, and whether sharing is asked for; sets the hooks that turn it on."""
+    options, rest = split_arguments(argv)
     if not rest or rest[0] in ("-h", "--help"):
         print(__doc__)
-        raise SystemExit(0 if rest else "prefix-grouper trl: name the script to run, or grpo or rloo for TRL's own")
+        if rest:
+            raise SystemExit(0)
+        raise UsageError("prefix-grouper trl: name the script to run, or grpo or rloo for TRL's own")
+    if rest[0] == "--version":
+        print(f"prefix-grouper-plugins {__version__}")
+        raise SystemExit(0)
     target, arguments = _target(rest)
     in_yaml = _options_in_yaml(arguments)
-    wanted = bool(options or in_yaml) and _is_on({**in_yaml, **options}.get("use_prefix_grouper", True))
+    switch = "use_prefix_grouper"
+    in_environment = {switch: os.environ[switch.upper()]} if switch.upper() in os.environ else {}
+    if in_environment:
+        _check(switch, in_environment[switch], switch.upper())
+    given = {**in_yaml, **in_environment, **options}
+    wanted = bool(given) and _is_yes(given.get(switch, True))
     if wanted or in_yaml:  # TRL's parser would not know our keys in the YAML file, even where they say "off"
         # The script's own parser never sees our options; its config reads them from the environment, where they win
         # over YAML as a command line should.
         os.environ.update({name.upper(): value for name, value in options.items()})
         if importlib.util.find_spec("trl") is None:
-            raise SystemExit("trl is not installed: pip install 'prefix-grouper-plugins[trl]'")
+            raise UsageError("trl is not installed: pip install 'prefix-grouper-plugins[trl]'")
         for module in ("trl", *_MODULES):
             after_import(module, _patch_unless_half_imported)
-    _run(target, arguments)
-    if wanted:
-        _warn_if_unused()
+    return target, arguments, wanted
 
 
 def split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Our own options by name, and everything else in its order.
 
     Raises:
-        SystemExit: an option of ours is unknown or lacks its value.
+        UsageError: an option of ours is misspelt, lacks its value or has a wrong one.
     """
     options: dict[str, str] = {}
     rest: list[str] = []
     waiting = list(argv)
     while waiting:
         token = waiting.pop(0)
-        name, has_value, value = token.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not token.startswith("--") or not name.startswith(("use_prefix_grouper", "prefix_grouper_")):
+        name, has_value, value = _option_name(token)
+        if name is None:
             rest.append(token)
-        elif name not in TRL_OPTIONS:
-            raise SystemExit(f"--{name} is unknown: the options are --{', --'.join(sorted(TRL_OPTIONS))}")
-        elif has_value:
-            options[name] = value
-        elif TRL_OPTIONS[name].is_switch:
-            options[name] = waiting.pop(0) if waiting and _is_bool(waiting[0]) else "true"
-        elif waiting:
-            options[name] = waiting.pop(0)
-        else:
-            raise SystemExit(f"--{name} needs a value")
+            continue
+        if not has_value:
+            if TRL_OPTIONS[name].is_switch:
+                value = waiting.pop(0) if waiting and _is_bool(waiting[0]) else "true"
+            elif waiting:
+                value = waiting.pop(0)
+            else:
+                raise UsageError(f"--{name} needs a value")
+        _check(name, value, f"--{name}")
+        options[name] = value
     return options, rest
+
+
+def _option_name(token: str) -> tuple[str | None, bool, str]:
+    """The option of ours in an argument, None if it is another's; whether a value follows an equals sign, and it."""
+    key, equals, value = token.partition("=")
+    if not key or key[0] not in _DASHES:
+        return None, False, ""
+    name = key.removeprefix("--").replace("-", "_")
+    if key.startswith("--") and name in TRL_OPTIONS:
+        return name, bool(equals), value
+    if nearest := _nearest(key):
+        listed = ", --".join(sorted(TRL_OPTIONS))
+        raise UsageError(f"{key} is unknown: the options are --{listed}; did you mean --{nearest}?")
+    return None, False, ""
+
+
+def _nearest(key: str) -> str | None:
+    """The option of ours that ``key`` looks like, in whatever case and with whatever dashes; None for another's name."""
+    letters = "".join(character for character in key.lower() if character.isalnum())
+    plain = {name.replace("_", ""): name for name in TRL_OPTIONS}
+    found = difflib.get_close_matches(letters, plain, n=1, cutoff=_ALIKE)
+    if not found and "prefixgroup" in letters:
+        found = difflib.get_close_matches(letters, plain, n=1, cutoff=0.0)
+    return plain[found[0]] if found else None
+
+
+def _check(name: str, value: object, called: str) -> None:
+    """
+    Args:
+        name: of an option of ours.
+        value: from the command line, the environment or YAML.
+        called: what the user calls the option.
+
+    Raises:
+        UsageError: the option does not take ``value``.
+    """
+    setting = TRL_OPTIONS[name]
+    if setting.is_switch and not _is_bool(value):
+        raise UsageError(f"{called} is {str(value)!r}: it takes true or false")
+    try:
+        setting.check(value, called)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def patch_trl() -> None:
@@ -112,18 +185,12 @@ def _patch_unless_half_imported(_: ModuleType) -> None:
     patch_trl()
 
 
-def _is_bool(text: str) -> bool:
-    return text.lower() in _YES | _NO
+def _is_bool(value: object) -> bool:
+    return str(value).lower() in _YES | _NO
 
 
-def _is_on(value: object) -> bool:
-    """
-    Raises:
-        SystemExit: ``value`` is neither yes nor no.
-    """
-    if not _is_bool(text := str(value)):
-        raise SystemExit(f"--use_prefix_grouper is {text!r}: it takes true or false")
-    return text.lower() in _YES
+def _is_yes(value: object) -> bool:
+    return str(value).lower() in _YES
 
 
 def _target(rest: list[str]) -> tuple[str, list[str]]:
@@ -131,26 +198,37 @@ def _target(rest: list[str]) -> tuple[str, list[str]]:
     target, *arguments = rest
     if target == "-m":
         if not arguments:
-            raise SystemExit("-m needs the name of a module")
+            raise UsageError("-m needs the name of a module")
         return arguments[0], arguments[1:]
     if target in _TRL_SCRIPTS:
         return _TRL_SCRIPTS[target], arguments
     if not Path(target).is_file():
-        raise SystemExit(f"there is no script {target!r}; TRL's own scripts are: {', '.join(_TRL_SCRIPTS)}")
+        raise UsageError(f"there is no script {target!r}; TRL's own scripts are: {', '.join(_TRL_SCRIPTS)}")
     return target, arguments
 
 
 def _options_in_yaml(arguments: list[str]) -> dict[str, object]:
-    """Our own options in the file given to TRL's ``--config``."""
+    """Our own options in the file given to TRL's ``--config``.
+
+    Raises:
+        UsageError: a key of the file looks like an option of ours and is none, or its value is wrong.
+    """
+    found: dict[str, object] = {}
     for i, token in enumerate(arguments):
         name, has_value, value = token.partition("=")
         path = Path(value if has_value else arguments[i + 1] if i + 1 < len(arguments) else "")
-        if name == "--config" and path.is_file():
-            import yaml  # a dependency of transformers
+        if name != "--config" or not path.is_file():
+            continue
+        import yaml  # a dependency of transformers
 
-            settings = yaml.safe_load(path.read_text())
-            return {k: v for k, v in (settings or {}).items() if k in TRL_OPTIONS}
-    return {}
+        settings = yaml.safe_load(path.read_text())
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            if key in TRL_OPTIONS:
+                _check(key, value, f"{key} in {path}")
+                found[key] = value
+            elif nearest := _nearest(str(key)):  # hyphens too: TRL's own parser reads the file, and takes none
+                raise UsageError(f"{key} in {path} is unknown: did you mean {nearest}?")
+    return found
 
 
 def _run(target: str, arguments: list[str]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from trl import GRPOConfig, ModelConfig, RLOOConfig, ScriptArguments
 
 from prefix_grouper_plugins.integrations.trl import launch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
@@ -218,11 +222,96 @@ def test_our_options_are_taken_out_of_the_command_line(argv, options, rest):
         (["s.py", "--prefix_grouper_backend"], "--prefix_grouper_backend needs a value"),
         (["-m"], "-m needs the name of a module"),
         ([__file__, "--use_prefix_grouper=maybe"], "--use_prefix_grouper is 'maybe': it takes true or false"),
+        ([__file__, "--prefix_grouper_rebatch=maybe"], "--prefix_grouper_rebatch is 'maybe': it takes true or false"),
+        (
+            [__file__, "--prefix-grouper-regroup", "all"],
+            "--prefix_grouper_regroup is 'all': choose one of exact, group",
+        ),
     ],
 )
 def test_mistakes_get_plain_errors(argv, message):
     with pytest.raises(SystemExit, match=message):
         launch.main(argv)
+
+
+SLIPS = {
+    "--use_prefix_groupr": "use_prefix_grouper",
+    "--use-prefix-groupr": "use_prefix_grouper",
+    "--prefix-grouper": "use_prefix_grouper",
+    "-use_prefix_grouper": "use_prefix_grouper",
+    "\N{EM DASH}use_prefix_grouper": "use_prefix_grouper",
+    "--use_prefx_gruoper=true": "use_prefix_grouper",
+    "--usePrefixGrouper": "use_prefix_grouper",
+    "--use_prefix_grouping": "use_prefix_grouper",
+    "--prefix_grouper_regruop=group": "prefix_grouper_regroup",
+    "--prefix-grouper-selfcheck": "prefix_grouper_self_check",
+    "--prefix_grouper_on_unsuported": "prefix_grouper_on_unsupported",
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_what_looks_like_an_option_of_ours_is_refused_with_the_nearest(slip):
+    with pytest.raises(SystemExit, match=rf"is unknown: the options are .*; did you mean --{SLIPS[slip]}\?$") as stop:
+        launch.split_arguments(["s.py", "--epochs", "1", slip])
+    assert stop.value.code == 2
+
+
+def test_options_of_others_and_values_are_left_alone():
+    known = [option.name for kind in (GRPOConfig, RLOOConfig, ModelConfig, ScriptArguments) for option in fields(kind)]
+    known += ["use_prefix_caching", "enable_prefix_caching", "use_prefix", "group", "prefix", "m", "1", "-", ""]
+    for name in known:
+        for token in (f"--{name}", f"--{name.replace('_', '-')}", f"-{name}", f"--{name}=use_prefix_groupr"):
+            assert launch.split_arguments(["s.py", token]) == ({}, ["s.py", token]), token
+    values = ["s.py", "use_prefix_grouper", "--run_name=--use_prefix_groupr", "--run_name", "use_prefix_groupr"]
+    assert launch.split_arguments(values) == ({}, values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "use_prefix_groupr: true",
+            r"^use_prefix_groupr in .*run\.yaml is unknown: did you mean use_prefix_grouper\?$",
+        ),
+        ("prefix-grouper-regroup: group", "^prefix-grouper-regroup in .* did you mean prefix_grouper_regroup"),
+        ("use_prefix_grouper: maybe", "^use_prefix_grouper in .* is 'maybe': it takes true or false"),
+        ("prefix_grouper_regroup: all", "^prefix_grouper_regroup in .* is 'all': choose one of exact, group, none"),
+    ],
+)
+def test_mistakes_in_yaml_get_plain_errors(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(f"{text}\nlearning_rate: 1\n")
+    for config in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):
+        with pytest.raises(SystemExit, match=message) as stop:
+            launch.main([__file__, *config])
+        assert stop.value.code == 2
+
+
+def test_a_slip_is_told_in_one_line_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "script.py").write_text("raise AssertionError('it ran')")
+    code = (
+        "import sys\nfrom prefix_grouper_plugins.cli import main\n"
+        "try:\n    main(['trl', 'script.py', '--use-prefix-groupr'])\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'numpy', 'trl', 'yaml'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith("--use-prefix-groupr is unknown") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("value", "shown"), [("true", "PrefixGrouperGRPOTrainer"), ("false", "GRPOTrainer")])
+def test_the_environment_turns_it_on_as_in_code(tmp_path, value, shown):
+    (tmp_path / "script.py").write_text("import trl\nprint(trl.GRPOTrainer.__name__)\n")
+    environment = os.environ | {"USE_PREFIX_GROUPER": value}
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == [shown], done.stderr
+
+
+def test_the_environment_gets_plain_errors_as_well(monkeypatch):
+    monkeypatch.setenv("USE_PREFIX_GROUPER", "maybe")
+    with pytest.raises(SystemExit, match="USE_PREFIX_GROUPER is 'maybe': it takes true or false"):
+        launch.main([__file__])
 
 
 def test_help_tells_all_options(capsys):
