@@ -6,9 +6,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import json
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from prefix_grouper_plugins.settings import BACKEND
+from prefix_grouper_plugins.usage import UsageError, first_line, told_in_one_line
+from prefix_grouper_plugins.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +30,8 @@ Encode each prompt of a GRPO group once.
   prefix-grouper bench --prompt 4096 --response 512     how fast attention is on this machine, shared and row by row
 """
 
+BACKEND_VARIABLE = "PREFIX_GROUPER_BACKEND"  # as in attention.registry, which imports torch
+PACKAGES = ("prefix-grouper-plugins", "torch", "transformers", "trl", "peft", "verl")
 # What `doctor` asks each backend about.
 HEAD_DIMS = (64, 80, 96, 128, 256)
 LAYERS: dict[str, dict[str, Any]] = {
@@ -31,61 +39,117 @@ LAYERS: dict[str, dict[str, Any]] = {
     "sliding window": {"sliding_window": 4096},
     "softcap": {"softcap": 50.0},
 }
+# The lines of `plan`: label, field of `cost.Cost`, unit.
+FIGURES = (
+    ("Tokens forwarded", "tokens", 1),
+    ("Pairs of query and key, million", "pairs", 1e6),
+    ("Training step, TFLOP", "training_flops", 1e12),
+    ("  with gradient checkpointing", "checkpointed_training_flops", 1e12),
+    ("Keys and values of all layers, GiB", "kv_bytes", 2**30),
+    ("Activations kept for the backward, GiB", "activation_bytes", 2**30),
+    ("  with gradient checkpointing", "checkpointed_bytes", 2**30),
+)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Raises:
+        UsageError: a mistake on the command line, which is printed as one line; exit status 2.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["trl"]:  # everything behind it is the script's, so argparse must not look at it
         importlib.import_module("prefix_grouper_plugins.integrations.trl.launch").main(arguments[1:])
-        return
-    parser = argparse.ArgumentParser(
+        return 0
+    with told_in_one_line():
+        try:
+            try:
+                return _run(arguments)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+            return 128 + signal.SIGPIPE  # what a shell reports for a program that this signal ended
+
+
+def _run(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        BACKEND.check(os.environ.get(BACKEND_VARIABLE) or "auto", BACKEND_VARIABLE)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return {"doctor": doctor, "plan": plan, "bench": bench}[options.command](options)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="prefix-grouper", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_version(parser)
     commands = parser.add_subparsers(dest="command", metavar="{trl,doctor,plan,bench}", required=True)
     commands.add_parser("trl", help="run a TRL script with sharing")
     doctor = commands.add_parser("doctor", help="versions, attention backends, and whether a model is supported")
     doctor.add_argument("--model", help="a model's folder or hub name: only its config is read")
     doctor.add_argument("--trust-remote-code", action="store_true", help="as in transformers")
-    _add_plan(commands)
-    _add_bench(commands)
-    options = parser.parse_args(arguments)
-    if options.command == "plan":
-        print_plan(options)
-        return
-    if options.command == "bench":
-        print_bench(options)
-        return
-    print_machine()
-    if options.model:
-        print_model(options.model, options.trust_remote_code)
-
-
-def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = commands.add_parser("plan", help="what a batch would cost with sharing and without; nothing is run")
     plan.add_argument("--prompt", type=int, required=True, help="tokens of the prompt")
     plan.add_argument(
         "--responses", type=int, nargs="+", required=True, help="tokens of the responses: one for all, or each"
     )
     plan.add_argument(
-        "--group", type=int, help="responses to the prompt, where one length is given for all (default: 8)"
+        "--group", type=_count, help="responses to the prompt, where one length is given for all (default: 8)"
     )
-    _add_shape(plan)
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser("bench", help="time attention on this machine, packed and row by row")
-    bench.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt (default: 2048)")
-    bench.add_argument("--response", type=int, default=128, help="tokens of each response (default: 128)")
-    bench.add_argument("--group", type=int, default=8, help="responses to the prompt (default: 8)")
-    bench.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: 3)")
+    bench.add_argument("--prompt", type=_count, default=2048, help="tokens of the prompt (default: 2048)")
+    bench.add_argument("--response", type=_count, default=128, help="tokens of each response (default: 128)")
+    bench.add_argument("--group", type=_count, default=8, help="responses to the prompt (default: 8)")
+    bench.add_argument("--repeats", type=_count, default=3, help="how often each is timed (default: 3)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    _add_shape(bench)
+    for command in (plan, bench):
+        which = command.add_mutually_exclusive_group()
+        which.add_argument("--model", help="a model's folder or hub name: only its config is read")
+        which.add_argument("--shape", default="qwen2.5-7b", help="a model by name (default: qwen2.5-7b)")
+    for command in (doctor, plan, bench):
+        command.add_argument("--json", action="store_true", help="print the figures as JSON")
+        _add_version(command)
+    return parser
 
 
-def _add_shape(command: argparse.ArgumentParser) -> None:
-    which = command.add_mutually_exclusive_group()
-    which.add_argument("--model", help="a model's folder or hub name: only its config is read")
-    which.add_argument("--shape", default="qwen2.5-7b", help="a model by name (default: qwen2.5-7b)")
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"prefix-grouper-plugins {__version__}")
+
+
+def _count(text: str) -> int:
+    """
+    Raises:
+        argparse.ArgumentTypeError: ``text`` is not a whole number from 1 on.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """
+    Raises:
+        UsageError: there is no such model, or its config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of the hub, of a parser, of a model's own code
+        raise UsageError(f"--model {name}: its config cannot be read: {first_line(error)}") from error
 
 
 def _shape(options: argparse.Namespace) -> tuple[str, ModelShape]:
@@ -94,21 +158,22 @@ def _shape(options: argparse.Namespace) -> tuple[str, ModelShape]:
 
     if options.model is None:
         if options.shape not in SHAPES:
-            raise SystemExit(f"there is no shape {options.shape!r}: choose one of {', '.join(SHAPES)}, or give --model")
+            raise UsageError(f"there is no shape {options.shape!r}: choose one of {', '.join(SHAPES)}, or give --model")
         return options.shape, SHAPES[options.shape]
-    from transformers import AutoConfig
-
     try:
-        return options.model, ModelShape.from_config(AutoConfig.from_pretrained(options.model))
+        return options.model, ModelShape.from_config(_config(options.model))
     except ValueError as error:
-        raise SystemExit(f"{options.model}: {error}") from error
+        raise UsageError(f"{options.model}: {error}") from error
 
 
-def print_plan(options: argparse.Namespace) -> None:
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan(options: argparse.Namespace) -> int:
     """Tokens, FLOPs and memory of a training step on one group, packed and row by row."""
     name, shape = _shape(options)
     if options.group is not None and len(options.responses) > 1:
-        raise SystemExit("--group goes with one length for all responses; leave it out where each has its own")
+        raise UsageError("--group goes with one length for all responses; leave it out where each has its own")
     responses = options.responses if len(options.responses) > 1 else options.responses * (options.group or 8)
     from prefix_grouper_plugins.cost import compare
     from prefix_grouper_plugins.layout import PrefixLayout
@@ -116,19 +181,17 @@ def print_plan(options: argparse.Namespace) -> None:
     try:
         layout = PrefixLayout.from_groups([options.prompt], [responses])
     except ValueError as error:
-        raise SystemExit(str(error)) from error
+        raise UsageError(str(error)) from error
     both = compare(shape, layout, scored=sum(responses))
+    if options.json:
+        costs = {"shared": both.shared, "row_by_row": both.ordinary}
+        figures = {kind: {field: getattr(cost, field) for _, field, _ in FIGURES} for kind, cost in costs.items()}
+        asked = {"model": name, "prompt": options.prompt, "responses": responses}
+        _print_json(asked | figures | {"token_ratio": both.token_ratio, "speedup": both.speedup})
+        return 0
     print(f"{name}, a prompt of {options.prompt:,} tokens, {len(responses)} responses of {sum(responses):,} in all")
     print(f"\n{'':44}{'shared':>12}{'row by row':>12}{'ratio':>8}")
-    for label, field, unit in (
-        ("Tokens forwarded", "tokens", 1),
-        ("Pairs of query and key, million", "pairs", 1e6),
-        ("Training step, TFLOP", "training_flops", 1e12),
-        ("  with gradient checkpointing", "checkpointed_training_flops", 1e12),
-        ("Keys and values of all layers, GiB", "kv_bytes", 2**30),
-        ("Activations kept for the backward, GiB", "activation_bytes", 2**30),
-        ("  with gradient checkpointing", "checkpointed_bytes", 2**30),
-    ):
+    for label, field, unit in FIGURES:
         ours, theirs = (getattr(cost, field) / unit for cost in (both.shared, both.ordinary))
         form = ",.0f" if unit in (1, 1e6) else ",.2f"
         print(f"{label:44}{ours:>12{form}}{theirs:>12{form}}{theirs / ours:>8.2f}")
@@ -136,54 +199,120 @@ def print_plan(options: argparse.Namespace) -> None:
         f"\nToken ratio {both.token_ratio:.3f}. A training step is at most {both.speedup:.2f} times as fast, at equal "
         "FLOP/s and without padding.\nMemory in bfloat16, without weights, logits and optimizer."
     )
+    return 0
 
 
-def print_bench(options: argparse.Namespace) -> None:
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+def bench(options: argparse.Namespace) -> int:
     """Attention of one layer, forward and backward: each backend that runs here against each row on its own."""
     import torch
 
-    from prefix_grouper_plugins.attention import available_backends
     from prefix_grouper_plugins.bench import Case, describe_machine, row_step, shared_step, take_turns, times_as_fast
 
     name, shape = _shape(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: torch {torch.__version__} sees no GPU on this machine")
+        raise UsageError(f"--device {device}: torch {torch.__version__} sees no GPU on this machine")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     sizes = (options.prompt, options.response, options.group)
     case = Case(*sizes, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, dtype)
-    backends = [b for b, reason in available_backends(device, dtype, shape.head_dim).items() if reason is None]
-    print(", ".join(f"{key} {value}" if key != "machine" else value for key, value in describe_machine(device).items()))
-    print(
-        f"One attention layer of {name}, {str(dtype).removeprefix('torch.')}: {sizes[0]} + {sizes[2]} x {sizes[1]} tokens"
-    )
-    steps = {"row by row": row_step(case), **{backend: shared_step(case, backend) for backend in backends}}
+    machine = describe_machine(device)
+    if not options.json:
+        print(", ".join(f"{key} {value}" if key != "machine" else value for key, value in machine.items()))
+        print(
+            f"One attention layer of {name}, {str(dtype).removeprefix('torch.')}: "
+            f"{sizes[0]} + {sizes[2]} x {sizes[1]} tokens"
+        )
+    steps = {"row by row": row_step(case)}
+    steps |= {backend: shared_step(case, backend) for backend in _backends(device, dtype, shape.head_dim)}
     timings = take_turns(steps, repeats=options.repeats, device=device)
+    seconds = {
+        step: sorted(timing.wall for timing in times)[len(times) // 2]  # the median
+        for step, times in timings.items()
+    }
+    ratios = {step: times_as_fast(times, timings["row by row"], "wall") for step, times in timings.items()}
+    if options.json:
+        asked = dict(zip(("prompt", "response", "group"), sizes, strict=True)) | {"repeats": options.repeats}
+        measured = {"seconds": seconds, "times_as_fast": ratios, "pair_ratio": case.pair_ratio}
+        _print_json({"machine": machine, "model": name, "dtype": str(dtype), **asked, **measured})
+        return 0
     print(f"\n{'':16}{'seconds':>10}{'times as fast as row by row':>30}")
-    for step, times in timings.items():
-        seconds = sorted(timing.wall for timing in times)[len(times) // 2]
-        print(f"{step:16}{seconds:>10.4f}{times_as_fast(times, timings['row by row'], 'wall'):>30.2f}")
+    for step in timings:
+        print(f"{step:16}{seconds[step]:>10.4f}{ratios[step]:>30.2f}")
     print(f"\nThe ratio of visible pairs of query and key, {case.pair_ratio:.2f}, is what sharing can gain here.")
+    return 0
 
 
-def print_machine() -> None:
-    """Versions, devices, and for each attention backend whether it runs here."""
+def _backends(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Those that run such a layer; the one in the environment alone, where there is one, since it wins over all names.
+
+    Raises:
+        UsageError: the one in the environment does not run it.
+    """
+    from prefix_grouper_plugins.attention import available_backends
+
+    reasons = available_backends(device, dtype, head_dim)
+    forced = os.environ.get(BACKEND_VARIABLE, "auto")
+    if reason := reasons.get(forced):
+        raise UsageError(f"{BACKEND_VARIABLE}={forced} cannot run this layer: {reason}")
+    return [name for name, reason in reasons.items() if reason is None and forced in ("", "auto", name)]
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """What this machine runs, and how a model would be run; exit status 1 for a model that is refused."""
+    config = _config(options.model, trust_remote_code=options.trust_remote_code) if options.model else None
+    machine = describe_machine_and_backends()
+    model = None if config is None else describe_model(options.model, config, options.trust_remote_code)
+    if options.json:
+        _print_json(machine | ({} if model is None else {"model": model}))
+    else:
+        print_machine(machine)
+        if model is not None:
+            print_model(model)
+    return 0 if model is None or model["supported"] else 1
+
+
+def describe_machine_and_backends() -> dict[str, Any]:
+    """Versions, and for each device, backend and kind of layer whether it runs there.
+
+    Under ``attention`` stand a device's dtype and for each backend a list of ``layers`` and the ``reason`` why they do
+    not run, None where they do.
+    """
     import torch
 
-    from prefix_grouper_plugins.attention.registry import BACKEND_VARIABLE
-
-    for package in ("prefix-grouper-plugins", "torch", "transformers", "trl", "peft", "verl"):
-        try:
-            print(f"{package:24}{importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package:24}not installed")
     cases = [("cpu", torch.float32)] + ([("cuda", torch.bfloat16)] if torch.cuda.is_available() else [])
+    attention = {}
     for device, dtype in cases:
-        print(f"\nattention on {device}, {str(dtype).removeprefix('torch.')}; a layer takes the first that says yes:")
-        for backend, answers in backend_answers(device, dtype).items():
-            for reason, layers in answers.items():
-                print(f"  {backend:16}{layers:20}{'yes' if reason is None else f'no: {reason}'}")
-    if forced := os.environ.get(BACKEND_VARIABLE):
+        answers = {
+            backend: [{"layers": layers, "reason": reason} for reason, layers in found.items()]
+            for backend, found in backend_answers(device, dtype).items()
+        }
+        attention[device] = {"dtype": str(dtype).removeprefix("torch."), "backends": answers}
+    forced = os.environ.get(BACKEND_VARIABLE) or None
+    return {"versions": {name: _version(name) for name in PACKAGES}, "attention": attention, "forced_backend": forced}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def print_machine(machine: dict[str, Any]) -> None:
+    for package, version in machine["versions"].items():
+        print(f"{package:24}{version or 'not installed'}")
+    for device, found in machine["attention"].items():
+        print(f"\nattention on {device}, {found['dtype']}; a layer takes the first that says yes:")
+        for backend, answers in found["backends"].items():
+            for answer in answers:
+                print(f"  {backend:16}{answer['layers']:20}{'no: ' + answer['reason'] if answer['reason'] else 'yes'}")
+    if forced := machine["forced_backend"]:
         print(f"\n{BACKEND_VARIABLE}={forced} wins over auto and over the backend that a program asks for")
 
 
@@ -213,29 +342,42 @@ def _in_words(layers: dict[str, list[int]]) -> str:
     )
 
 
-def print_model(name: str, trust_remote_code: bool) -> None:
+def describe_model(name: str, config: Any, trust_remote_code: bool) -> dict[str, Any]:
     """How each attention layer of a model would be run, or why it is refused. Builds it without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from prefix_grouper_plugins.modeling import check_support
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    described: dict[str, Any] = {"name": name, "model_type": config.model_type}
     with_images = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:  # an encoder-decoder
-        print(f"\n{name} ({config.model_type}): refused\n  {str(error).splitlines()[0]}")
-        return
+    except Exception as error:  # an encoder-decoder, a package that is missing, a config that does not fit together
+        return described | {"supported": False, "reasons": [first_line(error)], "notes": [], "layers": []}
     report = check_support(model)
-    print(f"\n{name} ({config.model_type}): {'supported' if report.supported else 'refused'}")
-    for line in (*report.reasons, *report.notes):
+    layers = [{"name": x.name, "attention": x.attention, "backend": x.backend} for x in report.layers]
+    return described | {
+        "supported": report.supported,
+        "reasons": list(report.reasons),
+        "notes": list(report.notes),
+        "layers": layers if report.supported else [],
+    }
+
+
+def print_model(model: dict[str, Any]) -> None:
+    print(f"\n{model['name']} ({model['model_type']}): {'supported' if model['supported'] else 'refused'}")
+    for line in (*model["reasons"], *model["notes"]):
         print(f"  {line}")
-    for layer in report.layers:
-        print(f"  {layer.name:40}{layer.attention:40}{layer.backend}")
+    for layer in model["layers"]:
+        print(f"  {layer['name']:40}{layer['attention']:40}{layer['backend']}")
+
+
+def _print_json(figures: dict[str, Any]) -> None:
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

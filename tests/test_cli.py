@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from transformers import AutoConfig, T5Config
 
 from prefix_grouper_plugins import __version__, cli
 from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.attention.registry import BACKEND_VARIABLE
 from tests import tiny
 from tests.modeling import multimodal_families
 
@@ -170,6 +172,112 @@ def test_plan_says_which_model_types_it_does_not_know(tmp_path):
     AutoConfig.for_model("mamba").save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="the cost of model type 'mamba' is not known"):
         cli.main(["plan", "--prompt", "8", "--responses", "4", "--model", str(tmp_path)])
+
+
+def stderr_of(capsys, *arguments: str) -> str:
+    """What a command with a mistake prints to stderr; its exit status is 2."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+PLAN, BENCH = ["plan", "--prompt", "8", "--responses", "4"], ["bench", "--prompt", "8", "--response", "4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PLAN, "--group", "0"], "argument --group: '0' is not a whole number of at least 1"),
+        ([*PLAN, "--group", "-8"], "argument --group: '-8' is not a whole number of at least 1"),
+        ([*PLAN, "--prompt", "0"], "prompt_lengths[0] is 0"),
+        ([*PLAN, "--prompt", "many"], "argument --prompt: invalid int value: 'many'"),
+        ([*PLAN, "--shape", "gpt-9"], "there is no shape 'gpt-9'"),
+        ([*PLAN, "--model", "no/such"], "--model no/such: its config cannot be read: "),
+        ([*BENCH, "--group", "0"], "argument --group: '0'"),
+        ([*BENCH, "--repeats", "0"], "argument --repeats: '0'"),
+        ([*BENCH, "--response", "0"], "argument --response: '0'"),
+        ([*BENCH, "--model", "no/such"], "--model no/such: its config cannot be read: "),
+        (["doctor", "--model", "no/such"], "--model no/such: its config cannot be read: "),
+        (["doctor", "--model", "not a name/at/all"], "--model not a name/at/all: its config cannot be read: "),
+        (["doctr"], "invalid choice: 'doctr'"),
+        (["plan"], "the following arguments are required: --prompt, --responses"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_exit_status_2(capsys, arguments, message):
+    error = stderr_of(capsys, *arguments)
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no_such_type"}', "{}"])
+def test_a_config_that_cannot_be_read_is_told_in_one_line(capsys, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for arguments in (PLAN, BENCH, ["doctor"]):
+        assert stderr_of(capsys, *arguments, "--model", str(tmp_path)).count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [PLAN, BENCH, ["doctor"]])
+def test_a_wrong_backend_in_the_environment_is_told_in_one_line(capsys, monkeypatch, arguments):
+    monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "flash")
+    message = "PREFIX_GROUPER_BACKEND is 'flash': choose one of auto, merged_lse, triton, flex, blockwise\n"
+    assert stderr_of(capsys, *arguments) == message
+
+
+def test_the_variable_of_the_environment_has_one_name():
+    assert cli.BACKEND_VARIABLE == BACKEND_VARIABLE
+
+
+def test_bench_times_the_backend_in_the_environment_alone(capsys, monkeypatch):
+    monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "blockwise")
+    assert cli.main([*BENCH, "--device", "cpu", "--repeats", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"].keys() == {"row by row", "blockwise"}
+    monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "flex")
+    assert "PREFIX_GROUPER_BACKEND=flex cannot run this layer: FlexAttention has no backward on the CPU" in stderr_of(
+        capsys, *BENCH, "--device", "cpu", "--json"
+    )
+
+
+def test_doctor_exits_1_for_a_refused_model_and_lists_no_backends_for_it(tmp_path, capsys):
+    tiny.model("qwen3", attention_dropout=0.1).config.save_pretrained(tmp_path / "refused")
+    tiny.model("qwen3").config.save_pretrained(tmp_path / "supported")
+    assert cli.main(["doctor", "--model", str(tmp_path / "refused")]) == 1
+    about_model = capsys.readouterr().out.split("(qwen3): refused")[1]
+    assert "self_attn" not in about_model and "merged_lse" not in about_model
+    assert cli.main(["doctor", "--model", str(tmp_path / "supported")]) == 0
+    assert "self_attn" in capsys.readouterr().out
+
+
+def test_json_holds_what_is_printed(tmp_path, capsys):
+    path = tiny.saved_model(tmp_path, "qwen3")
+    assert cli.main([*PLAN, "--group", "2", "--model", path, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["shared"]["tokens"], planned["row_by_row"]["tokens"]) == (7 + 2 * 4, 2 * 12)
+    assert planned["token_ratio"] == 15 / 24 and planned["responses"] == [4, 4]
+    assert cli.main(["doctor", "--model", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["prefix-grouper-plugins"] == __version__
+    assert {"layers": "all layers", "reason": None} in found["attention"]["cpu"]["backends"]["blockwise"]
+    assert found["model"]["supported"] and found["model"]["layers"][0]["backend"] == "merged_lse"
+
+
+@pytest.mark.parametrize("command", [[], ["doctor"], ["plan"], ["bench"], ["trl"]])
+def test_every_command_tells_the_version(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"prefix-grouper-plugins {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["-u", PLAN], ["-u", ["--help"]], [PLAN]], ids=["plan", "help", "buffered"])
+def test_a_reader_that_stops_early_does_not_break_it(arguments):
+    *unbuffered, command = arguments
+    whole = [sys.executable, *unbuffered, "-m", "prefix_grouper_plugins.cli", *command]
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `head` does once it has its lines
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_bench_times_each_backend_against_row_by_row(tmp_path, capsys):
