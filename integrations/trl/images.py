@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.modeling.images import (
     IMAGE_TENSORS,
     TOKEN_TENSORS,
     ImageRows,
     RowTensors,
+    image_token_id,
     merge_images,
     split_images,
     why_not_pack,
@@ -71,3 +75,113 @@ class RowsOfImages:
         if not self.token_tensors and not any(self.images):
             return None
         return ImageRows(model, *blocks, self.images, self.token_tensors)
+
+
+class DummyImageRow:
+    """A row with one image for micro-batches without any, where several processes train one model.
+
+    DDP waits for the gradient of every parameter, and FSDP and DeepSpeed gather the vision tower's parameters on all
+    processes together, so the tower has to run in each micro-batch of each process. The stock trainer's shuffle spreads
+    rows with images over micro-batches; bringing groups together may leave some micro-batches without them. Those get one
+    more row, made of the image of another row of this process. It is forwarded last and its results are dropped, so
+    neither losses nor gradients change.
+
+    Args:
+        enabled: whether several processes train the model.
+        warn: whether this process says so.
+    """
+
+    def __init__(self, enabled: bool, warn: bool) -> None:
+        self._enabled, self._warn = enabled, warn
+        self._given: dict[str, Any] | None = None
+
+    def choose(self, model: Any, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """Take the row with the fewest image tokens from the generation batch of this process, if it has images."""
+        self._given = None
+        token = image_token_id(model)
+        if not self._enabled or token is None:
+            return
+        rows = [row for batch in micro_batches for row in _rows_with_images(batch, token)]
+        if rows:
+            self._given = min(rows, key=lambda row: len(row["prompt"]))
+
+    def add_to(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
+        """The arguments of the stock method with the row behind the others; None where it is not needed.
+
+        Args:
+            model: the vision-language model.
+            input_ids, attention_mask: ``[B, P + C]``.
+            logits_to_keep: ``C``.
+            given: the other arguments of the stock method that are not None.
+        """
+        width = input_ids.shape[1] - logits_to_keep
+        # With the router loss rows stay where the stock trainer puts them, and one more row would count in it.
+        if self._given is None or given.get("compute_aux_loss") or len(self._given["prompt"]) > width:
+            return None
+        if why_not_share(model, given) is not None:
+            return None
+        images = RowsOfImages(given, len(input_ids))
+        forwarded = attention_mask[:, -logits_to_keep:].any(1).tolist()
+        if any(shown and scored for shown, scored in zip(images.images, forwarded, strict=True)):
+            return None
+        if self._warn:
+            self._warn = False
+            logger.warning(
+                "prefix grouper: a micro-batch has no image, and its process would leave the vision tower out: it gets a "
+                "dummy image, which changes no result. So will others"
+            )
+        return self._append(input_ids, attention_mask, logits_to_keep, images, given)
+
+    def _append(
+        self, ids: Tensor, mask: Tensor, logits_to_keep: int, images: RowsOfImages, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        row: dict[str, Any] = self._given or {}
+
+        def placed(prompt: Tensor, following: Tensor) -> Tensor:
+            """Left-padded prompt and right-padded completion of one token, ``[1, P + C]``."""
+            left = ids.shape[1] - logits_to_keep - len(prompt)
+            return pad(torch.cat([prompt, following]), (left, logits_to_keep - 1))[None].to(ids.device)
+
+        one = torch.ones(1, dtype=torch.long)
+        arguments = {k: v for k, v in given.items() if k not in (*_COUNTS, *TOKEN_TENSORS, *IMAGE_TENSORS)}
+        for name, count in row["counts"].items():
+            arguments[name] = [*images.counts.get(name, [0] * len(ids)), count]
+        for name, kinds in row["kinds"].items():
+            others = images.token_tensors.get(name, torch.zeros_like(ids))
+            own = placed(kinds, 0 * one).to(others.dtype)
+            arguments[name] = torch.cat([others, own[:, : others.shape[1]]])
+        arguments |= merge_images([*images.images, row["images"]])
+        return (
+            torch.cat([ids, placed(row["prompt"], row["following"]).to(ids.dtype)]),
+            torch.cat([mask, placed(torch.ones_like(row["prompt"]), one).to(mask.dtype)]),
+            arguments,
+        )
+
+
+def _rows_with_images(batch: dict[str, Any], token: int) -> list[dict[str, Any]]:
+    """For each row of a micro-batch that TRL buffered and that has its images in the prompt, what a dummy row needs."""
+    prompts, mask = batch["prompt_ids"].cpu(), batch["prompt_mask"].cpu() != 0
+    given = {name: batch[name] for name in (*_COUNTS, *IMAGE_TENSORS, *TOKEN_TENSORS) if batch.get(name) is not None}
+    if "pixel_values" not in given or "num_images" not in given:
+        return []
+    rows = RowsOfImages(given, len(prompts))
+    found = []
+    for i, images in enumerate(rows.images):
+        places = ((prompts[i] == token) & mask[i]).nonzero()[:, 0].tolist()
+        if not images or not places or bool((batch["completion_ids"][i] == token).any()):
+            continue
+        first = places[0] - int(places[0] > 0 and bool(mask[i, places[0] - 1]))  # the token that opens an image, too
+        columns = slice(first, places[-1] + 1)
+        following = batch["completion_ids"][i, :1].cpu()
+        found.append(
+            {
+                "prompt": torch.cat([prompts[i, columns], following]),
+                "following": following,
+                "images": images,
+                "counts": {name: counts[i] for name, counts in rows.counts.items()},
+                "kinds": {name: pad(kinds[i, columns].cpu(), (0, 1)) for name, kinds in rows.token_tensors.items()},
+            }
+        )
+    return found

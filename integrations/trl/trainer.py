@@ -28,7 +28,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
-from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, why_not_share
+from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages, why_not_share
 from prefix_grouper_plugins.integrations.trl.regroup import regroup, rows_mix_freely, window_size
 from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
 from prefix_grouper_plugins.metrics import Counts, SharingMeter, logger
@@ -98,6 +98,7 @@ class PrefixGrouperMixin:
         PrefixGrouperMixin.built += 1
         self._is_main = self.accelerator.is_main_process
         self.sharing = SharingMeter(warn=self._is_main)
+        self._dummy_image_row = DummyImageRow(enabled=self.accelerator.num_processes > 1, warn=self._is_main)
         self._shares = bool(self._option("use_prefix_grouper"))
         self._standing_reason: str | None = None
         self._row_limits: dict[Any, tuple[int, str] | None] = {}  # what enable_prefix_grouper fixed, so it stays
@@ -188,6 +189,7 @@ class PrefixGrouperMixin:
         if not self._shares or self._standing_reason or not self.model.training or self._buffered_inputs is before:
             return inputs
         self._buffered_inputs = regroup(self._buffered_inputs, self._window())
+        self._dummy_image_row.choose(self.model, self._buffered_inputs)
         return self._buffered_inputs[step % self.args.steps_per_generation]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,6 +214,24 @@ class PrefixGrouperMixin:
         Rows are cut into the stock method's chunks, so that every process makes the same number of forwards.
         """
         given = {name: value for name, value in kwargs.items() if value is not None}
+        if model.training and batch_size is None and self._standing_reason is None:  # the passes after regrouping
+            more = self._dummy_image_row.add_to(model, input_ids, attention_mask, logits_to_keep, given)
+            if more is not None:
+                found = self._scores(model, *more[:2], logits_to_keep, None, compute_entropy, more[2])
+                return tuple(None if values is None else values[:-1] for values in found)
+        return self._scores(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, given)
+
+    def _scores(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        compute_entropy: bool,
+        given: dict[str, Any],
+    ) -> tuple[Tensor | None, ...]:
+        """:meth:`_get_per_token_logps_and_entropies` of rows with all their images; ``given`` are its other arguments."""
         waits = (
             self._shares and self._standing_reason is None and self_check_pending(model)
         )  # it was to be sharded first
@@ -229,7 +249,7 @@ class PrefixGrouperMixin:
                 logits_to_keep,
                 batch_size=batch_size,
                 compute_entropy=compute_entropy,
-                **kwargs,
+                **given,
             )
         images, aux_loss = RowsOfImages(given, len(input_ids)), given.get("compute_aux_loss", False)
         size = batch_size or len(input_ids)
