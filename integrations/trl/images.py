@@ -129,8 +129,8 @@ class DummyImageRow:
         if self._warn:
             self._warn = False
             logger.warning(
-                "prefix grouper: a micro-batch has no image, and its process would leave the vision tower out: it gets a "
-                "dummy image, which changes no result. So will others"
+                "prefix grouper: a micro-batch without images would leave out the vision tower on this process, so it gets a "
+                "dummy image, which changes no result (said once)"
             )
         return self._append(input_ids, attention_mask, logits_to_keep, images, given)
 

@@ -28,4 +28,4 @@ def test_two_processes_learn_the_stock_weights(tmp_path, mode):
 def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(tmp_path):
     """DDP would stop: "Expected to have finished reduction in the prior iteration"."""
     errors = run(tmp_path, vision.saved_model(tmp_path / "model", "qwen2_5_vl"), "images")
-    assert errors.count("it gets a dummy image, which changes no result") == 1
+    assert errors.count("so it gets a dummy image, which changes no result") == 1
