@@ -171,6 +171,9 @@ class SharingMeter(SharingCounts):
     Args:
         warn: False where another process does the talking.
 
+    Attributes:
+        recent (`SharingCounts`): since the last :meth:`take`.
+
     Its counts are of all forwards so far; its properties are those of :class:`Counts`, over all passes.
     """
 
@@ -181,7 +184,7 @@ class SharingMeter(SharingCounts):
         )
         self._warn = warn
         self._told: set[str] = set()
-        self._recent = SharingCounts()
+        self.recent = SharingCounts()
 
     @property
     def tokens_forwarded(self) -> int:
@@ -225,11 +228,11 @@ class SharingMeter(SharingCounts):
         """
         self._add(Counts.of_rows(lengths) + Counts(fallbacks=1), during)
         self.fallbacks.count(reason)
-        self._recent.fallbacks[reason] = self._recent.fallbacks.get(reason, 0) + 1
+        self.recent.fallbacks[reason] = self.recent.fallbacks.get(reason, 0) + 1
 
     def take(self) -> SharingCounts:
         """What was counted since the last call of this method."""
-        taken, self._recent = self._recent, SharingCounts()
+        taken, self.recent = self.recent, SharingCounts()
         return taken
 
     def warn_of(self, everywhere: SharingCounts) -> None:
@@ -241,4 +244,4 @@ class SharingMeter(SharingCounts):
 
     def _add(self, counts: Counts, during: str) -> None:
         self.passes[during] += counts
-        self._recent.passes[during] += counts
+        self.recent.passes[during] += counts

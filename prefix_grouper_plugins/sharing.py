@@ -29,7 +29,7 @@ import functools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -60,8 +60,7 @@ class SharingGate:
             types that no test has compared are refused.
         on_unsupported: ``"error"`` raises for a model that cannot be shared exactly, ``"fallback"`` leaves all models to
             the ordinary path.
-        refusal: the error's message, with ``{reasons}`` in the place of the reasons: name the remedy in the caller's own
-            terms.
+        refusal: makes the error's message from the reasons: name the remedy in the caller's own terms.
         is_main: whether this process is the one that talks.
 
     Attributes:
@@ -77,7 +76,7 @@ class SharingGate:
         backend: str = "auto",
         self_check: bool = True,
         on_unsupported: str = "error",
-        refusal: str = "{reasons}",
+        refusal: Callable[[str], str] = str,
         is_main: bool = True,
     ) -> None:
         self.reason: str | None = None
@@ -160,15 +159,16 @@ class SharingGate:
                 _stop_waiting(transformers_model(model))
                 disable_prefix_grouper(model)
         if self._on_unsupported == "error":
-            raise UnsupportedModelError(self._refusal.replace("{reasons}", self.reason))
+            raise UnsupportedModelError(self._refusal(self.reason))
 
     # -------------------------------------------------------------------------------------------------------- say so
 
-    def warn(self, what: str) -> None:
-        """Log ``what`` as a warning, once and on the main process."""
-        if self._is_main and what not in self._said:
-            logger.warning("prefix grouper: %s", what)
-        self._said.add(what)
+    def warn(self, *remarks: str) -> None:
+        """Log ``remarks`` as one warning, each of them once, and on the main process."""
+        new = [remark for remark in dict.fromkeys(remarks) if remark not in self._said]
+        if self._is_main and new:
+            logger.warning("prefix grouper: %s", "; ".join(new))
+        self._said.update(new)
 
     def announce(self, expected: str, limits: Sequence[str] = ()) -> str:
         """Say in one line at INFO, on the main process, that sharing is on.

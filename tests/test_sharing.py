@@ -39,7 +39,7 @@ def dropout_model():
 
 
 def test_all_reasons_stand_in_one_error_in_the_callers_words():
-    gate = SharingGate(refusal="no sharing: {reasons}. Set x=y")
+    gate = SharingGate(refusal=lambda reasons: f"no sharing: {reasons}. Set x=y")
     with pytest.raises(UnsupportedModelError, match=r"no sharing: z is set; attention dropout is 0\.1.* Set x=y$"):
         gate.enable([tiny.model(), dropout_model()], ["z is set"])
 

@@ -11,7 +11,7 @@ from transformers.hf_argparser import string_to_bool
 from trl import GRPOConfig, RLOOConfig
 
 from prefix_grouper_plugins import settings
-from prefix_grouper_plugins.integrations.trl.regroup import rows_mix_freely
+from prefix_grouper_plugins.integrations.trl.losses import why_rows_depend
 from prefix_grouper_plugins.metrics import logger
 
 
@@ -50,10 +50,10 @@ def _rebatch(args: Any) -> None:
     rows, group, accumulation = args.per_device_train_batch_size, args.num_generations, args.gradient_accumulation_steps
     if rows % group == 0:
         return
-    if not rows_mix_freely(args):
+    if (why := why_rows_depend(args)) is not None:
         raise ValueError(
-            "prefix_grouper_rebatch would change the result: with this loss the rows of a micro-batch depend on each "
-            f"other (loss_type={args.loss_type!r}). Set per_device_train_batch_size to a multiple of {group} yourself"
+            f"prefix_grouper_rebatch would change the result: {why}. Set per_device_train_batch_size to a multiple of {group} "
+            "yourself"
         )
     slices = args.steps_per_generation or accumulation
     if args.generation_batch_size is not None:
@@ -62,6 +62,8 @@ def _rebatch(args: Any) -> None:
     factors = [m for m in range(1, common + 1) if common % m == 0]
     whole = [m for m in factors if (rows * m) % group == 0]
     factor = whole[0] if whole else max((m for m in factors if rows * m <= group), default=1)
+    if factor > 1:
+        args.rows_before_rebatching = rows  # the trainer knows whether its loss allows this
     args.per_device_train_batch_size = rows * factor
     args.gradient_accumulation_steps = accumulation // factor
     if args.steps_per_generation is not None:

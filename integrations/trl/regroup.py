@@ -20,21 +20,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 from prefix_grouper_plugins.batch import prompt_group
 from prefix_grouper_plugins.modeling.images import IMAGE_TENSORS, first_alike
 
-# Losses that are a mean over rows, or a sum with a normaliser that is the same for the whole generation batch.
-_ROW_SUM_LOSSES = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
-
 MicroBatch = dict[str, Any]
-
-
-def rows_mix_freely(args: Any) -> bool:
-    """Whether the gradient of an optimizer step does not depend on how its rows are cut into micro-batches.
-
-    False for bnpo (normalised by the tokens of the micro-batch), for quantiles and means of the entropy over the
-    micro-batch, and for losses that are not known here. Router losses are judged by the trainer, which has the model.
-    """
-    bonus = getattr(args, "entropy_coef", 0.0) != 0.0 or getattr(args, "use_adaptive_entropy", False)
-    quantile = getattr(args, "top_entropy_quantile", 1.0) < 1.0
-    return getattr(args, "loss_type", "grpo") in _ROW_SUM_LOSSES and not bonus and not quantile
 
 
 def window_size(args: Any, mode: str, mix_freely: bool) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from prefix_grouper_plugins.integrations.trl.regroup import regroup, rows_mix_freely, window_size
+from prefix_grouper_plugins.integrations.trl.losses import why_rows_depend
+from prefix_grouper_plugins.integrations.trl.regroup import regroup, window_size
 
 
 def generation_batch(rows: int, group: int) -> dict:
@@ -89,4 +90,4 @@ def settings(**changes):
 )
 def test_rows_move_only_where_the_optimizer_step_stays_the_same(changes, mode, window):
     args = settings(**changes)
-    assert window_size(args, mode, rows_mix_freely(args)) == window
+    assert window_size(args, mode, why_rows_depend(args) is None) == window

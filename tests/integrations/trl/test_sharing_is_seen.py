@@ -164,7 +164,7 @@ def test_modules_are_walked_for_that_limit_once_for_each_model(monkeypatch, llam
     with torch.no_grad():
         for _ in range(3):
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
-    assert trainer._reason_not_to_share(other, 8, {}) is None
+    assert trainer._why_not_share(other, 8, {}) is None
     assert trainer.sharing.packed == 3 and len(asked) == 2 and asked[0] is trainer.model and asked[1] is other
 
 
@@ -180,16 +180,24 @@ def test_prompt_learning_adapters_are_refused(llama):
         )
 
 
-def test_a_micro_batch_without_completions_is_left_to_the_stock_method(llama):
+def test_a_micro_batch_without_completions_forwards_one_token_and_counts_no_fallback(llama):
     trainer = make_trainer(llama, shared=True, **GROUPED)
+    forwarded = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     ids = torch.full((4, 6), 7)
     mask = torch.ones_like(ids)
     mask[:2, 3:] = 0
-    logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 3, batch_size=2)[0]
-    assert logps.shape == (4, 3)
-    assert logps.requires_grad
-    assert (logps[2:] != 0).all()
-    assert list(trainer.sharing.fallbacks) == ["every completion of a micro-batch is masked"]
+    logps, entropies = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, 3, batch_size=2, compute_entropy=True
+    )[:2]
+    assert logps.shape == entropies.shape == (4, 3)
+    assert (logps[:2] == 0).all() and (logps[2:] != 0).all() and (entropies[:2] == 0).all()
+    assert forwarded == [1, 2 + 2 * 3] and not trainer.sharing.fallbacks and trainer.sharing.packed == 2
+    logps[:2].sum().backward()
+    gradients = [parameter.grad for parameter in trainer.model.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients), "every parameter is reached"
 
 
 def test_generation_sees_the_models_own_attention(monkeypatch, llama):

@@ -1,0 +1,157 @@
+"""One chunk of TRL's rows as one packed row: forwarded, scored, and brought back to rows.
+
+What differs between TRL releases is taken from the installed one by inspection: since 1.15 the model carries a fused head
+that scores pre-shifted labels, before that the logits of the completion positions are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trl.trainer.utils as trl_utils
+from torch import Tensor
+
+from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
+from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
+from prefix_grouper_plugins.metrics import Counts
+from prefix_grouper_plugins.modeling import numbers_padded_columns, packed_inputs
+from prefix_grouper_plugins.modeling.images import ImageRows
+
+_HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
+
+Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probs [B, C], entropies [B, C], router loss []
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor]  # ids and mask of the prompts [B, P], of the completions [B, C]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the stock method is given to score. Slicing selects rows.
+
+    Attributes:
+        input_ids, attention_mask: ``[B, P + C]``, prompts padded on the left and completions on the right.
+        num_scored: ``C``, called ``logits_to_keep`` in TRL.
+        images: the images and token kinds of each row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    num_scored: int
+    images: RowsOfImages
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(self.input_ids[rows], self.attention_mask[rows], self.num_scored, self.images[rows])
+
+    def chunks(self, size: int | None) -> Iterator[Rows]:
+        """The stock method's chunks, so that every process makes the same number of forwards."""
+        size = size or len(self)
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    @property
+    def blocks(self) -> Blocks:
+        ids, mask, scored = self.input_ids, self.attention_mask, self.num_scored
+        return ids[:, :-scored], mask[:, :-scored], ids[:, -scored:], mask[:, -scored:]
+
+    @property
+    def has_completions(self) -> bool:
+        return bool(self.blocks[3].any())
+
+
+class PackedForward:
+    """Runs rows through the model as one packed row.
+
+    Args:
+        trainer: whose accelerator, temperature and head are used.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def score(self, model: Any, rows: Rows, *, entropy: bool, aux_loss: bool) -> tuple[Scores, Counts]:
+        """What the stock method returns for ``rows``, and what was forwarded.
+
+        Args:
+            model: the model, as TRL passes it.
+            rows: one chunk.
+            entropy: also the entropy of each next-token distribution.
+            aux_loss: also the router loss, over all tokens of the rows.
+        """
+        if not rows.has_completions and not aux_loss:
+            return self._nothing_to_score(model, rows, entropy)
+        images = rows.images.image_rows(model, rows.blocks)
+        batch = self._batch(model, rows.blocks, images, forward_last=aux_loss)
+        with capture_router_logits(model, enabled=aux_loss) as router_logits:
+            logps, entropies = self._forward(model, batch, images, entropy)
+        loss = load_balancing_loss(model, router_logits, batch.layout.rows_per_position) if aux_loss else None
+        counts = Counts(
+            tokens_forwarded=batch.layout.num_tokens,
+            row_tokens=batch.num_row_tokens,
+            rows=batch.num_rows,
+            groups=batch.num_groups,
+        )
+        return (batch.scatter(logps), None if entropies is None else batch.scatter(entropies), loss), counts
+
+    def _nothing_to_score(self, model: Any, rows: Rows, entropy: bool) -> tuple[Scores, Counts]:
+        """Zeros, for rows whose completions are all masked, that hang on a forward of one token.
+
+        Sharded and distributed models wait for every process in each layer, forward and backward, and for the gradient of
+        every parameter: so this process runs them too. Rows with images need all of their prompt for that.
+        """
+        number, blocks = _smallest_forward(rows)
+        images = rows[number : number + 1].images.image_rows(model, blocks)
+        batch = self._batch(model, blocks, images, forward_last=False)
+        logps, _ = self._forward(model, batch, images, False)
+        zeros = (logps.sum() * 0).expand(len(rows), rows.num_scored)
+        counts = Counts(tokens_forwarded=batch.layout.num_tokens, row_tokens=int(rows.attention_mask.sum()))
+        return (zeros, zeros.detach() if entropy else None, None), counts
+
+    def _batch(self, model: Any, blocks: Blocks, images: ImageRows | None, *, forward_last: bool) -> GroupedBatch:
+        return GroupedBatch(
+            *blocks,
+            keys=None if images is None else images.keys,
+            padded_positions=numbers_padded_columns(model),  # TRL passes no position_ids
+            forward_last=forward_last,
+        )
+
+    def _forward(
+        self, model: Any, batch: GroupedBatch, images: ImageRows | None, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies ``[N]`` of the completion tokens, by the head that the installed TRL uses."""
+        trainer = self._trainer
+        if images is None:
+            inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+        else:
+            inputs = images.packed_inputs(batch)
+        if hasattr(trainer.accelerator.unwrap_model(model).config.get_text_config(), "output_router_logits"):
+            inputs["output_router_logits"] = False  # else the model's config could ask for a loss over packed tokens
+        if _HAS_FUSED_HEAD:
+            with trainer.accelerator.autocast():
+                output = model(**inputs, shift_labels=batch.labels[None], fused_lm_head=True)
+            entropies = output.entropy[0, batch.positions] if entropy else None
+            return output.log_probs[0, batch.positions], entropies
+        logits = model(**inputs, logits_to_keep=batch.positions).logits[0] / trainer.temperature
+        logps = trl_utils.selective_log_softmax(logits, batch.labels[batch.positions])
+        if not entropy:
+            return logps, None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(trainer, "_entropy_bonus_enabled", False)):
+            return logps, trl_utils.entropy_from_logits(logits)
+
+
+def _smallest_forward(rows: Rows) -> tuple[int, Blocks]:
+    """A row of ``rows``, and blocks of it whose forward uses every part of the model: one token, or a prompt with images."""
+    prompts, prompt_mask, completions, completion_mask = rows.blocks
+    number = next((i for i, images in enumerate(rows.images.images) if images), None)
+    if number is None and not rows.images.token_tensors:
+        token = prompts[:1, -1:]
+        return 0, (token, torch.ones_like(token), token, torch.ones_like(token))
+    number = number or 0
+    row = slice(number, number + 1)
+    first_scored = torch.zeros_like(completion_mask[row])
+    first_scored[:, 0] = 1
+    return number, (prompts[row], prompt_mask[row], completions[row], first_scored)

@@ -1,0 +1,122 @@
+"""What is known of the loss of the trainer that runs.
+
+Rows may change their micro-batch only where the gradient of an optimizer step is a sum over rows, whichever of them stand
+together. That is known of TRL's own losses, by their code. Whatever else computes the loss (a subclass, a mixin, a
+function put on the trainer) may do anything with its micro-batch: its rows stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+import trl
+
+SCORING = "_get_per_token_logps_and_entropies"
+
+# Losses of GRPO that are a mean over rows, or a sum with a normaliser that is the same for the whole generation batch.
+_ROW_SUM_LOSSES = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}
+_GRPO, _RLOO, _GMPO = "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer", "trl.experimental.gmpo.gmpo_trainer"
+# What decides about the loss of a micro-batch: the loss itself, the step around it, its inputs and its parts.
+_PARTS_OF_THE_LOSS = (
+    "compute_loss",
+    "_compute_loss",
+    "training_step",
+    "_prepare_inputs",
+    SCORING,
+    "get_high_entropy_mask",
+    "get_off_policy_mask",
+    "get_gamma_weights",
+)
+_HOMES = {_GRPO, _RLOO, _GMPO, "transformers.trainer"}
+# Code of TRL stands in decorators of its own, of torch and of transformers.
+_ROOTS = tuple(os.path.dirname(package.__file__) + os.sep for package in (trl, torch, transformers))  # type: ignore[type-var]
+
+
+def why_rows_depend(settings: Any) -> str | None:
+    """Why ``loss_type`` and the entropy terms make the loss of a row depend on its micro-batch; None where they do not.
+
+    Args:
+        settings: training arguments, or a trainer, which may have changed them.
+    """
+    loss_type = getattr(settings, "loss_type", "grpo")
+    if not isinstance(loss_type, str) or loss_type not in _ROW_SUM_LOSSES:
+        return f"loss_type={loss_type!r} is not known to be a sum over rows"
+    return _why_entropy_depends(settings)
+
+
+def why_rows_stay(trainer: Any) -> str | None:
+    """Why rows keep the micro-batch that TRL puts them in; None where the loss is known to be a sum over rows.
+
+    ``trainer.loss_is_sum_over_rows`` answers for code that is not TRL's.
+    """
+    if getattr(trainer, "aux_loss_enabled", False):
+        return "the router loss is made of means over a micro-batch"
+    if trainer.loss_is_sum_over_rows:
+        return None
+    for name in _PARTS_OF_THE_LOSS:
+        if (owner := own_code(trainer, name)) is not None:
+            return (
+                f"{owner} is not TRL's own and may compute something from the whole micro-batch; set "
+                "loss_is_sum_over_rows = True on the class if it does not"
+            )
+    home = next(_home(function) for _, function in _definitions(trainer, "_compute_loss"))
+    if home == _RLOO:
+        return None
+    return _why_entropy_depends(trainer) if home == _GMPO else why_rows_depend(trainer)
+
+
+def own_code(trainer: Any, name: str, *, behind: type | None = None) -> str | None:
+    """Who has put code of their own in the place of TRL's method ``name``: "MyTrainer.compute_loss"; None for TRL's.
+
+    Args:
+        trainer: the trainer that runs.
+        name: of a method.
+        behind: look only at the classes that stand behind this one.
+    """
+    for owner, function in _definitions(trainer, name, behind):
+        return None if _home(function) in _HOMES else f"{owner}.{name}"
+    return None
+
+
+def who_stands_in_front(trainer: Any, ours: type, name: str) -> str | None:
+    """The class or object whose method ``name`` runs in the place of that of ``ours``; None where ours runs first."""
+    if name in vars(trainer):
+        return f"{type(trainer).__name__} object"
+    mro = type(trainer).__mro__
+    return next((cls.__name__ for cls in mro[: mro.index(ours)] if name in vars(cls)), None)
+
+
+def _why_entropy_depends(settings: Any) -> str | None:
+    if getattr(settings, "top_entropy_quantile", 1.0) < 1.0:
+        return f"top_entropy_quantile={settings.top_entropy_quantile} is a quantile over a micro-batch"
+    if getattr(settings, "entropy_coef", 0.0) != 0.0 or getattr(settings, "use_adaptive_entropy", False):
+        return "the entropy bonus is a mean over a micro-batch"
+    return None
+
+
+def _definitions(trainer: Any, name: str, behind: type | None = None) -> Iterator[tuple[str, Any]]:
+    """Where ``name`` is defined, what runs first in front: on the object, and in its classes but ours."""
+    if behind is None and name in vars(trainer):
+        yield f"{type(trainer).__name__} object", vars(trainer)[name]
+    mro = type(trainer).__mro__
+    for cls in mro if behind is None else mro[mro.index(behind) + 1 :]:
+        ours = cls.__module__.startswith("prefix_grouper_plugins.")
+        if name in vars(cls) and not ours:
+            yield cls.__name__, vars(cls)[name]
+
+
+def _home(function: Any) -> str | None:
+    """The module that a method was written in, if it and all that decorates it are code of TRL and its libraries."""
+    function = getattr(function, "__func__", function)
+    while True:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_ROOTS):
+            return None
+        inner: Callable[..., Any] | None = getattr(function, "__wrapped__", None)
+        if inner is None:
+            return str(function.__module__)
+        function = inner

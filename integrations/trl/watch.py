@@ -1,0 +1,84 @@
+"""Watches a training run: says that sharing is on, adds the counts of all processes up, and sees whether updates share.
+
+TRL calls a callback on every process at the same points, so the collectives in here line up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front
+from prefix_grouper_plugins.metrics import Counts
+
+
+class SharingWatch(TrainerCallback):
+    """One for each trainer that shares.
+
+    Args:
+        trainer: the trainer.
+        ours: the class that shares its forwards.
+    """
+
+    def __init__(self, trainer: Any, ours: type) -> None:
+        self._trainer, self._ours = trainer, ours
+        self._seen_update = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what will be shared, by the settings that hold now: they may have changed since the trainer was built."""
+        trainer = self._trainer
+        if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+            trainer.gate.warn(
+                f"no parameter of {type(trainer.accelerator.unwrap_model(trainer.model)).__name__} requires a gradient, so "
+                "training changes nothing: load the adapter with is_trainable=True, or unfreeze what should learn"
+            )
+        if trainer.gate.reason is not None:
+            return
+        trainer.check_rebatching()
+        limits = trainer.warn_of_limits()
+        line = trainer.gate.announce(trainer.expected_sharing(), limits)
+        state.log_history.append({"prefix_grouper": line, "epoch": state.epoch or 0.0, "step": state.global_step})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each optimizer step."""
+        trainer = self._trainer
+        if not trainer.sharing.recent.update.forwards:
+            trainer.sharing.count_fallback(trainer.gate.reason or self._why_update_is_not_shared())
+        update = self._log("train")
+        if not self._seen_update and update.packed and update.rows_per_group == 1.0 and not trainer.limits():
+            trainer.gate.warn(
+                "no two rows of a micro-batch had equal prompts in the first update, so nothing was shared there: rows "
+                "share if the token ids of their prompts and their padding are equal"
+            )
+        self._seen_update = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each batch of an evaluation."""
+        self._log("eval")
+
+    def _log(self, mode: str) -> Counts:
+        """Put what all processes have counted into TRL's own metrics, which reach every logger and the progress bar.
+
+        Returns:
+            the counts of the update.
+        """
+        trainer = self._trainer
+        counts = trainer.sharing.take().summed(trainer.accelerator.device)
+        trainer.sharing.warn_of(counts)
+        for name, value in counts.metrics(share=True).items():
+            trainer._metrics[mode][name].append(value)
+        return counts.update
+
+    def _why_update_is_not_shared(self) -> str:
+        """Why an optimizer step has gone past the shared forward."""
+        trainer = self._trainer
+        if (owner := who_stands_in_front(trainer, self._ours, SCORING)) is not None:
+            return (
+                f"{owner} replaces {SCORING} and does not call the shared one: call super().{SCORING}(...), or do not set the "
+                "method on the trainer"
+            )
+        loss = (
+            own_code(trainer, "_compute_loss") or own_code(trainer, "compute_loss") or "something in the training step"
+        )
+        return f"{loss} forwards the model by itself: take log-probs from self.{SCORING}(...), which shares prompts"
