@@ -270,14 +270,21 @@ def test_every_command_tells_the_version(capsys, command):
     assert capsys.readouterr().out == f"prefix-grouper-plugins {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["-u", PLAN], ["-u", ["--help"]], [PLAN]], ids=["plan", "help", "buffered"])
-def test_a_reader_that_stops_early_does_not_break_it(arguments):
-    *unbuffered, command = arguments
+@pytest.mark.parametrize(
+    ("unbuffered", "command", "status"),
+    [
+        (["-u"], PLAN, 141),
+        ([], PLAN, 141),
+        ([], ["--help"], 141),
+        (["-u"], ["--help"], 0),
+    ],  # argparse forgives it itself
+)
+def test_a_reader_that_stops_early_does_not_break_it(unbuffered, command, statuses):
     whole = [sys.executable, *unbuffered, "-m", "prefix_grouper_plugins.cli", *command]
     with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()  # as `head` does once it has its lines
         assert process.stderr.read() == b""
-    assert process.returncode == 141
+    assert process.returncode in statuses
 
 
 def test_bench_times_each_backend_against_row_by_row(tmp_path, capsys):
