@@ -18,6 +18,7 @@ Visibility needs one integer per key: query ``q`` sees key ``k`` iff ``k <= q < 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,10 +62,15 @@ class PrefixLayout:
         num_padding (`int`): tokens at the end that belong to no row, see :meth:`pad_to`.
         blocks (`IntTensor[N, 2]`): first token and end of each block of tokens that see each other in both directions,
             such as an image, in packed order; None for none. Always on the CPU. See `attention.bidirectional.blocks_of`.
+        num_given (`int`): tokens in front, whole segments, that have keys only, see :meth:`given`. All attributes but
+            ``segments``, ``subtree_end`` and ``blocks`` then speak of the other ``num_queries`` tokens.
         blocks_cut_by_window (`bool`): whether a sliding window hides tokens of a query's own block too.
     """
 
     num_padding: int = 0
+    num_given: int = 0
+    _given_of_rows: tuple[int, ...] = ()
+    cache: Any = None  # the `modeling.prompt_cache.PromptCache` that the tokens of this layout fill or read
     blocks: IntTensor | None = None
     blocks_cut_by_window: bool = False
 
@@ -162,8 +168,13 @@ class PrefixLayout:
 
     @property
     def num_tokens(self) -> int:
-        """``T``, the tokens that are forwarded."""
-        return self.position_ids.shape[0]
+        """``T``, the tokens that have keys: those that are forwarded, and given ones."""
+        return self.subtree_end.shape[0]
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens that are forwarded: all but the given ones."""
+        return self.num_tokens - self.num_given
 
     @property
     def num_row_tokens(self) -> int:
@@ -172,17 +183,49 @@ class PrefixLayout:
 
     @property
     def rows_per_position(self) -> LongTensor:
-        """``LongTensor[T]``: how many rows share each packed position."""
-        return torch.bincount(self.row_index, minlength=self.num_tokens)  # type: ignore[return-value]
+        """``LongTensor[num_queries]``: how many rows share each packed position that is forwarded."""
+        return torch.bincount(self.row_index, minlength=self.num_queries)  # type: ignore[return-value]
 
     def to(self, device: torch.device | str) -> PrefixLayout:
         """The same layout with its tensors on ``device`` (``segments`` and ``blocks`` stay on the CPU)."""
         moved = object.__new__(PrefixLayout)
         moved.row_lengths, moved.segments, moved.num_padding = self.row_lengths, self.segments, self.num_padding
         moved.blocks, moved.blocks_cut_by_window = self.blocks, self.blocks_cut_by_window
+        moved.num_given, moved.cache, moved._given_of_rows = self.num_given, self.cache, self._given_of_rows
         for name in ("position_ids", "subtree_end", "source_index", "row_index"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
+
+    def given(self, num_tokens: int) -> PrefixLayout:
+        """The same rows, with the first ``num_tokens`` tokens *given*: their keys and values come from another forward.
+
+        So the parts of a group reuse its prompt: a part is laid out with the prompt in front, as ever, and only what
+        follows is forwarded. :meth:`pack`, :meth:`labels` and ``position_ids`` then have ``num_queries`` entries,
+        :meth:`unpack` takes as many and leaves out each row's given transitions, and queries are a suffix of the keys.
+        The rows that are passed in are whole.
+
+        Args:
+            num_tokens: tokens at the beginning of one path from a root: of a prompt of ``P`` tokens, the first ``P - 1``.
+                A segment that goes on behind them is cut in two.
+
+        Raises:
+            ValueError: the tokens are not the beginning of one path, or none would be left to forward.
+        """
+        if self.num_given:
+            raise ValueError(f"{self.num_given} tokens of this layout are given already: start from the whole layout")
+        if not 0 <= num_tokens < self.num_tokens:
+            raise ValueError(f"num_tokens={num_tokens}: from 0 to {self.num_tokens - 1} of the tokens can be given")
+        part = self.to(self.position_ids.device)
+        part.segments = _cut(self.segments, num_tokens)
+        inside = part.segments[part.segments[:, 0] < num_tokens, 2].tolist()
+        if inside != list(range(-1, len(inside) - 1)):
+            raise ValueError(f"num_tokens={num_tokens} is not the beginning of one row: give the tokens of one prompt")
+        part.num_given = num_tokens
+        part.position_ids, part.source_index = self.position_ids[num_tokens:], self.source_index[num_tokens:]
+        part.row_index = self.row_index[self.row_index >= num_tokens] - num_tokens
+        paths = self.row_index.split([length - 1 for length in self.row_lengths])
+        part._given_of_rows = tuple(int((path < num_tokens).sum()) for path in paths)
+        return part
 
     def pad_to(self, num_tokens: int) -> PrefixLayout:
         """The same rows, and padding behind them so that ``T`` is ``num_tokens``: for fixed shapes and equal pieces.
@@ -223,7 +266,7 @@ class PrefixLayout:
         Raises:
             ValueError: another number of rows, or a row of another length, than the layout was made for.
         """
-        real = self.num_tokens - self.num_padding
+        real = self.num_queries - self.num_padding
         labels = torch.cat(self._checked(rows))[self.source_index[:real] + 1]
         return torch.cat([labels, labels.new_full((self.num_padding,), IGNORE_INDEX)])  # type: ignore[return-value]
 
@@ -233,9 +276,13 @@ class PrefixLayout:
         Raises:
             ValueError: ``values`` has another number of positions than the layout.
         """
-        if values.shape[0] != self.num_tokens:
-            raise ValueError(f"values has {values.shape[0]} positions, the layout has {self.num_tokens}")
-        return list(values[self.row_index].split([length - 1 for length in self.row_lengths]))
+        if values.shape[0] != self.num_queries:
+            raise ValueError(f"values has {values.shape[0]} positions, the layout has {self.num_queries}")
+        return list(values[self.row_index].split([length - 1 - given for length, given in self._row_spans()]))
+
+    def _row_spans(self) -> list[tuple[int, int]]:
+        """Tokens of each row, and how many of its transitions are given."""
+        return list(zip(self.row_lengths, self._given_of_rows or [0] * len(self.row_lengths), strict=True))
 
     def _checked(self, rows: Sequence[Tensor]) -> list[Tensor]:
         lengths = tuple(len(row) for row in rows)
@@ -251,6 +298,19 @@ class PrefixLayout:
             f"PrefixLayout({len(self.row_lengths)} rows of {self.num_row_tokens} tokens in {self.num_tokens} "
             f"packed tokens and {len(self.segments)} segments)"
         )
+
+
+def _cut(segments: Tensor, position: int) -> Tensor:
+    """``segments``, with the one that ``position`` lies inside of cut in two."""
+    inside = ((segments[:, 0] < position) & (position < segments[:, 1])).nonzero()
+    if not len(inside):
+        return segments
+    index = int(inside[0])
+    start, end, parent, subtree_end = segments[index].tolist()
+    halves = segments.new_tensor([[start, position, parent, subtree_end], [position, end, index, subtree_end]])
+    behind = segments[index + 1 :].clone()
+    behind[:, 2] += (behind[:, 2] >= index).to(behind.dtype)
+    return torch.cat([segments[:index], halves, behind])
 
 
 def _check_group(group: int, prompt: int, responses: Sequence[int]) -> None:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_grouper_plugins import PrefixLayout, shared_prefix_attention
+from prefix_grouper_plugins.attention.backends.dense import visibility_mask
+from tests import tiny
 
 small_rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=8).filter(
     lambda rows: max(map(len, rows)) > 1
@@ -268,3 +270,51 @@ def test_padding_to_less_than_there_is_is_refused():
     layout = PrefixLayout.from_groups([4], [[3, 2]])
     with pytest.raises(ValueError, match="num_tokens=7 is smaller than the 8 tokens of the layout"):
         layout.pad_to(7)
+
+
+# ------------------------------------------------------------------------------------------------- tokens that are given
+
+
+@pytest.mark.parametrize("responses", [[3], [4, 2, 1]], ids=["one row, whose segment is cut", "three rows"])
+def test_a_part_of_a_group_forwards_what_follows_its_prompt(responses):
+    rows = tiny.rows({6: responses})
+    whole = PrefixLayout.from_rows(rows, shareable=[6] * len(rows))
+    part = whole.given(5)
+    assert (part.num_given, part.num_queries, part.num_tokens) == (5, whole.num_tokens - 5, whole.num_tokens)
+    assert part.segments[0].tolist() == [0, 5, -1, whole.num_tokens]
+    assert (part.segments[1:, 2] == 0).all()
+    for name in ("pack", "labels"):
+        assert torch.equal(getattr(part, name)(rows), getattr(whole, name)(rows)[5:])
+    assert torch.equal(part.position_ids, whole.position_ids[5:])
+    values = torch.arange(whole.num_tokens)
+    for got, wanted in zip(part.unpack(values[5:]), whole.unpack(values), strict=True):
+        assert torch.equal(got, wanted[5:])
+
+
+def test_cutting_a_segment_changes_no_token_that_a_query_sees():
+    whole = PrefixLayout.from_rows([torch.arange(9), torch.cat([torch.arange(6), torch.tensor([20, 21])])])
+    for count in range(1, 5):
+        assert torch.equal(visibility_mask(whole.given(count).segments), visibility_mask(whole.segments))
+
+
+def test_rows_of_another_prompt_in_the_same_part_are_forwarded_whole():
+    rows = tiny.rows({6: [3, 2], 4: [2, 5]})
+    whole = PrefixLayout.from_rows(rows, shareable=[6, 6, 4, 4])
+    part = whole.given(5)
+    values = torch.arange(whole.num_tokens)
+    lengths = [len(row) for row in part.unpack(values[5:])]
+    assert lengths == [3, 2, 5, 8]
+    assert torch.equal(torch.cat(part.unpack(values[5:])[2:]), torch.cat(whole.unpack(values)[2:]))
+    assert part.to("cpu").unpack(values[5:])[0].tolist() == part.unpack(values[5:])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(9, "not the beginning of one row"), (12, "from 0 to"), (-1, "num_tokens=-1")]
+)
+def test_what_is_not_one_prompt_cannot_be_given(count, message):
+    rows = tiny.rows({6: [3, 5]})  # segments of 5, 3 and 5 tokens: 9 reaches into the second response
+    whole = PrefixLayout.from_rows(rows, shareable=[6, 6])
+    with pytest.raises(ValueError, match=message):
+        whole.given(count if count < 12 else whole.num_tokens)
+    with pytest.raises(ValueError, match="already"):
+        whole.given(5).given(5)
