@@ -8,6 +8,7 @@ their prompts, wherever they stand in the batch: a trainer may shuffle as it lik
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -97,6 +98,21 @@ class GroupedBatch:
         self.input_ids, self.position_ids = layout.pack(tokens).to(device), layout.pack(columns).to(device)
         self.labels, self.positions = labels.to(device), positions.to(device)
         self.rows, self.columns = (index.to(device) for index in scored)
+
+    def behind_prompt(self) -> GroupedBatch:
+        """This batch, of one prompt, with all of the prompt that is shared (``P - 1`` tokens) given: see `PrefixLayout.given`.
+
+        Raises:
+            ValueError: the batch has several prompts.
+        """
+        if self.num_groups != 1:
+            raise ValueError(f"the batch has {self.num_groups} prompts: one part of one group is needed")
+        part, given = copy(self), int(self.positions.min())
+        part.layout = self.layout.given(given)
+        for name in ("input_ids", "position_ids", "labels", "_places"):
+            setattr(part, name, getattr(self, name)[given:])
+        part.positions = self.positions - given
+        return part
 
     def pack(self, values: Tensor) -> Tensor:
         """Values of prompts and completions side by side, ``[B, P + C, ...]``, to packed ``[T, ...]``. Differentiable."""

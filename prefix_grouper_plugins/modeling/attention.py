@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -202,11 +203,18 @@ def _attention(
             "shared-prefix core does not apply"
         )
     _check_packed_call(module, query, layout, base, args, kwargs)
+    packed_key, packed_value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if isinstance(layout, PrefixLayout) and layout.cache is not None:
+        packed_key, packed_value = layout.cache.join(module, packed_key, packed_value, layout)
+    packed_query, num_given = query[0].transpose(0, 1), getattr(layout, "num_given", 0)
+    if num_given:  # queries of given tokens, whose output is thrown away
+        packed_query = torch.cat([packed_query.new_zeros((num_given, *packed_query.shape[1:])), packed_query])
+        layout = layout.with_all_queries()
     attention = sequence_parallel_attention if isinstance(layout, ShardedLayout) else shared_prefix_attention
     output = attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        packed_query,
+        packed_key,
+        packed_value,
         layout,
         scale=kwargs.get("scaling"),
         sliding_window=kwargs.get("sliding_window"),
@@ -214,7 +222,7 @@ def _attention(
         sinks=kwargs.get("s_aux"),
         backend=backend,
     )
-    return output.unsqueeze(0), None
+    return output[num_given:].unsqueeze(0), None
 
 
 def _check_packed_call(
@@ -227,10 +235,11 @@ def _check_packed_call(
 ) -> None:
     """Refuse whatever the core would not reproduce."""
     where = type(module).__name__
-    if query.shape[0] != 1 or query.shape[2] != layout.num_tokens:
+    expected = layout.num_queries if isinstance(layout, PrefixLayout) else layout.num_tokens
+    if query.shape[0] != 1 or query.shape[2] != expected:
         raise ValueError(
             f"{where} got queries for {query.shape[0]} row(s) of {query.shape[2]} tokens with a layout of "
-            f"{layout.num_tokens} tokens: a packed batch is one row, and nothing may be cached, padded or cut on the way"
+            f"{expected} tokens: a packed batch is one row, and nothing may be cached, padded or cut on the way"
         )
     if args:
         raise UnsupportedModelError(f"{where} passes {len(args)} unnamed argument(s) to its attention function")

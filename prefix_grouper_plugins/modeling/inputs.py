@@ -17,7 +17,7 @@ def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor 
 
     Args:
         layout: the layout, on the model's device.
-        input_ids: ``LongTensor[T]``, packed token ids.
+        input_ids: ``LongTensor[T]``, packed token ids, given ones (:meth:`PrefixLayout.given`) left out.
         position_ids: ``LongTensor[T]``, by default the positions in the rows, counted from 0; ``[3, T]`` or ``[4, T]``
             for models with multimodal RoPE.
 
@@ -29,8 +29,8 @@ def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor 
         ("input_ids", input_ids),
         ("position_ids", positions[0] if positions.dim() == 2 else positions),
     ):
-        if value.shape != (layout.num_tokens,):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout needs ({layout.num_tokens},)")
+        if value.shape != (layout.num_queries,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the layout needs ({layout.num_queries},)")
     return {
         "input_ids": input_ids[None],
         "position_ids": positions.unsqueeze(-2),

@@ -1,0 +1,213 @@
+"""A prompt that is forwarded once, and reused by several forwards of its responses.
+
+A group that does not fit into one forward is cut into parts. The prompt runs once, and each part of responses runs forward
+and backward against its keys and values, so that the memory of a part does not depend on the size of the group. This is
+schedule-level reuse of shared prefixes (arXiv 2606.01143), depth-first training of a tree (arXiv 2602.00482)::
+
+    cache = PromptCache()
+    cache.run(model, layout_of_prompt, ids, positions)          # its graph is kept
+    for part in parts:
+        cache.prepare(part.layout, last=part is parts[-1])       # a layout made by PrefixLayout.given()
+        loss(model(**packed_inputs(part.layout, ids))).backward()
+
+What arrives at the prompt's keys and values is added up, part after part, in float32 or better. The last part is connected
+to the prompt's graph and hands the sums on, so the backward of the prompt is a piece of the last part's own backward: one
+gradient synchronisation, one place for a trainer's scaling, and autograd keeps the order.
+
+Keys and values of a part are written behind those of the prompt into one buffer for each layer, so the prompt's are copied
+once, not once for each part. A cache costs, for each layer, the prompt's graph, its keys and values a second time, and
+their gradients from the second part on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.inputs import packed_inputs
+from prefix_grouper_plugins.modeling.mixers.table import foreign_mixers
+from prefix_grouper_plugins.modeling.support.report import transformers_model
+
+
+class _Given:
+    """Keys, or values, of the prompt in one layer.
+
+    Attributes:
+        live (`Tensor[P, H_kv, D]`): what the prompt's forward computed, with its graph.
+        gradient (`Tensor[P, H_kv, D]` or None): what the parts so far have sent back to it.
+    """
+
+    def __init__(self, live: Tensor) -> None:
+        self.live, self.gradient = live, None
+        self._buffer = live.detach()
+
+    def in_front_of(self, new: Tensor) -> Tensor:
+        """``new [N, H_kv, D]`` behind the prompt's: ``[P + N, H_kv, D]``, valid until the next call."""
+        prompt, total = len(self.live), len(self.live) + len(new)
+        if len(self._buffer) < total:
+            grown = new.new_empty((total, *new.shape[1:]))
+            grown[:prompt] = self._buffer[:prompt]
+            self._buffer = grown
+        self._buffer[prompt:total] = new.detach()
+        return self._buffer[:total].detach()
+
+    def add(self, gradient: Tensor) -> None:
+        if self.gradient is None:
+            exact = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+            self.gradient = torch.zeros_like(gradient, dtype=exact)
+        self.gradient += gradient
+
+
+class _Concatenate(torch.autograd.Function):
+    """Keys of a part behind those of its prompt. The prompt's gradient is kept in ``given``, or sent on at the last part."""
+
+    @staticmethod
+    def forward(ctx: Any, live: Tensor | None, new: Tensor, given: _Given, sent: Callable[[], None]) -> Tensor:
+        ctx.given, ctx.is_last, ctx.sent = given, live is not None, sent
+        return given.in_front_of(new)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        given: _Given = ctx.given
+        count = len(given.live)
+        given.add(gradient[:count])
+        if not ctx.is_last:
+            return None, gradient[count:], None, None
+        assert given.gradient is not None
+        total, given.gradient = given.gradient.to(gradient.dtype), None
+        ctx.sent()
+        return total, gradient[count:], None, None
+
+
+class PromptCache:
+    """Keys and values of one prompt in every layer, and the gradients that its responses send back.
+
+    :attr:`is_closed` says whether the last part's backward has reached the prompt; a trainer checks it before it steps.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[nn.Module, tuple[_Given, _Given]] = {}
+        self._num_tokens = 0
+        self._runs = False
+        self._waiting: set[tuple[nn.Module, int]] = set()
+        self._is_last = False
+
+    def run(
+        self, model: nn.Module, layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor | None = None
+    ) -> None:
+        """Forward the prompt through the decoder of ``model``, without its head. Its graph is kept where gradients are on.
+
+        Args:
+            model: as for :func:`why_not_reuse`, which has no objection.
+            layout: one row of ``P`` tokens, of which ``P - 1`` are forwarded.
+            input_ids, position_ids: ``LongTensor[P - 1]``, see :func:`packed_inputs`.
+
+        Raises:
+            UnsupportedModelError: a layer runs twice in one forward, so that its keys would be taken for one another.
+        """
+        layout = layout.to(layout.position_ids.device)
+        layout.cache = self
+        self._num_tokens, self._runs = layout.num_tokens, True
+        try:
+            decoder(model)(**packed_inputs(layout, input_ids, position_ids))
+        finally:
+            self._runs = False
+        if not self._layers:
+            raise UnsupportedModelError(f"no attention layer of {type(model).__name__} has brought keys to the cache")
+        self._waiting = {
+            (module, i)
+            for module, pair in self._layers.items()
+            for i, given in enumerate(pair)
+            if given.live.requires_grad
+        }
+
+    def prepare(self, part: PrefixLayout, *, last: bool) -> None:
+        """Let ``part``, a layout whose given tokens are this prompt, be forwarded against it.
+
+        Args:
+            part: made by :meth:`PrefixLayout.given`.
+            last: whether its backward is the last one, and goes on through the prompt.
+
+        Raises:
+            ValueError: ``part`` does not have as many given tokens as the prompt.
+        """
+        if part.num_given != self._num_tokens:
+            raise ValueError(f"the part has {part.num_given} given tokens and the prompt {self._num_tokens}")
+        part.cache, self._is_last = self, last
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is left to send back: the prompt's backward has run, or it has no graph."""
+        return not self._waiting
+
+    def join(self, module: nn.Module, key: Tensor, value: Tensor, layout: PrefixLayout) -> tuple[Tensor, Tensor]:
+        """Called by the attention of each layer.
+
+        Args:
+            module: the layer's attention.
+            key, value: ``[num_queries, H_kv, D]``, of the prompt or of a part.
+            layout: of the forward that runs.
+
+        Returns:
+            keys and values for all tokens of ``layout``.
+        """
+        if not layout.num_given:
+            self._take(module, key, value)
+            return key, value
+        if module not in self._layers:
+            raise RuntimeError(
+                f"{type(module).__name__} has no keys of the prompt: it did not run in PromptCache.run()"
+            )
+        joined = [self._join(module, i, new) for i, new in enumerate((key, value))]
+        return joined[0], joined[1]
+
+    def _take(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
+        if not self._runs:  # gradient checkpointing runs the layer again: its first keys hold the graph
+            return
+        if module in self._layers:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} runs twice in one forward, so its prompt is not reused"
+            )
+        self._layers[module] = (_Given(key), _Given(value))
+
+    def _join(self, module: nn.Module, index: int, new: Tensor) -> Tensor:
+        given = self._layers[module][index]
+        if not (torch.is_grad_enabled() and new.requires_grad):
+            return given.in_front_of(new)
+        if not given.live.requires_grad:
+            raise RuntimeError(
+                f"{type(module).__name__} has lost the graph of its prompt, whose gradient would be missing: checkpoint "
+                "with use_reentrant=False, and forward the prompt with gradients on"
+            )
+        sent = functools.partial(self._waiting.discard, (module, index))
+        return _Concatenate.apply(given.live if self._is_last else None, new, given, sent)  # type: ignore[no-any-return]
+
+
+def decoder(model: nn.Module) -> Any:
+    """The transformers model inside ``model``, without its language-model head."""
+    return transformers_model(model).base_model
+
+
+def why_not_reuse(model: nn.Module) -> str | None:
+    """Why the prompts of ``model``, which takes packed rows, cannot be reused across forwards; None if they can."""
+    mixers = foreign_mixers(model)
+    if mixers:
+        return f"{type(mixers[0][1]).__name__} mixes tokens past the attention interface and does not start from a given state"
+    if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, model.modules())):
+        return "reentrant gradient checkpointing hides the prompt's graph: set use_reentrant=False"
+    if decoder(model) is transformers_model(model):
+        return f"{type(transformers_model(model)).__name__} has no decoder apart from its head"
+    return None
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if not getattr(module, "gradient_checkpointing", False) or function is None:
+        return False
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))

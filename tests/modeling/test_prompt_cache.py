@@ -1,0 +1,161 @@
+"""The parts of a group, run against a prompt that was forwarded once: outputs and gradients are those of single rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
+from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
+from tests import tiny
+from tests.modeling import families
+
+PROMPT = 9
+ROWS = tiny.rows({PROMPT: [4, 7, 1, 3, 6]})
+WEIGHTS = torch.linspace(-1.0, 1.0, 7, dtype=torch.float64)  # of completion tokens, so that no two count alike
+
+
+def batch_of(rows):
+    completions = pad_sequence([row[PROMPT:] for row in rows], batch_first=True)
+    prompts = torch.stack([row[:PROMPT] for row in rows])
+    return GroupedBatch(prompts, torch.ones_like(prompts), completions, (completions != 0).long())
+
+
+def loss_of(logits, batch):
+    logps = logits[batch.positions].log_softmax(-1).gather(-1, batch.labels[batch.positions][:, None])[:, 0]
+    return (logps * WEIGHTS[batch.columns].to(logps.dtype)).sum()
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def single_rows(model):
+    losses = []
+    for row in ROWS:
+        logits = model(input_ids=row[None], use_cache=False).logits[0, PROMPT - 1 : -1]
+        logps = logits.log_softmax(-1).gather(-1, row[PROMPT:, None])[:, 0]
+        losses.append((logps * WEIGHTS[: len(logps)].to(logps.dtype)).sum())
+        losses[-1].backward()
+    return torch.stack(losses).sum().detach(), gradients(model)
+
+
+def in_parts(model, size):
+    """Each part forward and backward before the next one begins."""
+    prompt = PrefixLayout.from_rows([ROWS[0][:PROMPT]])
+    cache, total = PromptCache(), torch.zeros(())
+    cache.run(model, prompt, ROWS[0][: PROMPT - 1])
+    for start in range(0, len(ROWS), size):
+        part = batch_of(ROWS[start : start + size]).behind_prompt()
+        cache.prepare(part.layout, last=start + size >= len(ROWS))
+        loss = loss_of(model(**packed_inputs(part.layout, part.input_ids, part.position_ids)).logits[0], part)
+        loss.backward()
+        total = total + loss.detach()
+        is_last = start + size >= len(ROWS)
+        assert cache.is_closed or not is_last
+    return total, gradients(model)
+
+
+def assert_parts_equal_rows(model, size, tolerance):
+    expected, wanted = single_rows(model)
+    enable_prefix_grouper(model, self_check=False)
+    assert why_not_reuse(model) is None
+    got, found = in_parts(model, size)
+    assert abs(got - expected) <= tolerance * abs(expected)
+    assert found.keys() == wanted.keys()
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= tolerance * max(float(value.abs().max()), 1e-3 * largest), name
+
+
+def double(model_type, **changes):
+    model = tiny.model(model_type, **changes).double()
+    tiny.compute_norms_in_input_dtype(model)
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("model_type", "changes"), [("qwen3", {}), ("llama", {}), ("mistral", {"sliding_window": 6})])
+def test_gradients_in_float64_equal_those_of_single_rows(model_type, changes, checkpointing, size):
+    model = double(model_type, **changes)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    assert_parts_equal_rows(model, size, 1e-12)
+
+
+# Rotary angles, norms and routers of these compute in float32: softcap, sinks, windows, experts, layers that take the
+# keys and values of another one, latent attention, learned positions.
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss", "qwen3_moe", "deepseek_v3", "gpt2"],
+)
+def test_other_kinds_of_layers_equal_single_rows(model_type):
+    assert_parts_equal_rows(families.build(model_type), 2, 1e-3)
+
+
+def test_layers_in_front_of_the_first_adapter_have_nothing_to_send_back():
+    model = double("qwen3")
+    model.requires_grad_(False)
+    model.model.layers[1].self_attn.q_proj.weight.requires_grad_()
+    model.model.layers[2].self_attn.v_proj.weight.requires_grad_()
+    assert_parts_equal_rows(model, 2, 1e-12)
+
+
+def test_without_gradients_nothing_is_left_open():
+    model = enable_prefix_grouper(double("llama"), self_check=False)
+    whole = batch_of(ROWS)
+    with torch.no_grad():
+        expected = model(**packed_inputs(whole.layout, whole.input_ids)).logits[0][whole.positions]
+        cache = PromptCache()
+        cache.run(model, PrefixLayout.from_rows([ROWS[0][:PROMPT]]), ROWS[0][: PROMPT - 1])
+        part = whole.behind_prompt()
+        cache.prepare(part.layout, last=False)
+        found = model(**packed_inputs(part.layout, part.input_ids)).logits[0][part.positions]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert cache.is_closed
+
+
+def test_reentrant_checkpointing_is_refused_before_and_found_out_after():
+    model = enable_prefix_grouper(double("qwen3"), self_check=False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    assert "use_reentrant=False" in why_not_reuse(model)
+    with pytest.raises(RuntimeError, match="lost the graph of its prompt"):
+        in_parts(model, 2)
+
+
+def test_a_recurrent_model_says_why_it_does_not_reuse_its_prompts():
+    model = families.build("qwen3_next")
+    assert "past the attention interface" in why_not_reuse(model)
+
+
+def test_a_part_of_another_prompt_is_refused():
+    model = enable_prefix_grouper(double("llama"), self_check=False)
+    cache = PromptCache()
+    cache.run(model, PrefixLayout.from_rows([ROWS[0][:5]]), ROWS[0][:4])
+    with pytest.raises(ValueError, match="8 given tokens and the prompt 4"):
+        cache.prepare(batch_of(ROWS[:2]).behind_prompt().layout, last=True)
+    with pytest.raises(RuntimeError, match="did not run in PromptCache.run"):
+        part = batch_of(ROWS[:2]).behind_prompt()
+        part.layout.cache = PromptCache()
+        model(**packed_inputs(part.layout, part.input_ids))
+
+
+def test_a_cache_is_open_until_the_last_part_has_run_backward():
+    model = enable_prefix_grouper(double("llama"), self_check=False)
+    cache = PromptCache()
+    cache.run(model, PrefixLayout.from_rows([ROWS[0][:PROMPT]]), ROWS[0][: PROMPT - 1])
+    for last in (False, True):
+        part = batch_of(ROWS[:2]).behind_prompt()
+        cache.prepare(part.layout, last=last)
+        loss = loss_of(model(**packed_inputs(part.layout, part.input_ids)).logits[0], part)
+        assert not cache.is_closed
+        loss.backward()
+        assert cache.is_closed == last
