@@ -362,9 +362,10 @@ def test_public_names_of_the_pages_exist() -> None:
 
 
 def test_the_list_of_models_is_that_of_the_code() -> None:
-    listed = re.search(r"<!-- types -->(.*)<!-- /types -->", README, re.S)[1]  # type: ignore[index]
+    models = (ROOT / "docs/models.md").read_text()
+    listed = re.search(r"<!-- types -->(.*)<!-- /types -->", models, re.S)[1]  # type: ignore[index]
     assert set(re.findall(r"[\w-]+", listed)) == VERIFIED_MODEL_TYPES
-    multimodal = re.search(r"<!-- multimodal -->(.*)<!-- /multimodal -->", README, re.S)[1]  # type: ignore[index]
+    multimodal = re.search(r"<!-- multimodal -->(.*)<!-- /multimodal -->", models, re.S)[1]  # type: ignore[index]
     assert set(re.findall(r"\w+", multimodal)) == VERIFIED_MULTIMODAL_TYPES
     for page in PAGES:
         for count in re.findall(r"(\d+) (?:model )?types", page.read_text()):
