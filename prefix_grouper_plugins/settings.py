@@ -111,11 +111,12 @@ SHARDING = Setting(
 )
 VERL_REGROUP = Setting(
     "regroup",
-    "exact",
+    "auto",
     "How rows of one prompt are brought together. 'exact' moves rows among the micro-batches and ranks of one optimizer "
-    "step, and only where the loss does not depend on which rows stand together; 'group' also moves them to another "
-    "optimizer step of the same training batch, so that every group is whole; 'none' leaves them where verl put them.",
-    ("exact", "group", "none"),
+    "step, and only where the loss is known not to depend on which rows stand together; 'auto' also brings whole groups "
+    "into one optimizer step, where verl assigns rows to steps by the order of their arrival, their lengths or a shuffle; "
+    "'group' does so whatever the loss; 'none' leaves them where verl put them. A step always has as many rows as verl's.",
+    ("auto", "exact", "group", "none"),
 )
 VERIFY = Setting(
     "verify", False, "Run the first update twice, ordinary and shared, and stop if the gradients differ.", kind=bool

@@ -62,6 +62,7 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
     _WORKERS: {
         "ActorRolloutRefWorker.__init__": ("self", "config", "role", "distillation_config", "kwargs"),
         "TrainingWorker.__init__": ("self", "config"),
+        "TrainingWorker.train_mini_batch": ("self", "data"),
         "maybe_fix_3d_position_ids": ("data",),
         "TrainingWorker._postprocess_output": (
             "self",
@@ -72,9 +73,20 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
             "images_seqlens",
         ),
     },
-    _SEPARATE: {"DetachActorWorker._get_strategy_handlers": ("self",)},
-    _V1: {"PPOTrainer._balance_batch": _BALANCE, "PPOTrainer._update_actor": ("self", "batch", "metrics")},
-    _V0: {"RayPPOTrainer._balance_batch": _BALANCE, "RayPPOTrainer._update_actor": ("self", "batch")},
+    _SEPARATE: {
+        "DetachActorWorker._get_strategy_handlers": ("self",),
+        "DetachActorWorker.restore_model_from_cpu": ("self", "n"),
+    },
+    _V1: {
+        "PPOTrainer._balance_batch": _BALANCE,
+        "PPOTrainer._update_actor": ("self", "batch", "metrics"),
+        "PPOTrainer._update_critic": ("self", "batch", "metrics"),
+    },
+    _V0: {
+        "RayPPOTrainer._balance_batch": _BALANCE,
+        "RayPPOTrainer._update_actor": ("self", "batch"),
+        "RayPPOTrainer._update_critic": ("self", "batch"),
+    },
 }
 
 

@@ -1,78 +1,36 @@
 """Hooks in verl's driver: rows of a group go to one rank, and our metrics keep their names.
 
 verl deals the rows of a training batch out to its data-parallel ranks by length, which scatters every group. After it
-has, :func:`regrouped_order` deals them out again, group by group.
+has, :func:`new_order` deals them out again, group by group. Where verl's own assignment of rows to optimizer steps follows
+from the order in which responses arrive, from their lengths or from a shuffle, it protects nothing, and ``regroup=auto``
+brings whole groups into one step. Every step has as many rows as verl gives it.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from prefix_grouper_plugins.integrations.verl.switch import is_asked_for
+from prefix_grouper_plugins.integrations.verl.losses import why_actor_rows_stay, why_aggregation_keeps_rows
+from prefix_grouper_plugins.integrations.verl.order import forwarded_share, regrouped_order
+from prefix_grouper_plugins.integrations.verl.switch import ASK_WORKERS, is_asked_for
 from prefix_grouper_plugins.metrics import logger
-from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens, rows_by_group
+from prefix_grouper_plugins.micro_batches import RowSize
+from prefix_grouper_plugins.settings import VERL_REGROUP
 
 _PREFIX = "prefix_grouper/"
-
-
-def regrouped_order(sizes: Sequence[RowSize], ranks: int, steps: int, *, across_steps: bool = False) -> list[int]:
-    """An order of the rows in which each group lies on one rank, if the ranks' equal shares allow it.
-
-    Row ``i`` is on rank ``i // (len(sizes) / ranks)``, and rank by rank the rows are cut into one share for each
-    optimizer step. A step sees the same rows before and after; only with ``across_steps`` do groups that were scattered
-    over several steps come together in one.
-
-    Args:
-        sizes: the rows in the present order.
-        ranks: data-parallel ranks.
-        steps: optimizer steps that the batch is cut into.
-        across_steps: see above.
-
-    Returns:
-        indices into ``sizes``: a permutation, which balances packed tokens over the ranks of each step.
-
-    Raises:
-        ValueError: the rows cannot be shared out evenly.
-    """
-    share, rest = divmod(len(sizes), ranks * steps)
-    if rest:
-        raise ValueError(f"{len(sizes)} rows cannot be shared out to {ranks} ranks in {steps} steps evenly")
-    rows = torch.arange(len(sizes)).view(ranks, steps, share).transpose(0, 1).flatten(1)  # [steps, rows of a step]
-    if across_steps:
-        whole = [row for group in rows_by_group(sizes, range(len(sizes))) for row in group]
-        rows = torch.tensor(whole).view(steps, -1)
-    dealt = [_deal(step, sizes, ranks) for step in rows.tolist()]
-    return [row for rank in range(ranks) for step in dealt for row in step[rank]]
-
-
-def _deal(rows: Sequence[int], sizes: Sequence[RowSize], ranks: int) -> list[list[int]]:
-    """Share ``rows`` out to ``ranks`` in equal numbers: heavy groups first, each to the rank with the least load that
-    has room for all of it, and piecemeal where none has."""
-    room = len(rows) // ranks
-    hands: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-
-    def load_of(group: Sequence[int]) -> int:
-        return packed_tokens(sizes[i] for i in group)
-
-    waiting = sorted(rows_by_group(sizes, rows), key=load_of)
-    while waiting:
-        group = waiting.pop()
-        able = [rank for rank in range(ranks) if room - len(hands[rank]) >= len(group)]
-        rank = min(able, key=lambda r: loads[r]) if able else max(range(ranks), key=lambda r: room - len(hands[r]))
-        kept = group[: room - len(hands[rank])]
-        hands[rank] += kept
-        loads[rank] += load_of(kept)
-        if group[len(kept) :]:
-            waiting.append(group[len(kept) :])
-    return hands
+_SAID = "_prefix_grouper_said"  # attribute of a trainer
+_REMEDY = (
+    "; actor_rollout_ref.actor.fsdp_config.prefix_grouper.regroup=group brings every group together, at the price of other "
+    "rows in an optimizer step than without sharing"
+)
 
 
 # ------------------------------------------------------------------------------------------------------- verl's driver
@@ -81,7 +39,7 @@ def _deal(rows: Sequence[int], sizes: Sequence[RowSize], ranks: int) -> list[lis
 def install_v1(module: ModuleType) -> None:
     """Hook into ``verl.trainer.ppo.v1.trainer_base``."""
     trainer = module.PPOTrainer
-    stock_balance, stock_update = trainer._balance_batch, trainer._update_actor
+    stock_balance, stock_update, stock_critic = trainer._balance_batch, trainer._update_actor, trainer._update_critic
 
     @functools.wraps(stock_balance)
     def _balance_batch(
@@ -97,7 +55,8 @@ def install_v1(module: ModuleType) -> None:
             RowSize((uid, tag["prompt_len"]), tag["prompt_len"], tag["seq_len"] - tag["prompt_len"])
             for uid, tag in zip(uids, batch.tags, strict=True)
         ]
-        metrics.update(_regroup(self, sizes, dp_size, batch.reorder, logging_prefix))
+        verls = _runs(self, "_update_actor", _update_actor) and _runs(self, "_update_critic", stock_critic)
+        metrics.update(_regroup(self, sizes, dp_size, batch.reorder, logging_prefix, steps_are_verls=verls))
         return batch
 
     @functools.wraps(stock_update)
@@ -112,7 +71,7 @@ def install_v1(module: ModuleType) -> None:
 def install_v0(module: ModuleType) -> None:
     """Hook into ``verl.trainer.ppo.ray_trainer``."""
     trainer = module.RayPPOTrainer
-    stock_balance, stock_update = trainer._balance_batch, trainer._update_actor
+    stock_balance, stock_update, stock_critic = trainer._balance_batch, trainer._update_actor, trainer._update_critic
 
     @functools.wraps(stock_balance)
     def _balance_batch(
@@ -135,7 +94,13 @@ def install_v0(module: ModuleType) -> None:
             for uid, prompt, response in zip(batch.non_tensor_batch["uid"], prompts, responses, strict=True)
         ]
         dp_size = self._get_dp_size(self.actor_rollout_wg, "actor")
-        metrics.update(_regroup(self, sizes, dp_size, lambda order: batch.reorder(torch.tensor(order)), logging_prefix))
+        verls = _runs(self, "_update_actor", _update_actor) and _runs(self, "_update_critic", stock_critic)
+        facts = {"steps_are_verls": verls, "steps_are_fixed": bool(kwargs.get("keep_minibatch"))}
+
+        def reorder(order: list[int]) -> None:
+            batch.reorder(torch.tensor(order))
+
+        metrics.update(_regroup(self, sizes, dp_size, reorder, logging_prefix, **facts))
 
     @functools.wraps(stock_update)
     def _update_actor(self: Any, batch: Any) -> Any:
@@ -146,42 +111,118 @@ def install_v0(module: ModuleType) -> None:
     trainer._balance_batch, trainer._update_actor = _balance_batch, _update_actor
 
 
+def _runs(trainer: Any, name: str, function: Callable[..., Any]) -> bool:
+    """Whether the method of this trainer is ``function``, which neither a subclass nor a patch has replaced."""
+    return getattr(getattr(trainer, name), "__func__", None) is function
+
+
 def _regroup(
-    trainer: Any, sizes: Sequence[RowSize], ranks: int, reorder: Callable[[list[int]], None], prefix: str
+    trainer: Any, sizes: Sequence[RowSize], ranks: int, reorder: Callable[[list[int]], None], prefix: str, **facts: bool
 ) -> dict[str, int]:
     """Bring the rows of a training batch into their new order, if any; the metrics that this changes."""
-    order = _new_order(trainer, sizes, ranks)
+    order = new_order(trainer, sizes, ranks, **facts)
     if order is None:
         return {}
     reorder(order)
     return _balance(order, sizes, ranks, prefix)
 
 
-def _new_order(trainer: Any, sizes: Sequence[RowSize], ranks: int) -> list[int] | None:
-    """The order of a training batch, None where it stays as verl made it."""
-    config = trainer.config
-    actor = config.actor_rollout_ref.actor
-    regroup = OmegaConf.select(actor, "fsdp_config.prefix_grouper.regroup") or "exact"
-    if regroup == "none":
+def new_order(
+    trainer: Any, sizes: Sequence[RowSize], ranks: int, *, steps_are_verls: bool = True, steps_are_fixed: bool = False
+) -> list[int] | None:
+    """The order of a training batch, None where it stays as verl made it.
+
+    Args:
+        trainer: verl's, or one that derives from it.
+        sizes: rows in verl's order.
+        ranks: data-parallel ranks.
+        steps_are_verls: whether this trainer cuts a batch into optimizer steps by the code of verl's that we know.
+        steps_are_fixed: whether the caller has assigned rows to optimizer steps, instead of verl by the order in which
+            responses arrive or by their lengths.
+    """
+    regroup = OmegaConf.select(trainer.config.actor_rollout_ref.actor, "fsdp_config.prefix_grouper.regroup")
+    regroup = regroup or VERL_REGROUP.default
+    if regroup == "none" or len(sizes) % ranks:
         return None
-    mini_batch, shuffles = actor.ppo_mini_batch_size, actor.shuffle
-    if trainer.use_critic:  # whose optimizer steps keep their rows too
-        mini_batch = math.gcd(mini_batch, config.critic.ppo_mini_batch_size)
-        shuffles = shuffles or config.critic.shuffle
-    steps = max(len(sizes) // (mini_batch * config.actor_rollout_ref.rollout.n), 1)
-    if len(sizes) % (ranks * steps):
-        return None  # verl refuses such a batch, or cuts it in its own way
-    scattered = steps > 1 and regroup == "exact"
-    if scattered and shuffles:
-        _warn_once("verl shuffles the rows of each rank over the optimizer steps, so rows are not moved")
+    if regroup != "group" and (reason := _why_rows_stay(trainer)):
+        _warn_once(f"{reason}, so the rows of a training batch stay in verl's order")
         return None
-    order = regrouped_order(sizes, ranks, steps, across_steps=regroup == "group")
-    if scattered and _splits_groups(order, sizes, ranks, steps):
-        _warn_once(
-            f"verl cuts a training batch into {steps} optimizer steps by length, so rows of one prompt stand in several "
-            "of them and share less"
-        )
+    steps = _optimizer_steps(trainer, len(sizes), ranks) if steps_are_verls else None
+    shuffles = _shuffles(trainer)
+    across = regroup == "group" or (regroup == "auto" and (shuffles or not steps_are_fixed))
+    if not across and steps is None:
+        _warn_once("this trainer makes optimizer steps in its own way, so rows are not moved" + _REMEDY)
+        return None
+    if not across and shuffles and steps != 1:
+        _warn_once("verl shuffles the rows of each rank over the optimizer steps, so rows are not moved" + _REMEDY)
+        return None
+    order = regrouped_order(sizes, ranks, steps or 1, across_steps=across)
+    _say_what_was_decided(trainer, regroup, across, sizes, ranks, steps)
     return order
+
+
+def _optimizer_steps(trainer: Any, rows: int, ranks: int) -> int | None:
+    """Optimizer steps that verl cuts a training batch into, None where it refuses the batch, or cuts it in its own way."""
+    config = trainer.config
+    mini_batch = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if trainer.use_critic:  # whose optimizer steps have rows of their own
+        mini_batch = math.gcd(mini_batch, config.critic.ppo_mini_batch_size)
+    share = mini_batch * config.actor_rollout_ref.rollout.n
+    return rows // share if rows % share == 0 and share % ranks == 0 else None
+
+
+def _shuffles(trainer: Any) -> bool:
+    """Whether a worker shuffles its rows before it cuts them into optimizer steps."""
+    config = trainer.config
+    return bool(config.actor_rollout_ref.actor.shuffle or (trainer.use_critic and config.critic.shuffle))
+
+
+def _why_rows_stay(trainer: Any) -> str | None:
+    """Why the losses of actor or critic allow no other order: by the config, and by what the workers run."""
+    config = trainer.config
+    if reason := why_actor_rows_stay(config.actor_rollout_ref.actor, config.get("distillation")):
+        return reason
+    groups = [trainer.actor_rollout_wg]
+    if trainer.use_critic:
+        groups.append(getattr(trainer, "critic_wg", None))
+        if reason := why_aggregation_keeps_rows(config.critic):
+            return reason
+    asked = (getattr(workers, ASK_WORKERS, None) for workers in groups)
+    return next((reason for ask in asked if ask is not None for reason in ask() if reason), None)
+
+
+def _say_what_was_decided(
+    trainer: Any, regroup: str, across: bool, sizes: Sequence[RowSize], ranks: int, steps: int | None
+) -> None:
+    """One line for each trainer: where rows of a group come together, and what that saves."""
+    if getattr(trainer, _SAID, False):
+        return
+    setattr(trainer, _SAID, True)
+    if steps is None:
+        where = (
+            f"regroup={regroup}: this trainer makes optimizer steps in its own way, so groups lie whole on each rank"
+        )
+        logger.info("prefix grouper: %s", where)
+        return
+    shares = [
+        forwarded_share(regrouped_order(sizes, ranks, steps, across_steps=whole), sizes, ranks, steps)
+        for whole in (True, False)
+    ]
+    update = f"of the tokens of this training batch, the update forwards {shares[not across]:.0%}"
+    if steps == 1:
+        where = f"regroup={regroup}: a training batch is one optimizer step, and all of its groups are whole; {update}"
+    elif across:
+        where = (
+            f"regroup={regroup}: each of the {steps} optimizer steps of a training batch gets whole groups, where verl would "
+            f"assign rows by their lengths and the order of their arrival; {update}, with regroup=exact {shares[1]:.0%}"
+        )
+    else:
+        where = (
+            f"regroup={regroup}: each of the {steps} optimizer steps of a training batch keeps its rows; {update}, with "
+            f"regroup=group {shares[0]:.0%}"
+        )
+    shares_less = not across and shares[0] < shares[1]
+    logger.log(logging.WARNING if shares_less else logging.INFO, "prefix grouper: %s", where)
 
 
 def _balance(order: Sequence[int], sizes: Sequence[RowSize], ranks: int, prefix: str) -> dict[str, int]:
@@ -190,22 +231,9 @@ def _balance(order: Sequence[int], sizes: Sequence[RowSize], ranks: int, prefix:
     return {f"{prefix}/balanced_min": min(tokens), f"{prefix}/balanced_max": max(tokens)}
 
 
-def _splits_groups(order: Sequence[int], sizes: Sequence[RowSize], ranks: int, steps: int) -> bool:
-    """Whether some group's rows stand in several optimizer steps."""
-    share = len(order) // (ranks * steps)
-    step_of: dict[Hashable, set[int]] = {}
-    for place, row in enumerate(order):
-        step_of.setdefault(sizes[row].group, set()).add(place // share % steps)
-    return any(len(found) > 1 for found in step_of.values())
-
-
 @functools.cache
 def _warn_once(what: str) -> None:
-    logger.warning(
-        "prefix grouper: %s; actor_rollout_ref.actor.fsdp_config.prefix_grouper.regroup=group brings every group "
-        "together, at the price of other rows in an optimizer step than without sharing",
-        what,
-    )
+    logger.warning("prefix grouper: %s", what)
 
 
 def _restore_names(metrics: dict[str, Any]) -> None:

@@ -275,13 +275,21 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _may_move_rows(self, loss_function: Callable[..., Any] | None, data: TensorDict) -> bool:
         """Whether rows may go to another micro-batch than verl would put them in."""
-        if self.options.regroup in ("none", "group"):
-            return self.options.regroup == "group"
+        if self.options.regroup == "group":
+            return True
+        if self.options.regroup == "none":
+            return False
         knows_global_batch = tu.get_non_tensor_data(data, "global_batch_size", None) is not None
         reason = why_rows_stay(loss_function, knows_global_batch=knows_global_batch)
         if reason is not None:
             self._warn_once(f"{reason}, so rows stay where verl puts them and share less")
         return reason is None
+
+    def may_change_steps(self, loss_function: Callable[..., Any] | None) -> bool:
+        """Whether rows that verl would shuffle over the optimizer steps may come to others, group by group."""
+        if self.options.regroup == "auto":
+            return why_rows_stay(loss_function) is None
+        return self.options.regroup == "group"
 
     def _warn_once(self, what: str) -> None:
         if self.rank == 0 and what not in self._warned:

@@ -14,7 +14,7 @@ from typing import Any
 
 from verl.trainer.distillation import losses as distillation
 from verl.trainer.ppo import core_algos
-from verl.workers.utils.losses import ppo_loss, sft_loss
+from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 
 # Of verl's policy losses, those that compute a loss for each token of a row and leave the rest to `agg_loss`.
 _TOKEN_WISE = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
@@ -39,6 +39,8 @@ def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str
     if function is sft_loss:
         return None
     config = given.get("config")
+    if function is value_loss and config is not None:
+        return why_aggregation_keeps_rows(config)
     if function not in (ppo_loss, distillation.distillation_ppo_loss) or config is None:
         return (
             f"{getattr(function, '__qualname__', function)} is not a loss of verl's that is known to be a sum over rows"

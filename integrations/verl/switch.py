@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 STRATEGY = "prefix_grouper"  # the name under which verl finds the engine
+ASK_WORKERS = "prefix_grouper_why_rows_stay"  # method of verl's workers, added by `worker.py` and called by the driver
 ENGINE_TARGET = "prefix_grouper_plugins.integrations.verl.PrefixGrouperEngineConfig"
 
 # Hooks that could not be set up. verl swallows the errors of plugins, so they wait here for a run that needs them.

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.integrations.verl.vision import rows as vision
@@ -50,6 +51,7 @@ class Case:
     images: str = ""
     alone: bool = False  # the stock engine gets each row in a micro-batch of its own
     actor: dict[str, Any] = field(default_factory=dict)  # more of the actor's config, by which its loss is computed
+    saves_to_cpu: bool = False  # weights, as trainers with separate rollouts do
     log_prob_rows: int = 0  # of a micro-batch in a log-prob pass, which another update follows
 
     def __str__(self) -> str:
@@ -306,6 +308,37 @@ def scores(engine: Any, batch: Any) -> dict[str, Any]:
     return {name: no_padding_2_padding(values, batch) for name, values in output["model_output"].items()}
 
 
+def saved_and_restored(engine: Any, strategy: str) -> bool:
+    """Whether verl's worker of separate trainers brings the saved weights of ``engine`` back."""
+    import torch
+    from omegaconf import OmegaConf
+    from verl.experimental.separation.engine_workers import DetachActorWorker
+
+    class Worker(DetachActorWorker):
+        def __init__(self) -> None:
+            self.actor, self._strategy_handlers = SimpleNamespace(engine=engine), None
+            sharding = {"fsdp_config": {"prefix_grouper": {"sharding": "fsdp2"}}}
+            self.config = OmegaConf.create({"actor": {"strategy": strategy, **sharding}})
+
+    worker, weights = Worker(), [p.data.to_local() for p in engine.module.parameters()]
+    before = [weight.clone() for weight in weights]
+
+    def save(n: int) -> None:
+        worker.save_model_to_cpu(n)
+        state, spec = worker.cpu_saved_models[n]  # the weights themselves, as the model is on the CPU already
+        worker.cpu_saved_models[n] = {name: (shard.clone(), own) for name, (shard, own) in state.items()}, spec
+
+    save(0)
+    for weight in weights:
+        weight.add_(1)
+    save(1)
+    worker.restore_model_from_cpu(0)
+    same = all(map(torch.equal, weights, before))
+    worker.restore_model_from_cpu(1)
+    worker.clear_cpu_model(1)
+    return same and not any(map(torch.equal, weights, before)) and worker.config.actor.strategy == strategy
+
+
 def is_zero(name: str, gradient: Any) -> bool:
     """Whether there is nothing but rounding: keys without rotary positions that all move alike change no attention."""
     return name.endswith("k_proj.bias") and float(gradient.norm()) < 1e-6
@@ -353,6 +386,10 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         "proved": is_enabled(shared.module) and case.sequence_parallel == 1 and self_check(shared.module).passed,
         "scores": {},
     }
+    if case.saves_to_cpu:
+        result["restored"] = [
+            saved_and_restored(engine, strategy) for engine, strategy in ((stock, "fsdp2"), (shared, "prefix_grouper"))
+        ]
     if case.log_prob_rows:
         scores(shared, make_batch(replace(case, micro_batch_size=case.log_prob_rows), mine, len(rows)))
         _, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)

@@ -120,7 +120,7 @@ def test_a_misspelt_setting_beside_the_flag_is_refused_before_the_run_starts():
     [
         ("backend=fast", "prefix_grouper.backend is 'fast': choose one of auto, merged_lse, triton, flex, blockwise"),
         ("sharding=megatron", "prefix_grouper.sharding is 'megatron': choose one of fsdp2, fsdp"),
-        ("regroup=all", "prefix_grouper.regroup is 'all': choose one of exact, group, none"),
+        ("regroup=all", "prefix_grouper.regroup is 'all': choose one of auto, exact, group, none"),
         ("on_unsupported=ignore", "prefix_grouper.on_unsupported is 'ignore': choose one of error, fallback"),
     ],
 )

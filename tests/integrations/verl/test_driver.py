@@ -1,10 +1,9 @@
-"""The driver keeps groups on one rank, balances what is forwarded, and leaves every optimizer step its rows."""
+"""verl's trainers get whole groups on one rank, in one optimizer step where verl's own assignment protects nothing."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,102 +12,21 @@ pytest.importorskip("verl")
 
 import numpy as np
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from prefix_grouper_plugins.integrations.verl import driver
-from prefix_grouper_plugins.integrations.verl.driver import regrouped_order
-from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens
+from prefix_grouper_plugins.integrations.verl.driver import new_order
+from prefix_grouper_plugins.micro_batches import RowSize
+from tests.integrations.verl.test_order import homes, rows, step_of
 
 
-def rows(groups: int, members: int, seed: int = 0) -> list[RowSize]:
-    """Rows of equal groups, shuffled."""
-    random = np.random.default_rng(seed)
-    prompts = random.integers(5, 400, groups)
-    sizes = [RowSize(g, int(prompts[g]), int(random.integers(1, 90))) for g in range(groups) for _ in range(members)]
-    return [sizes[i] for i in random.permutation(len(sizes))]
-
-
-def step_of(place: int, count: int, ranks: int, steps: int) -> int:
-    """The optimizer step that sees the row at ``place``: verl deals consecutive shares to ranks, and cuts each."""
-    share = count // (ranks * steps)
-    return place // share % steps
-
-
-def homes(order: list[int], sizes: list[RowSize], ranks: int, steps: int = 1) -> dict:
-    """(rank, step) of each group's rows."""
-    found: dict = {}
-    for place, row in enumerate(order):
-        home = (place // (len(order) // ranks), step_of(place, len(order), ranks, steps))
-        found.setdefault(sizes[row].group, set()).add(home)
-    return found
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    ranks=st.sampled_from([1, 2, 4]),
-    steps=st.sampled_from([1, 2, 3]),
-    members=st.sampled_from([2, 4, 8]),
-    seed=st.integers(0, 10**6),
-)
-def test_every_optimizer_step_sees_the_same_rows_as_before(ranks, steps, members, seed):
-    sizes = rows(12, members, seed)
-    order = regrouped_order(sizes, ranks, steps)
-    assert sorted(order) == list(range(len(sizes)))
-    for place, row in enumerate(order):
-        assert step_of(place, len(sizes), ranks, steps) == step_of(row, len(sizes), ranks, steps)
-
-
-@settings(deadline=None, max_examples=60)
-@given(ranks=st.sampled_from([1, 2, 4]), members=st.sampled_from([2, 4, 8]), seed=st.integers(0, 10**6))
-def test_with_one_step_every_group_is_whole_on_one_rank(ranks, members, seed):
-    sizes = rows(12, members, seed)
-    assert all(len(found) == 1 for found in homes(regrouped_order(sizes, ranks, 1), sizes, ranks).values())
-
-
-@settings(deadline=None, max_examples=60)
-@given(steps=st.sampled_from([2, 3]), ranks=st.sampled_from([1, 2]), seed=st.integers(0, 10**6))
-def test_across_steps_every_group_is_whole_in_one_step_and_on_one_rank(steps, ranks, seed):
-    sizes = rows(12, 4, seed)
-    order = regrouped_order(sizes, ranks, steps, across_steps=True)
-    assert sorted(order) == list(range(len(sizes)))
-    assert all(len(found) == 1 for found in homes(order, sizes, ranks, steps).values())
-
-
-def test_rows_of_a_group_lie_side_by_side():
-    sizes = rows(6, 4)
-    order = [sizes[row].group for row in regrouped_order(sizes, 2, 1)]
-    assert len([1 for a, b in pairwise(order) if a != b]) == 5
-
-
-def test_what_is_forwarded_is_balanced_over_the_ranks():
-    sizes = rows(64, 8, seed=3)
-    order = regrouped_order(sizes, 4, 1)
-    loads = [packed_tokens(sizes[i] for i in share) for share in np.array(order).reshape(4, -1)]
-    assert max(loads) < 1.05 * min(loads)
-
-
-def test_uneven_groups_are_split_no_more_than_equal_shares_need():
-    sizes = [RowSize("big", 10, 5)] * 5 + [RowSize("small", 10, 5)] * 3
-    found = homes(regrouped_order(sizes, 2, 1), sizes, 2)
-    assert len(found["big"]) == 2 and len(found["small"]) == 1
-
-
-def test_rows_that_cannot_be_shared_out_evenly_are_refused():
-    with pytest.raises(ValueError, match="10 rows cannot be shared out to 4 ranks in 1 steps evenly"):
-        regrouped_order([RowSize(0, 5, 5)] * 10, 4, 1)
-
-
-# ------------------------------------------------------------------------------------------------------ verl's trainers
-
-
-def config(strategy: str = "prefix_grouper", regroup: str = "exact", mini: int = 4, shuffle: bool = False):
+def config(strategy: str = "prefix_grouper", regroup: str = "exact", mini: int = 4, shuffle: bool = False, **loss):
     actor = {
         "strategy": strategy,
         "ppo_mini_batch_size": mini,
         "shuffle": shuffle,
         "fsdp_config": {"prefix_grouper": {"regroup": regroup}},
+        **loss,
     }
     critic = {"ppo_mini_batch_size": 2, "shuffle": False}
     return OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 4}}, "critic": critic})
@@ -160,12 +78,16 @@ class StockTrainer:
             metrics.update({"actor/prefix_grouper/token_ratio": 0.3, "actor/pg_loss": 1.0})
         return SimpleNamespace(meta_info={"metrics": {"actor/prefix_grouper/token_ratio": 0.3, "actor/pg_loss": 1.0}})
 
+    def _update_critic(self, batch, metrics=None):
+        return batch
 
-def trainer(install, given):
-    hooked = type("Trainer", (StockTrainer,), {})
-    hooked._balance_batch, hooked._update_actor = StockTrainer._balance_batch, StockTrainer._update_actor
+
+def trainer(install, given, **overridden):
+    """verl's trainer with our hooks, or one that derives from it."""
+    methods = {name: vars(StockTrainer)[name] for name in ("_balance_batch", "_update_actor", "_update_critic")}
+    hooked = type("Trainer", (StockTrainer,), methods)
     install(SimpleNamespace(PPOTrainer=hooked, RayPPOTrainer=hooked))
-    return hooked(given)
+    return type("Derived", (hooked,), overridden)(given)
 
 
 @pytest.mark.parametrize("install", [driver.install_v1, driver.install_v0])
@@ -228,3 +150,108 @@ def test_metrics_keep_their_names():
     assert metrics == {"prefix_grouper/token_ratio": 0.3, "actor/pg_loss": 1.0}
     output = trainer(driver.install_v0, config())._update_actor(None)
     assert output.meta_info["metrics"] == {"prefix_grouper/token_ratio": 0.3, "actor/pg_loss": 1.0}
+
+
+def update_in_two_steps(self, batch, metrics=None):
+    """As trainers do that hand `num_mini_batch` to the workers in place of a size."""
+
+
+@pytest.mark.parametrize("name", ["_update_actor", "_update_critic"])
+def test_rows_keep_the_steps_of_a_trainer_that_makes_its_own(name, caplog):
+    """24 rows that it updates in two steps of 12; by `ppo_mini_batch_size` they would be three of eight."""
+    driver._warn_once.cache_clear()
+    batch = Batch(rows(6, 4))
+    before = list(batch.keys)
+    trainer(driver.install_v1, config(mini=2), **{name: update_in_two_steps})._balance_batch(batch, {})
+    assert batch.keys == before
+    assert "this trainer makes optimizer steps in its own way" in caplog.text and "regroup=group" in caplog.text
+
+
+def test_rows_that_verl_would_refuse_to_cut_stay():
+    assert new_order(trainer(driver.install_v1, config(mini=4)), rows(5, 4), 2) is None  # 20 rows, steps of 16
+
+
+def test_groups_of_a_trainer_that_makes_its_own_steps_lie_whole_on_each_rank_where_steps_may_change():
+    sizes = rows(6, 4)
+    batch = Batch(sizes)
+    trainer(driver.install_v1, config(regroup="auto", mini=2), _update_actor=update_in_two_steps)._balance_batch(
+        batch, {}
+    )
+    order = [int(key.split("_")[1]) for key in batch.keys]
+    assert all(len(found) == 1 for found in homes(order, sizes, 2).values())
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("install", [driver.install_v1, driver.install_v0])
+def test_auto_brings_whole_groups_into_one_step_where_verls_steps_are_arbitrary(install, shuffle, caplog):
+    caplog.set_level(logging.INFO, logger="prefix_grouper_plugins")
+    sizes = rows(8, 4)
+    batch = Batch(sizes)
+    hooked = trainer(install, config(regroup="auto", mini=2, shuffle=shuffle))
+    for _ in range(2):
+        hooked._balance_batch(batch, {})
+    if install is driver.install_v1:
+        order = [int(key.split("_")[1]) for key in batch.keys]
+        assert all(len(found) == 1 for found in homes(order, sizes, 2, steps=4).values())
+    assert sum("4 optimizer steps" in record.message for record in caplog.records) == 1
+    assert "gets whole groups" in caplog.text and "with regroup=exact" in caplog.text
+
+
+def test_the_line_at_the_start_has_the_figures_of_both_ways(caplog):
+    caplog.set_level(logging.INFO, logger="prefix_grouper_plugins")
+    groups = [0, 1, 2, 3, 0, 1, 2, 3, 2, 3, 0, 1, 2, 3, 0, 1]  # on two ranks, so that each of four steps has all groups
+    sizes = [RowSize(group, 81, 20) for group in groups]
+    trainer(driver.install_v1, config(regroup="auto", mini=1))._balance_batch(Batch(sizes), {})
+    # 404 tokens of four rows: 4 x 20 of responses, and 80 of a prompt for each rank of each group
+    whole, scattered = (2 * 80 + 4 * 20) / 404, (4 * 80 + 4 * 20) / 404
+    assert f"the update forwards {whole:.0%}, with regroup=exact {scattered:.0%}" in caplog.text
+
+
+def test_auto_keeps_the_steps_that_a_caller_of_verl_asked_to_keep():
+    sizes = rows(8, 4)
+    batch = Batch(sizes)
+    hooked = trainer(driver.install_v0, config(regroup="auto", mini=2))
+    order = new_order(hooked, sizes, 2, steps_are_fixed=True)
+    assert all(step_of(place, 32, 2, 4) == step_of(row, 32, 2, 4) for place, row in enumerate(order))
+    kept = []
+    batch.reorder = lambda order: kept.extend(order.tolist())
+    hooked._balance_batch(batch, {}, keep_minibatch=True)
+    assert kept == order
+
+
+COUPLED = [
+    ({"loss_agg_mode": "seq-mean-token-sum-norm"}, "divides by the longest response"),
+    ({"policy_loss": {"loss_mode": "kl_cov"}}, "the policy loss kl_cov may depend"),
+    ({"policy_loss": {"loss_mode": "clip_cov"}}, "the policy loss clip_cov may depend"),
+]
+
+
+@pytest.mark.parametrize("regroup", ["auto", "exact"])
+@pytest.mark.parametrize(("loss", "reason"), COUPLED)
+def test_rows_stay_in_verls_order_under_losses_that_look_at_micro_batches(loss, reason, regroup, caplog):
+    driver._warn_once.cache_clear()
+    batch = Batch(rows(4, 4))
+    before = list(batch.keys)
+    trainer(driver.install_v1, config(regroup=regroup, **loss))._balance_batch(batch, {})
+    assert batch.keys == before
+    assert reason in caplog.text
+
+
+def test_rows_stay_where_the_loss_of_the_critic_looks_at_micro_batches():
+    given = config()
+    given.critic.loss_agg_mode = "seq-mean-token-sum-norm"
+    hooked = trainer(driver.install_v1, given)
+    assert new_order(hooked, rows(4, 4), 2) is not None
+    hooked.use_critic, hooked.critic_wg = True, SimpleNamespace()
+    assert new_order(hooked, rows(4, 4), 2) is None
+
+
+@pytest.mark.parametrize("worker", ["actor_rollout_wg", "critic_wg"])
+def test_rows_stay_where_a_worker_runs_another_loss_than_the_config_says(worker):
+    hooked = trainer(driver.install_v1, config())
+    hooked.use_critic = True
+    hooked.actor_rollout_wg = SimpleNamespace(prefix_grouper_why_rows_stay=lambda: [None, None])
+    hooked.critic_wg = SimpleNamespace(prefix_grouper_why_rows_stay=lambda: [None, None])
+    assert new_order(hooked, rows(4, 4), 2) is not None
+    setattr(hooked, worker, SimpleNamespace(prefix_grouper_why_rows_stay=lambda: [None, "a loss of the user's"]))
+    assert new_order(hooked, rows(4, 4), 2) is None

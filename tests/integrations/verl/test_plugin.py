@@ -190,11 +190,16 @@ def test_workers_of_separate_trainers_save_by_the_sharding(sharding):
         def _get_strategy_handlers(self):
             return self.config.actor.strategy
 
+        def restore_model_from_cpu(self, n):
+            self.restored_by = self.config.actor.strategy
+
     install_separate(SimpleNamespace(DetachActorWorker=Worker))
     actor = {"strategy": "prefix_grouper", "fsdp_config": {"prefix_grouper": {"sharding": sharding}}}
     worker = Worker()
     worker.config = OmegaConf.create({"actor": actor})
     assert worker._get_strategy_handlers() == sharding
+    worker.restore_model_from_cpu(0)
+    assert worker.restored_by == sharding
     assert worker.config.actor.strategy == "prefix_grouper"
     worker.config.actor.strategy = "megatron"
     assert worker._get_strategy_handlers() == "megatron"
