@@ -33,7 +33,7 @@ _PARTS_OF_THE_LOSS = (
 )
 _HOMES = {_GRPO, _RLOO, _GMPO, "transformers.trainer"}
 # Code of TRL stands in decorators of its own, of torch and of transformers.
-_ROOTS = tuple(os.path.dirname(package.__file__) + os.sep for package in (trl, torch, transformers))  # type: ignore[type-var]
+_ROOTS = tuple(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (trl, torch, transformers))
 
 
 def why_rows_depend(settings: Any) -> str | None:

@@ -10,6 +10,7 @@ what the run does.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ class PrefixGrouperMixin:
         ValueError: on construction or when training begins, ``prefix_grouper_rebatch`` could change the result. When a
             class is made, the mixin stands behind the trainer that it should change.
     """
+
+    # Of the trainer behind.
+    args: Any
+    model: Any
+    ref_model: Any
+    accelerator: Any
+    num_generations: int
+    add_callback: Callable[..., None]
 
     built = 0  # trainers made in this process; the launcher warns when a script made none
     loss_is_sum_over_rows = False
@@ -152,7 +161,13 @@ class PrefixGrouperMixin:
                 f"per_device_train_batch_size={rows} is smaller than num_generations={group}, so {shared}: raise it to "
                 f"{group} and lower gradient_accumulation_steps{by_itself}"
             ]
-        if slices > 1 and self._window() < slices and rows * slices > group:
+        scattered = slices > 1 and self._window() < slices and rows * slices > group
+        if scattered and self._option("prefix_grouper_regroup") == "none":
+            return [
+                f"rows of a prompt stay scattered over the {slices} micro-batches of a generation batch, as "
+                "prefix_grouper_regroup='none' asks for"
+            ]
+        if scattered:
             return [
                 f"rows of a prompt stay scattered over the {slices} micro-batches of a generation batch "
                 f"({self._why_scattered()}): prefix_grouper_regroup='group' moves them all the same"
@@ -160,8 +175,6 @@ class PrefixGrouperMixin:
         return []
 
     def _why_scattered(self) -> str:
-        if self._option("prefix_grouper_regroup") == "none":
-            return "prefix_grouper_regroup='none' leaves TRL's shuffle alone"
         if (why := why_rows_stay(self)) is not None:
             return why
         return (
@@ -201,14 +214,14 @@ class PrefixGrouperMixin:
         """Stock inputs. Old-policy and reference passes run in here, the update does not."""
         self._makes_inputs = True
         try:
-            return super()._prepare_inputs(generation_batch)
+            return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
         finally:
             self._makes_inputs = False
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Stock generation, with the model's own attention names: paged generation derives others from them."""
         with without_prefix_grouper(self.model):
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -248,7 +261,7 @@ class PrefixGrouperMixin:
         if reason is not None:
             if self._shares:
                 self.sharing.count_fallback(reason, attention_mask.sum(1).tolist(), during=self._pass(model))
-            return super()._get_per_token_logps_and_entropies(
+            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                 model,
                 input_ids,
                 attention_mask,
@@ -273,7 +286,7 @@ class PrefixGrouperMixin:
 
     def _return_arity(self) -> int:
         """3 where the stock method takes ``compute_aux_loss`` and returns the router loss (TRL >= 1.7), else 2."""
-        stock = super()._get_per_token_logps_and_entropies
+        stock = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
         return 3 if "compute_aux_loss" in inspect.signature(stock).parameters else 2
 
     def _pass(self, model: Any) -> str:
@@ -300,11 +313,11 @@ class PrefixGrouperMixin:
         return self._row_limits[base]
 
 
-class PrefixGrouperGRPOTrainer(PrefixGrouperMixin, GRPOTrainer):
+class PrefixGrouperGRPOTrainer(PrefixGrouperMixin, GRPOTrainer):  # type: ignore[misc]
     """:class:`trl.GRPOTrainer` that encodes each prompt of a micro-batch once. Takes the same arguments."""
 
 
-class PrefixGrouperRLOOTrainer(PrefixGrouperMixin, RLOOTrainer):
+class PrefixGrouperRLOOTrainer(PrefixGrouperMixin, RLOOTrainer):  # type: ignore[misc]
     """:class:`trl.RLOOTrainer` that encodes each prompt of a micro-batch once. Takes the same arguments."""
 
 

@@ -247,9 +247,10 @@ def test_a_subclass_in_front_may_add_to_the_shared_scores(monkeypatch, qwen):
     """Its rows stay, since it may read the micro-batch; its forwards are shared."""
 
     class Twice:
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            return (logps - logps.detach().mean(), *rest)
+        def _get_per_token_logps_and_entropies(self, model, ids, mask, length, *args, **kwargs):
+            logps, *rest = super()._get_per_token_logps_and_entropies(model, ids, mask, length, *args, **kwargs)
+            real = mask[:, -length:]  # what stands in the padding differs from one TRL to the next
+            return (logps - (logps.detach() * real).sum() / real.sum(), *rest)
 
     stock_class = type("Stock", (Twice, GRPOTrainer), {})
     shared_class = type("Shared", (Twice, PrefixGrouperGRPOTrainer), {})
