@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from trl import GRPOTrainer
 
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer
 from tests.integrations.trl import vision
-from tests.integrations.trl.training import largest_difference, train, use_float64_head
+from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
 
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 
@@ -37,9 +39,54 @@ def images() -> dict[str, Any]:
     }
 
 
+def masking_rank_1(base: type) -> Any:
+    """On rank 1 every completion of the first micro-batch is masked, as when all of them were truncated."""
+
+    class Masking(base):  # type: ignore[misc]
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            output = super()._generate_and_score_completions(inputs)
+            if self.accelerator.process_index == 1:
+                output["completion_mask"][:4] = 0
+            return output
+
+    return Masking
+
+
+def nothing_to_score(path: str) -> None:
+    """Rank 1 forwards one token where rank 0 forwards its rows, and DDP waits for every parameter on both."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
+    settings = {**SETTINGS, "beta": 0.04, "max_steps": 3, "ddp_find_unused_parameters": False}
+    trained = {
+        shared: train(path, shared=shared, trainer_class=masking_rank_1(base), **settings)
+        for shared, base in ((False, GRPOTrainer), (True, PrefixGrouperGRPOTrainer))
+    }
+    (stock, stock_trainer), (shared, trainer) = trained[False], trained[True]
+    assert largest_difference(stock, shared) <= 1e-12
+    assert logged(trainer, "entropy") == pytest.approx(logged(stock_trainer, "entropy"), abs=1e-12)
+    assert logged(trainer, "prefix_grouper/fallbacks") == [0, 0, 0] and trainer.sharing.packed > 0
+
+
+def falls_back_on_rank_1(path: str) -> None:
+    """What one process alone does reaches the log of the run, and is told once."""
+
+    class FallsBack(PrefixGrouperGRPOTrainer):
+        def _why_not_share(self, *args: Any) -> str | None:
+            return "rank 1 cannot" if self.accelerator.process_index == 1 else super()._why_not_share(*args)
+
+    _, trainer = train(path, shared=True, trainer_class=FallsBack, max_steps=2, **SETTINGS)
+    assert logged(trainer, "prefix_grouper/fallbacks") == [0.5, 0.5]
+    assert all(1.3 < mean < 2 for mean in logged(trainer, "prefix_grouper/rows_per_group")), "of both: 4 and 1 rows"
+
+
 def main() -> None:
     path, mode = sys.argv[1], sys.argv[2]
     use_float64_head(pytest.MonkeyPatch())
+    if mode == "one process":
+        nothing_to_score(path)
+        falls_back_on_rank_1(path)
+        print(f"rank {os.environ['RANK']} equal")
+        return
     settings = images() if mode == "images" else text(mode)
     stock, _ = train(path, shared=False, **settings)
     shared, trainer = train(path, shared=True, **settings)

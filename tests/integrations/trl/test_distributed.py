@@ -25,6 +25,13 @@ def test_two_processes_learn_the_stock_weights(tmp_path, mode):
 
 
 @pytest.mark.slow
+def test_what_one_process_does_alone_keeps_the_other_in_step_and_reaches_the_log(tmp_path):
+    errors = run(tmp_path, tiny.saved_model(tmp_path / "model", "qwen3"), "one process")
+    assert errors.count("forwards of another process run without sharing: rank 1 cannot") == 1
+    assert errors.count("prefix grouper is on for") == 2, "one line for each of two trainings, not for each process"
+
+
+@pytest.mark.slow
 def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(tmp_path):
     """DDP would stop: "Expected to have finished reduction in the prior iteration"."""
     errors = run(tmp_path, vision.saved_model(tmp_path / "model", "qwen2_5_vl"), "images")
