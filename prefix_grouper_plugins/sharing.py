@@ -37,18 +37,18 @@ from torch import nn
 
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.metrics import SharingMeter, logger
+from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.attention import disable_prefix_grouper, enable_layers
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.self_check import (
     SelfCheck,
     checked_before,
-    is_sharded,
     on_all_ranks,
     self_check,
     why_not_yet,
 )
-from prefix_grouper_plugins.modeling.support.report import SupportReport, check_support, transformers_model
+from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
 
 
 class SharingGate:
@@ -67,6 +67,7 @@ class SharingGate:
         reason (`str | None`): why nothing is shared; None where forwards are shared.
         meter (`SharingMeter`): all forwards so far, on this process.
         models (`list[nn.Module]`): what :meth:`enable` was given.
+        anatomies (`list[Anatomy]`): the parts of each, as they were then.
         reports (`list[SupportReport]`): of each of them.
     """
 
@@ -82,6 +83,7 @@ class SharingGate:
         self.reason: str | None = None
         self.meter = SharingMeter(warn=is_main)
         self.models: list[nn.Module] = []
+        self.anatomies: list[Anatomy] = []
         self.reports: list[SupportReport] = []
         self._backend, self._self_check = backend, self_check
         self._on_unsupported, self._refusal = on_unsupported, refusal
@@ -103,7 +105,8 @@ class SharingGate:
             ValueError: there is no such backend.
         """
         check_backend_name(self._backend)
-        self.models, self.reports = list(models), [check_support(model) for model in models]
+        self.models, self.anatomies = list(models), [Anatomy(model) for model in models]
+        self.reports = [report_on(anatomy) for anatomy in self.anatomies]
         found = list(reasons)
         for report in self.reports:
             found += report.reasons
@@ -112,18 +115,24 @@ class SharingGate:
         if found:
             self.refuse(found)
             return
-        for model, report in zip(self.models, self.reports, strict=True):
-            enable_layers(model, self._backend)
-            base = transformers_model(model)
-            _stop_waiting(base)
+        for anatomy, report in zip(self.anatomies, self.reports, strict=True):
+            enable_layers(anatomy, self._backend)
+            _stop_waiting(anatomy.base)
             if self._self_check:
-                _wait_for_packed_forward(base, report.unverified)
+                _wait_for_packed_forward(anatomy.base, report.unverified)
 
     def needs_self_check(self, model: nn.Module) -> bool:
         """Whether ``model``, bare or wrapped, has to go through :meth:`self_check` before its next packed forward."""
         return self.reason is None and self_check_pending(model)
 
-    def self_check(self, model: nn.Module, device: torch.device | None = None, *, alone: bool = False) -> None:
+    def self_check(
+        self,
+        model: nn.Module,
+        device: torch.device | None = None,
+        *,
+        alone: bool = False,
+        anatomy: Anatomy | None = None,
+    ) -> None:
         """Compare packed rows of ``model`` with its rows on a few tokens. Where it fails, on any process, it is refused on all.
 
         A collective: every process calls it at the same point, with the outermost module, and under the autocast that
@@ -133,13 +142,14 @@ class SharingGate:
             model: one of :attr:`models`, as it is wrapped by now.
             device: where token ids go and collectives run, by default where the model's embeddings are.
             alone: leave the other processes out. For callers that cannot know what those do.
+            anatomy: the parts of `model`, where the caller knows them already.
 
         Raises:
             UnsupportedModelError: packed rows are not the rows, or nothing could be compared for a model that is refused
                 without, and ``on_unsupported`` is ``"error"``.
         """
-        unverified = _stop_waiting(transformers_model(model))
-        result = self_check(model, device)
+        unverified = _stop_waiting(transformers_model(model) if anatomy is None else anatomy.base)
+        result = self_check(model, device, anatomy=anatomy)
         if not alone:
             result = on_all_ranks(result, device or next(model.parameters()).device)
         if reasons := _why_not_after(result, unverified):
@@ -216,9 +226,10 @@ def enable_prefix_grouper(
     """
     gate = SharingGate(backend=backend, self_check=bool(self_check))
     gate.enable([model])
-    can_run = self_check != "later" and why_not_yet(model) is None and not is_sharded(model)
-    if can_run and gate.needs_self_check(model):
-        gate.self_check(model, alone=True)
+    if self_check is True:
+        (anatomy,) = gate.anatomies
+        if why_not_yet(anatomy) is None and not anatomy.is_sharded:
+            gate.self_check(model, alone=True, anatomy=anatomy)
     return model
 
 
@@ -275,9 +286,9 @@ def _self_check_first(base: Any, args: Any, kwargs: dict[str, Any], unverified: 
     if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
         return
     gate = SharingGate()
-    gate.models = [base]
-    if not is_sharded(base) or checked_before(base) is not None:
-        gate.self_check(base, alone=True)
+    gate.models, anatomy = [base], Anatomy(base)
+    if not anatomy.is_sharded or checked_before(anatomy) is not None:
+        gate.self_check(base, alone=True, anatomy=anatomy)
         return
     # Only some layers may be sharded, and this process cannot know what others do.
     _stop_waiting(base)

@@ -57,6 +57,7 @@ from prefix_grouper_plugins.metrics import (
     logger,
 )
 from prefix_grouper_plugins.modeling import (
+    Anatomy,
     ShardedLayout,
     UnsupportedModelError,
     check_support,
@@ -66,7 +67,6 @@ from prefix_grouper_plugins.modeling import (
     transformers_model,
     without_router_loss,
 )
-from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
 from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, local_gradients
 from prefix_grouper_plugins.sharing import enable_prefix_grouper, reasons_after, run_self_check
 
@@ -168,7 +168,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _own_reasons(self, module: nn.Module) -> list[str]:
         """Why this engine cannot share on a model that can be shared elsewhere."""
         reasons = self._reasons_of_images(module) if self._sees_images(module) else []
-        if self.use_ulysses_sp and foreign_mixers(module):
+        if self.use_ulysses_sp and Anatomy(module).mixers:
             reasons.append(
                 "layers that run on whole rows cannot be shared under Ulysses, which leaves each process a piece of them"
             )

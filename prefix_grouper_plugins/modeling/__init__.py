@@ -1,5 +1,6 @@
 """How a transformers model is made to use a layout, and which models can."""
 
+from prefix_grouper_plugins.modeling.anatomy import Anatomy, row_limit, transformers_model
 from prefix_grouper_plugins.modeling.attention import (
     base_implementation,
     disable_prefix_grouper,
@@ -8,18 +9,17 @@ from prefix_grouper_plugins.modeling.attention import (
 )
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import layout_inputs, packed_inputs, row_positions
-from prefix_grouper_plugins.modeling.rope import row_limit
 from prefix_grouper_plugins.modeling.self_check import SelfCheck, on_all_ranks
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.modeling.support.report import (
     SupportReport,
     check_support,
     numbers_padded_columns,
-    transformers_model,
     without_router_loss,
 )
 
 __all__ = [
+    "Anatomy",
     "SelfCheck",
     "ShardedLayout",
     "SupportReport",

@@ -28,56 +28,51 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout, is_placeholder, layout_of_layer
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.mixers.on_rows import disable_mixers, enable_mixers, has_mixers_enabled
-from prefix_grouper_plugins.modeling.mixers.table import foreign_mixers
-from prefix_grouper_plugins.modeling.rope import modules_with_row_limit, row_limit
+from prefix_grouper_plugins.modeling.rope import RowLimit
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
-from prefix_grouper_plugins.modeling.support.report import (
-    attention_configs,
-    attention_layers,
-    transformers_model,
-)
 
 _NAME = "prefix_grouper"
 
 
-def enable_layers(model: nn.Module, backend: str) -> None:
-    """Let the layers of ``model``, which :func:`check_support` knows, take packed rows. In place and idempotent.
+def enable_layers(anatomy: Anatomy, backend: str) -> None:
+    """Let the layers of a model, which :func:`check_support` knows, take packed rows. In place and idempotent.
 
     Raises:
         ValueError: there is no such backend.
     """
     check_backend_name(backend)
     # Attention with code of its own may compare the name.
-    configs = attention_configs(model) if attention_layers(model) else []
+    configs = anatomy.configs if anatomy.attention_layers else []
     for config in configs:
         config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
-    _unhook(model)
-    base = transformers_model(model)
+    _unhook(anatomy)
+    base = anatomy.base
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
     base.register_forward_pre_hook(
         functools.partial(_check_call, configs=configs, takes_positions=takes_positions), with_kwargs=True
     )
-    for module in modules_with_row_limit(model):
-        limit, kind = row_limit(module)  # type: ignore[misc]
-        check = functools.partial(_check_positions, limit=limit, kind=kind)
+    for module, limits in anatomy.modules_with_row_limit:
+        check = functools.partial(_check_positions, limit=min(limits))
         module.register_forward_pre_hook(check, with_kwargs=True)
-    enable_mixers(model)
+    enable_mixers(anatomy)
 
 
 def disable_prefix_grouper(model: nn.Module) -> nn.Module:
     """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
-    for config in attention_configs(model):
+    anatomy = Anatomy(model)
+    for config in anatomy.configs:
         config._attn_implementation = base_implementation(config._attn_implementation)
-    _unhook(model)
-    disable_mixers(model)
+    _unhook(anatomy)
+    disable_mixers(anatomy)
     return model
 
 
-def _unhook(model: nn.Module) -> None:
-    for module in model.modules():  # not by the handles: those of a copied model belong to the original
+def _unhook(anatomy: Anatomy) -> None:
+    for _, module in anatomy.modules:  # not by the handles: those of a copied model belong to the original
         hooks = module._forward_pre_hooks.items()
         for key in [key for key, hook in hooks if getattr(hook, "func", None) in (_check_call, _check_positions)]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
@@ -107,23 +102,28 @@ def _check_call(
         )
 
 
-def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: int, kind: str) -> None:
+def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: RowLimit) -> None:
     """Forward pre-hook: refuse a packed row in which a row is so long that it would change the angles of the others."""
     if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
         return
     positions = kwargs.get("position_ids")
-    longest = limit if positions is None else int(positions.max()) + 2  # a row's last token is not forwarded
-    if longest >= limit:
+    longest = limit.length if positions is None else int(positions.max()) + 2  # a row's last token is not forwarded
+    if longest >= limit.length:
         raise ValueError(
-            f"a row reaches {longest} tokens, and from {limit} on rope_type {kind!r} turns all rows of a batch by other "
+            f"a row reaches {longest} tokens, and from {limit.length} on rope_type {limit.kind!r} turns all rows of a batch by other "
             "angles: keep rows shorter, or forward these without sharing"
         )
 
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether :func:`~prefix_grouper_plugins.enable_prefix_grouper` is in force on ``model``."""
+    return has_layers_enabled(Anatomy(model))
+
+
+def has_layers_enabled(anatomy: Anatomy) -> bool:
+    """:func:`is_enabled` of a model whose parts are known already."""
     # A model that was built from the config of another one has its names, but not its mixers.
-    return has_mixers_enabled(model) if foreign_mixers(model) else any(map(_is_ours, attention_configs(model)))
+    return has_mixers_enabled(anatomy) if anatomy.mixers else any(map(_is_ours, anatomy.configs))
 
 
 def _is_ours(config: Any) -> bool:
@@ -140,7 +140,7 @@ def without_prefix_grouper(model: nn.Module) -> Iterator[None]:
     base = transformers_model(model)
     with _SWAPPING:
         if base not in _SWAPPED:
-            _SWAPPED[base] = (0, [(config, config._attn_implementation) for config in attention_configs(model)])
+            _SWAPPED[base] = (0, [(config, config._attn_implementation) for config in Anatomy(model).configs])
         count, names = _SWAPPED[base]
         _SWAPPED[base] = (count + 1, names)
         for config, name in names:

@@ -28,9 +28,9 @@ from transformers.models.gemma3 import modeling_gemma3
 from prefix_grouper_plugins.attention.bidirectional import blocks_of
 from prefix_grouper_plugins.batch import GroupedBatch, prompt_group
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.anatomy import transformers_model
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
-from prefix_grouper_plugins.modeling.support.report import transformers_model
 
 # What processors return for images, and for each token.
 IMAGE_TENSORS = (

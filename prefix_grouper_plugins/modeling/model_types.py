@@ -10,9 +10,6 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedModel
-
-from prefix_grouper_plugins.modeling.mixers.table import foreign_mixers, puts_bias_on_padding
 
 # Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
 VERIFIED_MODEL_TYPES = frozenset(
@@ -47,7 +44,7 @@ REFUSED_MODEL_TYPES = {
     "phimoe": "phimoe draws its experts at random while it trains, so that no two forwards agree",
 }
 # Packed rows equal single rows, which is not what these types compute in a batch that is padded on the left.
-_NOT_PADDED_ON_THE_LEFT = {
+NOT_PADDED_ON_THE_LEFT = {
     "llama4_text": "llama4_text cuts its attention into chunks by columns, so padding on the left changes what tokens see",
     **{
         kind: f"{kind} runs its state over padding on the left, so a padded batch computes something else than single rows"
@@ -73,25 +70,6 @@ def reasons_of_type(config: Any) -> list[str]:
     if (needed := _NEEDS_TRANSFORMERS.get(kind)) and Version(transformers.__version__) < Version(needed):
         return [f"{kind} is causal from transformers {needed} on, this is {transformers.__version__}"]
     return _doge_reasons(config) if kind == "doge" else []
-
-
-def padding_reasons(base: PreTrainedModel, kind: str) -> list[str]:
-    """Why a batch of ``base``, of type ``kind``, that is padded on the left computes something else than single rows."""
-    if kind in _NOT_PADDED_ON_THE_LEFT:
-        return [_NOT_PADDED_ON_THE_LEFT[kind]]
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
-        return [
-            f"{kind} numbers positions by its own padding token, which need not be the one that a batch is padded with"
-        ]
-    biased = [type(module).__name__ for _, module in foreign_mixers(base) if puts_bias_on_padding(module)]
-    if biased:
-        return [
-            f"{kind}: {biased[0]} adds a bias to what it mixes, padding on the left included, so a padded batch computes "
-            "something else than single rows"
-        ]
-    if getattr(base.config, "rotary_value", False):
-        return [f"{kind} with `rotary_value=True` turns its values by columns, so padding on the left changes them"]
-    return []
 
 
 def _doge_reasons(config: Any) -> list[str]:

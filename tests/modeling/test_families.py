@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from prefix_grouper_plugins import check_support, disable_prefix_grouper, enable_prefix_grouper, prefix_grouped_logps
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs, row_positions
-from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES
 from tests import tiny
 from tests.modeling import families
@@ -95,7 +95,7 @@ def test_packed_logits_and_gradients_equal_those_of_single_rows(model_type):
     if model_type in families.SINGLE_PRECISION:  # gradients that are zero, as those of key biases, come out as noise
         noise = 1e-3 * max(float(g.abs().max()) for g in expected_gradients.values())
     # Reentrant checkpointing loses what is tagged on tensors; mixers must not need it.
-    modes = (None, False, True) if foreign_mixers(model) else (None, False)
+    modes = (None, False, True) if Anatomy(model).mixers else (None, False)
     for reentrant in modes:
         if reentrant is not None:
             if not model.supports_gradient_checkpointing:

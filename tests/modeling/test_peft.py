@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling.support.report import VERIFIED_ADAPTERS
+from prefix_grouper_plugins.modeling.support.adapters import VERIFIED_ADAPTERS
 from tests import tiny
 from tests.modeling.test_interface import (
     LAYOUT,

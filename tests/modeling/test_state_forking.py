@@ -12,9 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import PrefixLayout, check_support, enable_prefix_grouper
 from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
 from prefix_grouper_plugins.modeling.mixers import state_forking
-from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
 from prefix_grouper_plugins.modeling.mixers.state_forking import Forest, forest_of
 from tests import tiny
 from tests.modeling import families
@@ -190,7 +190,7 @@ def test_forking_under_autocast_equals_whole_rows(model_type):
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2"])
 def test_scan_and_convolution_process_unique_tokens(model_type, monkeypatch):
-    namespace = state_forking._raw_forward(foreign_mixers(built(model_type))[0][1]).__globals__
+    namespace = state_forking._raw_forward(Anatomy(built(model_type)).mixers[0][1]).__globals__
     scan = "torch_chunk_gated_delta_rule" if model_type == "qwen3_next" else "mamba2_chunk_scan"
     scanned = []
 
@@ -204,7 +204,7 @@ def test_scan_and_convolution_process_unique_tokens(model_type, monkeypatch):
 
     monkeypatch.setitem(namespace, scan, spy(namespace[scan]))
     model = built(model_type)  # before 5.23 a mixer keeps the function that it found when it was made
-    layers = len(foreign_mixers(model))
+    layers = len(Anatomy(model).mixers)
 
     rows = tiny.rows({30: [8, 8, 8, 8], 17: [8, 8]})
     layout = PrefixLayout.from_rows(rows)
@@ -219,7 +219,7 @@ def test_scan_and_convolution_process_unique_tokens(model_type, monkeypatch):
 
 def test_the_module_and_its_code_stay_as_they_are():
     model = built("qwen3_next")
-    mixer = foreign_mixers(model)[0][1]
+    mixer = Anatomy(model).mixers[0][1]
     code = state_forking._raw_forward(mixer)
     before, namespace = dict(vars(mixer)), dict(code.__globals__)
     expected = single_rows(model, ROWS)
@@ -244,7 +244,7 @@ def test_lora_around_the_scan_gets_the_gradients_of_single_rows():
 def test_a_kernel_that_drops_the_state_is_not_forked(monkeypatch):
     """transformers hands a kernel only the keywords that it knows, so this would go wrong silently."""
     model = built("qwen3_next")
-    mixer = foreign_mixers(model)[0][1]
+    mixer = Anatomy(model).mixers[0][1]
     code = state_forking._raw_forward(mixer)
     used_globals, _ = state_forking._names(code)
     name = "torch_chunk_gated_delta_rule"
@@ -274,16 +274,16 @@ def test_what_a_kernel_takes_is_looked_up_once_for_each_kernel_and_a_new_one_is_
         raise AssertionError
 
     monkeypatch.setattr(state_forking, "_original", lambda *args: stateless)
-    assert {mixers.how_it_runs(mixer) for _, mixer in foreign_mixers(model)} == {"expand, run, collapse"}
+    assert {mixers.how_it_runs(mixer) for _, mixer in Anatomy(model).mixers} == {"expand, run, collapse"}
 
 
 def test_offloaded_parts_are_not_forked():
     model = built("qwen3_next")
-    for _, mixer in foreign_mixers(model):
+    for _, mixer in Anatomy(model).mixers:
         mixer.conv1d._hf_hook = object()  # as accelerate.hooks.add_hook_to_module does
     (note,) = check_support(model).notes
     assert "offloading" in note
-    for _, mixer in foreign_mixers(model):
+    for _, mixer in Anatomy(model).mixers:
         del mixer.conv1d._hf_hook
 
 
@@ -296,7 +296,7 @@ def test_code_that_cannot_be_taken_apart_runs_on_whole_rows(monkeypatch):
     (note,) = check_support(model).notes
     assert "has no seam" in note
     assert_equal(model, packed(model, ROWS), single_rows(model, ROWS), ROWS)
-    assert len(calls) == len(foreign_mixers(model))
+    assert len(calls) == len(Anatomy(model).mixers)
 
 
 # -------------------------------------------------------------------------------------------- planted faults are noticed

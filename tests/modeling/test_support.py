@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import attention as interface
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.support import report as support
 from tests import tiny
 from tests.modeling import families
@@ -86,10 +86,10 @@ def test_positions_by_the_padding_token_are_refused_where_a_trainer_pads():
 )  # fmt: skip
 def test_models_that_could_go_wrong_are_refused_with_the_reason(model_type, auto, changes, reason):
     model = unbuilt(model_type, auto, **changes)
-    before = [config._attn_implementation for config in interface.attention_configs(model)]
+    before = [config._attn_implementation for config in Anatomy(model).configs]
     with pytest.raises(UnsupportedModelError, match=reason):
         enable_prefix_grouper(model)
-    assert [config._attn_implementation for config in interface.attention_configs(model)] == before
+    assert [config._attn_implementation for config in Anatomy(model).configs] == before
     assert not check_support(model).supported
 
 

@@ -27,10 +27,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.carrier import (
     LAYER_CALL,
     LAYOUT_KWARG,
@@ -42,7 +41,7 @@ from prefix_grouper_plugins.modeling.carrier import (
 )
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.mixers.state_forking import ON_ROWS, forked_forward
-from prefix_grouper_plugins.modeling.mixers.table import Mixer, foreign_mixers, how_it_runs, mixer_of
+from prefix_grouper_plugins.modeling.mixers.table import Mixer, how_it_runs, mixer_of
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.rows import Rows, rows_of
 
@@ -194,24 +193,23 @@ def _variable_keywords(signature: inspect.Signature) -> str | None:
 _SWAPPED: weakref.WeakSet[type] = weakref.WeakSet()
 
 
-def enable_mixers(model: nn.Module) -> None:
-    """Let the foreign mixers under ``model`` take packed rows. In place and idempotent; nothing without such mixers."""
-    mixers = foreign_mixers(model)
-    if not mixers:
+def enable_mixers(anatomy: Anatomy) -> None:
+    """Let the mixers of a model take packed rows. In place and idempotent; nothing happens to a model without mixers."""
+    if not anatomy.mixers:
         return
-    without_mask = any(mixer_of(module).without_mask(module) for _, module in mixers)  # type: ignore[union-attr]
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not isinstance(module.__dict__.get("forward"), ModelForward):
-            module.forward = ModelForward(module, without_mask)  # type: ignore[method-assign,assignment]
-    for layer in layers_with_mixers(model):
+    without_mask = any(mixer_of(module).without_mask(module) for _, module in anatomy.mixers)  # type: ignore[union-attr]
+    for model in anatomy.models:
+        if not isinstance(model.__dict__.get("forward"), ModelForward):
+            model.forward = ModelForward(model, without_mask)  # type: ignore[method-assign,assignment]
+    for layer in anatomy.layers_with_mixers:
         _swap(layer, PackedLayer)
-    for _, mixer in mixers:
-        _swap(mixer, _PackedMixer)
+    for _, module in anatomy.mixers:
+        _swap(module, _PackedMixer)
 
 
-def disable_mixers(model: nn.Module) -> None:
+def disable_mixers(anatomy: Anatomy) -> None:
     """Take back what :func:`enable_mixers` did. In place and idempotent."""
-    for module in model.modules():
+    for _, module in anatomy.modules:
         forward = module.__dict__.get("forward")
         if isinstance(forward, ModelForward):
             del module.forward
@@ -222,21 +220,9 @@ def disable_mixers(model: nn.Module) -> None:
             module.__class__ = type(module)._prefix_grouper_base  # type: ignore[attr-defined]
 
 
-def has_mixers_enabled(model: nn.Module) -> bool:
-    """Whether :func:`enable_mixers` is in force on ``model``."""
-    return any(isinstance(module.__dict__.get("forward"), ModelForward) for module in model.modules())
-
-
-def layers_with_mixers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers around foreign mixers: the nearest module that transformers checkpoints, or the parent."""
-    found: dict[int, nn.Module] = {}
-    modules = dict(model.named_modules())
-    for name, _ in foreign_mixers(model):
-        parts = name.split(".")
-        around = [modules[".".join(parts[:end])] for end in range(len(parts) - 1, 0, -1)]
-        layer = next((m for m in around if isinstance(m, GradientCheckpointingLayer)), around[0])
-        found[id(layer)] = layer
-    return list(found.values())
+def has_mixers_enabled(anatomy: Anatomy) -> bool:
+    """Whether :func:`enable_mixers` is in force."""
+    return any(isinstance(model.__dict__.get("forward"), ModelForward) for model in anatomy.models)
 
 
 def _swap(module: nn.Module, extension: type) -> None:

@@ -206,17 +206,12 @@ if Version(transformers.__version__) < Version("5.23"):  # the class has the sam
 
 
 def mixer_of(module: nn.Module) -> Mixer | None:
-    """What is known about ``module`` as a foreign token mixer; None where it is none."""
+    """What is known about ``module`` as a mixer past the attention interface; None where it is none."""
     for cls in type(module).__mro__:
         parts = cls.__module__.split(".")
         if parts[:2] == ["transformers", "models"]:  # above it may lie a class of FSDP2; below it, another forward
             return _MIXERS.get(f"{parts[2]}.{cls.__name__}")
     return None
-
-
-def foreign_mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules under ``model`` that mix tokens past the attention interface."""
-    return [(name, module) for name, module in model.named_modules() if mixer_of(module) is not None]
 
 
 _SCANS_OR_CONVOLVES = {
@@ -234,17 +229,10 @@ def puts_bias_on_padding(module: nn.Module) -> bool:
 
 def how_it_runs(module: nn.Module) -> str:
     """Of a known mixer: by state forking, or by expand, run, collapse."""
+    return ON_ROWS if why_on_rows(module) is not None else FORKED
+
+
+def why_on_rows(module: nn.Module) -> str | None:
+    """Why a known mixer takes whole rows; None where it forks its state."""
     recipes = mixer_of(module).recipes  # type: ignore[union-attr]
-    return FORKED if recipes and why_not_forked(module, recipes) is None else ON_ROWS
-
-
-def forking_notes(mixers: list[tuple[str, nn.Module]]) -> list[str]:
-    """Why mixers of kinds that can fork their state do not, one line for each reason."""
-    notes: dict[str, None] = {}
-    for _, module in mixers:
-        mixer = mixer_of(module)
-        assert mixer is not None
-        if mixer.recipes and (reason := why_not_forked(module, mixer.recipes)):
-            name = type(module).__name__
-            notes[f"{name} scans a shared prompt once for each row ({ON_ROWS}), not once for all: {reason}"] = None
-    return list(notes)
+    return why_not_forked(module, recipes) if recipes else "its kind has no state to fork"

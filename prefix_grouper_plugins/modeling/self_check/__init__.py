@@ -23,15 +23,15 @@ import weakref
 import torch
 from torch import nn
 
-from prefix_grouper_plugins.modeling.attention import is_enabled
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
+from prefix_grouper_plugins.modeling.attention import has_layers_enabled
 from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
-from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, is_sharded, on_all_ranks, why_not_yet
-from prefix_grouper_plugins.modeling.support.report import attention_configs, transformers_model
+from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, why_not_yet
 
-__all__ = ["SelfCheck", "checked_before", "is_sharded", "on_all_ranks", "self_check", "why_not_yet"]
+__all__ = ["SelfCheck", "checked_before", "on_all_ranks", "self_check", "why_not_yet"]
 
 
-def self_check(model: nn.Module, device: torch.device | None = None) -> SelfCheck:
+def self_check(model: nn.Module, device: torch.device | None = None, *, anatomy: Anatomy | None = None) -> SelfCheck:
     """Compare a tiny packed forward and backward of ``model`` with forwards of the rows. Leaves the model as it was.
 
     No gradient, cache, buffer, random state or mode of a module is changed. A model that was checked before is not
@@ -41,6 +41,7 @@ def self_check(model: nn.Module, device: torch.device | None = None) -> SelfChec
     Args:
         model: has been through :func:`~prefix_grouper_plugins.enable_prefix_grouper`, bare or wrapped.
         device: where token ids go, by default where the input embeddings are (under CPU offload they are elsewhere).
+        anatomy: the parts of ``model``, where the caller knows them already.
 
     Returns:
         the self-check; nothing is raised for a model that fails it.
@@ -48,29 +49,29 @@ def self_check(model: nn.Module, device: torch.device | None = None) -> SelfChec
     Raises:
         ValueError: the model has not been enabled.
     """
-    if not is_enabled(model):
+    anatomy = Anatomy(model) if anatomy is None else anatomy
+    if not has_layers_enabled(anatomy):
         raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
-    base = transformers_model(model)
-    if (known := checked_before(model)) is not None:
+    base = anatomy.base
+    if (known := checked_before(anatomy)) is not None:
         return known
-    if (reason := why_not_yet(model)) is not None:
+    if (reason := why_not_yet(anatomy)) is not None:
         return SelfCheck(type(base).__name__, not_covered=reason)
     with torch.inference_mode(False), torch.enable_grad():
-        result = Comparison(model, base, device).run()
+        result = Comparison(anatomy, device).run()
     if result.passed or result.reason is not None:
-        _CHECKED[base] = (_backends(base), result)
+        _CHECKED[base] = (_backends(anatomy), result)
     return result
 
 
-def checked_before(model: nn.Module) -> SelfCheck | None:
-    """The self-check of ``model`` as it is enabled now, if there was one."""
-    base = transformers_model(model)
-    backends, result = _CHECKED.get(base, ((), None))
-    return result if backends == _backends(base) else None
+def checked_before(anatomy: Anatomy) -> SelfCheck | None:
+    """The self-check of a model as it is enabled now, if there was one."""
+    backends, result = _CHECKED.get(anatomy.base, ((), None))
+    return result if backends == _backends(anatomy) else None
 
 
-def _backends(base: nn.Module) -> tuple[str, ...]:
-    return tuple(str(config._attn_implementation) for config in attention_configs(base))
+def _backends(anatomy: Anatomy) -> tuple[str, ...]:
+    return tuple(str(config._attn_implementation) for config in anatomy.configs)
 
 
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], SelfCheck]] = weakref.WeakKeyDictionary()

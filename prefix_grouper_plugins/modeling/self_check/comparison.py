@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.inputs import packed_inputs, row_positions
-from prefix_grouper_plugins.modeling.rope import row_limit
 from prefix_grouper_plugins.modeling.self_check.isolation import rounding, untouched
-from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, is_sharded
+from prefix_grouper_plugins.modeling.self_check.result import SelfCheck
 from prefix_grouper_plugins.modeling.self_check.rows import tree_of_rows
 from prefix_grouper_plugins.modeling.self_check.tolerances import CHAOS, LEAK, TIMES_NOISE, tolerance
-from prefix_grouper_plugins.modeling.support.report import largest_window, without_router_loss
+from prefix_grouper_plugins.modeling.support.report import without_router_loss
 
 LONGEST_WINDOW = 64  # longer sliding windows are not reached by the rows, so that the self-check stays cheap
 
@@ -33,9 +33,10 @@ class _Run:
 class Comparison:
     """The rows of a model and the two ways to forward them."""
 
-    def __init__(self, model: nn.Module, base: Any, device: torch.device | None) -> None:
-        self.base = base
-        self.sharded = is_sharded(model)
+    def __init__(self, anatomy: Anatomy, device: torch.device | None) -> None:
+        model = anatomy.model
+        self.base = base = anatomy.base
+        self.sharded = anatomy.is_sharded
         # DDP would wait for a backward through all parameters; the model inside of it is whole.
         self.model = model if self.sharded else base
         self.embedding = base.get_input_embeddings()
@@ -43,7 +44,7 @@ class Comparison:
         self.parameter = None if self.sharded else self._trainable()
         self.generator = torch.Generator().manual_seed(0)
         config = base.config.get_text_config(decoder=True)
-        self.window = largest_window(base)
+        self.window = anatomy.largest_window
         reach = self.window if self.window is not None and self.window <= LONGEST_WINDOW else 0
         self.rows = [row.to(self.device) for row in tree_of_rows(self._token_ids(config), reach, self.generator)]
         self.layout = PrefixLayout.from_rows(self.rows).to(self.device)
@@ -55,15 +56,16 @@ class Comparison:
         self.takes_labels = "shift_labels" in takes
         self.probe: Tensor | None = None
         self.dtype = base.dtype
-        self.has_experts = any("expert" in name.lower() for name, _ in base.named_modules())
+        self.has_experts = anatomy.has_experts
+        self.row_limit = anatomy.row_limit
 
     def run(self) -> SelfCheck:
         start = time.perf_counter()
         result = SelfCheck(type(self.base).__name__, not_covered=self._uncovered())
-        limit = row_limit(self.base)
-        if limit is not None and max(len(row) for row in self.rows) >= limit[0]:
+        limit = self.row_limit
+        if limit is not None and max(len(row) for row in self.rows) >= limit.length:
             return replace(
-                result, not_covered=f"its rows are shared below {limit[0]} tokens only (rope_type {limit[1]!r})"
+                result, not_covered=f"its rows are shared below {limit.length} tokens only (rope_type {limit.kind!r})"
             )
         with untouched(self.base, self.device):
             try:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,11 @@ def on_all_ranks(result: SelfCheck, device: torch.device) -> SelfCheck:
     return result
 
 
-def why_not_yet(model: nn.Module) -> str | None:
-    """Why ``model`` cannot be forwarded at this moment."""
-    for parameter in model.parameters():
+def why_not_yet(anatomy: Anatomy) -> str | None:
+    """Why a model cannot be forwarded at this moment."""
+    for parameter in anatomy.parameters:
         if parameter.is_meta:
             return "its weights have not been loaded (they are on the meta device)"
         if hasattr(parameter, "ds_id") and parameter.numel() == 0:
             return "DeepSpeed has partitioned its parameters"
     return None
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters under ``model`` are spread over processes, so that all of them must forward together."""
-    return any(isinstance(p, DTensor) for p in model.parameters()) or any(
-        isinstance(m, FullyShardedDataParallel) for m in model.modules()
-    )

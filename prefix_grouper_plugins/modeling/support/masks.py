@@ -7,39 +7,36 @@ mask alone says, a window that attention is not told or that it reads both ways,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_grouper_plugins.modeling.anatomy import Layer
+
 _SLIDING_MASK = "create_sliding_window_causal_mask"
 _SLIDING_LAYER_TYPES = {"sliding_attention", "hybrid_sliding"}
 
 
-def mask_functions(base: nn.Module) -> set[str]:
-    """Names of the functions by which the models under ``base`` make their masks."""
+def mask_functions(models: Iterable[PreTrainedModel]) -> set[str]:
+    """Names of the functions by which ``models`` make their masks."""
     names: set[str] = set()
-    for module in base.modules():
-        if isinstance(module, PreTrainedModel):
-            for code in _codes_of(module):  # many make only the masks that they need, in lambdas
-                names |= {n for n in code.co_names if n.startswith("create_") and n.endswith(("mask", "masks"))}
+    for model in models:
+        for code in _codes_of(model):  # many make only the masks that they need, in lambdas
+            names |= {n for n in code.co_names if n.startswith("create_") and n.endswith(("mask", "masks"))}
     return names
 
 
-def reads_both_ways(base: nn.Module) -> bool:
+def masks_hide_nothing(models: Iterable[PreTrainedModel]) -> bool:
     """Whether a config says ``is_causal=False``: transformers then makes masks that hide nothing."""
-    return any(
-        getattr(module.config, "is_causal", True) is False
-        for module in base.modules()
-        if isinstance(module, PreTrainedModel)
-    )
+    return any(getattr(model.config, "is_causal", True) is False for model in models)
 
 
-def window_reasons(base: nn.Module, layers: list[tuple[str, nn.Module]]) -> list[str]:
-    """Layers whose mask has another sliding window than their attention function is told."""
-    in_masks = _SLIDING_MASK in mask_functions(base)
+def window_reasons(models: Iterable[PreTrainedModel], layers: Iterable[Layer]) -> list[str]:
+    """Layers of ``models`` whose mask has another sliding window than their attention function is told."""
+    in_masks = _SLIDING_MASK in mask_functions(models)
     reasons: dict[str, None] = {}  # ordered set: the layers of a model mostly share one reason
     for _, module in layers:
         masked, told = _windows(module)

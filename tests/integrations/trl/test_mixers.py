@@ -7,7 +7,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins.modeling import check_support
-from prefix_grouper_plugins.modeling.mixers.on_rows import foreign_mixers
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES
 from tests.integrations.trl.training import make_trainer, use_float64_head
 from tests.modeling import families
@@ -34,7 +34,7 @@ def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytes
     report = check_support(model)
     if refused := report.reasons + report.left_padding_reasons:
         pytest.skip(f"refused with this transformers: {refused}")
-    assert foreign_mixers(model)
+    assert Anatomy(model).mixers
     weights = []
     for shared in (False, True):
         trainer = make_trainer(
@@ -68,8 +68,8 @@ def test_three_steps_give_the_stock_weights(model_type, tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES - NOT_IN_STOCK - set(KINDS)))
-def test_every_type_with_foreign_mixers_gives_the_stock_weights(model_type, tmp_path, monkeypatch):
-    if model_type not in CONFIG_MAPPING or not foreign_mixers(families.build(model_type)):
+def test_every_type_with_mixers_gives_the_stock_weights(model_type, tmp_path, monkeypatch):
+    if model_type not in CONFIG_MAPPING or not Anatomy(families.build(model_type)).mixers:
         pytest.skip("no foreign mixers")
     layers = check_support(families.build(model_type)).layers
     forked = any(layer.backend == "state forking" for layer in layers)
