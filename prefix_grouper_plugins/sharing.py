@@ -38,8 +38,8 @@ from torch import nn
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
-from prefix_grouper_plugins.modeling.attention import disable_prefix_grouper, enable_layers
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
+from prefix_grouper_plugins.modeling.enable import disable_prefix_grouper, enable_layers
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.self_check import (
     SelfCheck,

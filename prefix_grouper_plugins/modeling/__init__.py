@@ -1,8 +1,8 @@
 """How a transformers model is made to use a layout, and which models can."""
 
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, row_limit, transformers_model
-from prefix_grouper_plugins.modeling.attention import (
-    base_implementation,
+from prefix_grouper_plugins.modeling.attention import base_implementation
+from prefix_grouper_plugins.modeling.enable import (
     disable_prefix_grouper,
     is_enabled,
     without_prefix_grouper,

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,139 +23,17 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout, is_placeholder, layout_of_layer
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
-from prefix_grouper_plugins.modeling.mixers.on_rows import disable_mixers, enable_mixers, has_mixers_enabled
-from prefix_grouper_plugins.modeling.rope import RowLimit
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
 
 _NAME = "prefix_grouper"
 
 
-def enable_layers(anatomy: Anatomy, backend: str) -> None:
-    """Let the layers of a model, which :func:`check_support` knows, take packed rows. In place and idempotent.
-
-    Raises:
-        ValueError: there is no such backend.
-    """
-    check_backend_name(backend)
-    # Attention with code of its own may compare the name.
-    configs = anatomy.configs if anatomy.attention_layers else []
-    for config in configs:
-        config._attn_implementation = _register(base_implementation(config._attn_implementation), backend)
-    _unhook(anatomy)
-    base = anatomy.base
-    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
-    base.register_forward_pre_hook(
-        functools.partial(_check_call, configs=configs, takes_positions=takes_positions), with_kwargs=True
-    )
-    for module, limits in anatomy.modules_with_row_limit:
-        check = functools.partial(_check_positions, limit=min(limits))
-        module.register_forward_pre_hook(check, with_kwargs=True)
-    enable_mixers(anatomy)
-
-
-def disable_prefix_grouper(model: nn.Module) -> nn.Module:
-    """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
-    anatomy = Anatomy(model)
-    for config in anatomy.configs:
-        config._attn_implementation = base_implementation(config._attn_implementation)
-    _unhook(anatomy)
-    disable_mixers(anatomy)
-    return model
-
-
-def _unhook(anatomy: Anatomy) -> None:
-    for _, module in anatomy.modules:  # not by the handles: those of a copied model belong to the original
-        hooks = module._forward_pre_hooks.items()
-        for key in [key for key, hook in hooks if getattr(hook, "func", None) in (_check_call, _check_positions)]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-
-
-def _check_call(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], configs: list[Any], takes_positions: bool
-) -> None:
-    """Forward pre-hook: refuse a packed call that a model would read otherwise than its layout says."""
-    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
-        return
-    others = [config._attn_implementation for config in configs if not _is_ours(config)]
-    if others:
-        raise ValueError(
-            f"the attention implementation has become {others[0]!r} since enable_prefix_grouper(model), and would read the "
-            "packed row as one text: call enable_prefix_grouper(model) again"
-        )
-    if takes_positions and kwargs.get("position_ids") is None and len(args) < 3:
-        raise ValueError(
-            "a packed call has no `position_ids`, so that its tokens would be counted through: pass what "
-            "packed_inputs(layout, input_ids) returns"
-        )
-    if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
-        raise ValueError(
-            "the model would shift `labels` along the packed row, from one response to the next: compare its logits with "
-            "layout.labels(rows)"
-        )
-
-
-def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: RowLimit) -> None:
-    """Forward pre-hook: refuse a packed row in which a row is so long that it would change the angles of the others."""
-    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
-        return
-    positions = kwargs.get("position_ids")
-    longest = limit.length if positions is None else int(positions.max()) + 2  # a row's last token is not forwarded
-    if longest >= limit.length:
-        raise ValueError(
-            f"a row reaches {longest} tokens, and from {limit.length} on rope_type {limit.kind!r} turns all rows of a batch by other "
-            "angles: keep rows shorter, or forward these without sharing"
-        )
-
-
-def is_enabled(model: nn.Module) -> bool:
-    """Whether :func:`~prefix_grouper_plugins.enable_prefix_grouper` is in force on ``model``."""
-    return has_layers_enabled(Anatomy(model))
-
-
-def has_layers_enabled(anatomy: Anatomy) -> bool:
-    """:func:`is_enabled` of a model whose parts are known already."""
-    # A model that was built from the config of another one has its names, but not its mixers.
-    return has_mixers_enabled(anatomy) if anatomy.mixers else any(map(_is_ours, anatomy.configs))
-
-
-def _is_ours(config: Any) -> bool:
+def is_ours(config: Any) -> bool:
+    """Whether ``config`` names an implementation that :func:`register` made."""
     return config._attn_implementation.startswith(f"{_NAME}:")
-
-
-@contextmanager
-def without_prefix_grouper(model: nn.Module) -> Iterator[None]:
-    """Restore the model's own implementation names for a while, for code that reads them (paged generation does).
-
-    Threads may be inside together: the last one puts the names back. A packed forward of another thread is refused
-    meanwhile. Never open this around a forward whose backward comes later: checkpointed layers look the name up again.
-    """
-    base = transformers_model(model)
-    with _SWAPPING:
-        if base not in _SWAPPED:
-            _SWAPPED[base] = (0, [(config, config._attn_implementation) for config in Anatomy(model).configs])
-        count, names = _SWAPPED[base]
-        _SWAPPED[base] = (count + 1, names)
-        for config, name in names:
-            config._attn_implementation = base_implementation(name)
-    try:
-        yield
-    finally:
-        with _SWAPPING:
-            count, names = _SWAPPED.pop(base)
-            if count > 1:  # another thread is still inside
-                _SWAPPED[base] = (count - 1, names)
-            else:
-                for config, name in names:
-                    config._attn_implementation = name
-
-
-_SWAPPING = threading.Lock()
-_SWAPPED: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[Any, str]]]] = weakref.WeakKeyDictionary()
 
 
 def base_implementation(name: str) -> str:
@@ -166,7 +41,7 @@ def base_implementation(name: str) -> str:
     return name.split(":", 2)[2] if name.startswith(f"{_NAME}:") else name
 
 
-def _register(base: str, backend: str) -> str:
+def register(base: str, backend: str) -> str:
     """Make the name known to both interfaces of transformers, and return it."""
     name = f"{_NAME}:{backend}:{base}"
     AttentionInterface.register(name, functools.partial(_attention, base=base, backend=backend))

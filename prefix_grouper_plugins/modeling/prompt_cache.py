@@ -29,10 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
-from prefix_grouper_plugins.modeling.mixers.table import foreign_mixers
-from prefix_grouper_plugins.modeling.support.report import transformers_model
 
 
 class _Given:
@@ -196,7 +195,7 @@ def decoder(model: nn.Module) -> Any:
 
 def why_not_reuse(model: nn.Module) -> str | None:
     """Why the prompts of ``model``, which takes packed rows, cannot be reused across forwards; None if they can."""
-    mixers = foreign_mixers(model)
+    mixers = Anatomy(model).mixers
     if mixers:
         return f"{type(mixers[0][1]).__name__} mixes tokens past the attention interface and does not start from a given state"
     if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, model.modules())):

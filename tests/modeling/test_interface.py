@@ -373,7 +373,7 @@ def test_dropout_that_is_switched_on_later_is_refused_in_training_and_harmless_o
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
 def test_a_base_that_is_switched_to_sdpa_later_is_refused(model_type):
     model = enable_prefix_grouper(tiny.model(model_type))
-    model.config._attn_implementation = interface._register("sdpa", "auto")
+    model.config._attn_implementation = interface.register("sdpa", "auto")
     with pytest.raises(UnsupportedModelError, match="which transformers' sdpa ignores"):
         packed(model)
 

@@ -20,23 +20,18 @@ How the layout gets there is in modeling/carrier.py.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.carrier import (
     LAYER_CALL,
     LAYOUT_KWARG,
     MODEL_CALL,
     Layout,
-    ModelForward,
-    PackedLayer,
     open_call,
 )
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
@@ -55,7 +50,7 @@ _OF_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 _MASKS = {"attention_mask", "mask", "conv_mask"}
 
 
-class _PackedMixer:
+class PackedMixer:
     """Mixed into the class of a foreign mixer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +128,7 @@ def _run(module: nn.Module, run: Callable[..., Any], rows: Rows, args: tuple[Any
     mixer = mixer_of(module)
     assert mixer is not None
     bound = inspect.signature(run).bind(*args, **kwargs)
-    keywords = _variable_keywords(bound.signature)
+    keywords = variable_keywords(bound.signature)
     arguments = {**bound.arguments, **bound.arguments.pop(keywords, {})} if keywords else dict(bound.arguments)
     arguments.pop(keywords, None)  # type: ignore[arg-type]
     arguments = {name: value for name, value in arguments.items() if name not in _OF_THE_LOSS}
@@ -184,65 +179,5 @@ def _call(run: Callable[..., Any], signature: inspect.Signature, arguments: dict
     return run(*(arguments.pop(name) for name in positional), **arguments)
 
 
-def _variable_keywords(signature: inspect.Signature) -> str | None:
+def variable_keywords(signature: inspect.Signature) -> str | None:
     return next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-
-
-# ------------------------------------------------------------------------------------------------------------ on and off
-
-_SWAPPED: weakref.WeakSet[type] = weakref.WeakSet()
-
-
-def enable_mixers(anatomy: Anatomy) -> None:
-    """Let the mixers of a model take packed rows. In place and idempotent; nothing happens to a model without mixers."""
-    if not anatomy.mixers:
-        return
-    without_mask = any(mixer_of(module).without_mask(module) for _, module in anatomy.mixers)  # type: ignore[union-attr]
-    for model in anatomy.models:
-        if not isinstance(model.__dict__.get("forward"), ModelForward):
-            model.forward = ModelForward(model, without_mask)  # type: ignore[method-assign,assignment]
-    for layer in anatomy.layers_with_mixers:
-        _swap(layer, PackedLayer)
-    for _, module in anatomy.mixers:
-        _swap(module, _PackedMixer)
-
-
-def disable_mixers(anatomy: Anatomy) -> None:
-    """Take back what :func:`enable_mixers` did. In place and idempotent."""
-    for _, module in anatomy.modules:
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, ModelForward):
-            del module.forward
-            if forward.previous is not None:
-                module.forward = forward.previous  # type: ignore[method-assign]
-        module.__dict__.pop("_packed_before", None)
-        if type(module) in _SWAPPED:  # FSDP2 may have put a class of its own on top, below which ours does no harm
-            module.__class__ = type(module)._prefix_grouper_base  # type: ignore[attr-defined]
-
-
-def has_mixers_enabled(anatomy: Anatomy) -> bool:
-    """Whether :func:`enable_mixers` is in force."""
-    return any(isinstance(model.__dict__.get("forward"), ModelForward) for model in anatomy.models)
-
-
-def _swap(module: nn.Module, extension: type) -> None:
-    if not isinstance(module, extension):
-        module.__class__ = _extended(type(module), extension)  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=256)
-def _extended(cls: type[nn.Module], extension: type) -> type:
-    """A subclass of ``cls`` under its own name. ``__call__`` is looked up on the type, so an attribute cannot do it."""
-    keywords = _variable_keywords(inspect.signature(inspect.unwrap(cls.forward)))
-    created = type(
-        cls.__name__,
-        (extension, cls),
-        {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "_prefix_grouper_base": cls,
-            "_takes_keywords": keywords is not None,
-        },
-    )
-    _SWAPPED.add(created)
-    return created

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
-from prefix_grouper_plugins.modeling.attention import has_layers_enabled
+from prefix_grouper_plugins.modeling.enable import has_layers_enabled
 from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, why_not_yet
 

@@ -349,7 +349,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from prefix_grouper_plugins import self_check
-    from prefix_grouper_plugins.modeling.attention import is_enabled
+    from prefix_grouper_plugins.modeling import is_enabled
 
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = make_rows(case)
