@@ -227,12 +227,6 @@ class PrefixLayout:
         part._given_of_rows = tuple(int((path < num_tokens).sum()) for path in paths)
         return part
 
-    def with_all_queries(self) -> PrefixLayout:
-        """The segments of this layout with queries for given tokens too, for attention that needs as many as keys."""
-        whole = self.to(self.position_ids.device)
-        whole.num_given, whole.cache = 0, None
-        return whole
-
     def pad_to(self, num_tokens: int) -> PrefixLayout:
         """The same rows, and padding behind them so that ``T`` is ``num_tokens``: for fixed shapes and equal pieces.
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, T5Config
 
 from prefix_grouper_plugins import __version__, cli
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.attention.backends import merged_lse
 from prefix_grouper_plugins.attention.registry import BACKEND_VARIABLE
 from tests import tiny
 from tests.modeling import multimodal_families
@@ -52,7 +52,7 @@ def test_doctor_tells_versions_and_backends(capsys):
 
 def test_doctor_names_the_head_dims_where_answers_differ(monkeypatch):
     """A GPU of which only the kernels for narrow heads fit."""
-    monkeypatch.setattr(merged_lse, "_why_not_gpu", lambda device, dim: None if dim <= 192 else f"{dim} is too wide")
+    monkeypatch.setattr(merged_lse, "why_not_flash", lambda device, dim: None if dim <= 192 else f"{dim} is too wide")
     answers = cli.backend_answers("cuda", torch.bfloat16)["merged_lse"]
     assert answers[None] == "causal with head dim 64, 80, 96, 128"
     assert answers["256 is too wide"] == "causal with head dim 256"

@@ -11,10 +11,16 @@ from prefix_grouper_plugins.attention.backends.dense import dense_attention
 from prefix_grouper_plugins.attention.bidirectional import attend_within_blocks
 from prefix_grouper_plugins.attention.op import attention_op
 from prefix_grouper_plugins.attention.registry import check_backend_name
+from prefix_grouper_plugins.attention.request import Options
 from prefix_grouper_plugins.forest import forest_of
 
 if TYPE_CHECKING:
     from prefix_grouper_plugins.layout import PrefixLayout
+
+# A constant, for Dynamo of torch 2.8 to 2.11 cannot trace the question and would break the graph at every layer.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(kind)
+)
 
 
 def shared_prefix_attention(
@@ -35,7 +41,9 @@ def shared_prefix_attention(
     read in place, never copied. Differentiable once in query, key, value and sinks.
 
     Args:
-        query (`Tensor[T, H, D]`): packed queries, positions (rotary or other) already applied.
+        query (`Tensor[Q, H, D]`): packed queries, positions (rotary or other) already applied. ``Q == T``, but for a
+            layout whose first ``layout.num_given`` tokens are given: those have keys and values only, so
+            ``Q == T - layout.num_given``.
         key (`Tensor[T, H_kv, D]`): packed keys; ``H % H_kv == 0``, query head ``h`` reads key head ``h * H_kv // H``.
         value (`Tensor[T, H_kv, D_v]`): packed values; ``D_v`` may differ from ``D`` (multi-head latent attention).
         layout (`PrefixLayout`): which token lies where; ``layout.num_tokens == T``. Tokens of one of ``layout.blocks``
@@ -50,7 +58,7 @@ def shared_prefix_attention(
             ``PREFIX_GROUPER_BACKEND`` wins over all but ``"dense"``.
 
     Returns:
-        `Tensor[T, H, D_v]` in the dtype of ``query``, or in autocast's where that is on: like torch's own attention,
+        `Tensor[Q, H, D_v]` in the dtype of ``query``, or in autocast's where that is on: like torch's own attention,
         this one then runs in the lower precision.
 
     Raises:
@@ -62,12 +70,12 @@ def shared_prefix_attention(
     if scale is None:
         scale = query.shape[2] ** -0.5
     if backend == "dense":
-        window = forest_of(layout.segments).effective_window(sliding_window)
-        options = {"window": window, "softcap": softcap, "sinks": sinks}
-        out = dense_attention(query, key, value, layout.segments, scale=scale, **options)  # type: ignore[arg-type]
+        forest = forest_of(layout.segments, layout.num_given)
+        options = Options(scale, forest.effective_window(sliding_window), softcap)
+        out = dense_attention(query, key, value, forest, options, sinks)
     else:
-        segments = layout.segments
-        out, _ = attention_op(query, key, value, segments, sinks, float(scale), sliding_window, softcap, backend)
+        forest_args = (layout.segments, layout.num_given)
+        out, _ = attention_op(query, key, value, *forest_args, sinks, float(scale), sliding_window, softcap, backend)
     if layout.blocks is None:
         return out
     if softcap is not None or sinks is not None:
@@ -81,7 +89,7 @@ def _autocast(x: Tensor) -> Tensor:
     Rotary embeddings and norms may leave query and key in float32 beside a value in bfloat16.
     """
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return x
     if not x.dtype.is_floating_point or x.dtype == torch.float64:
         return x
@@ -93,11 +101,13 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayo
     for name, x in named.items():
         if x.dim() != 3:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: packed [T, heads, head_dim] is needed, no batch axis")
-    if query.shape[0] != layout.num_tokens:
+    if query.shape[0] != layout.num_tokens - layout.num_given:
+        given = f", of which {layout.num_given} are given and have no query" if layout.num_given else ""
         raise ValueError(
-            f"query has {query.shape[0]} tokens and the layout {layout.num_tokens}: pack the rows with layout.pack()"
+            f"query has {query.shape[0]} tokens and the layout {layout.num_tokens}{given}: "
+            "pack the rows with layout.pack()"
         )
-    if key.shape[0] != query.shape[0] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
+    if key.shape[0] != layout.num_tokens or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
         raise ValueError(
             f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; "
             "query [T, H, D], key [T, H_kv, D] and value [T, H_kv, D_v] are needed"

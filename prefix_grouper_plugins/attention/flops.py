@@ -24,6 +24,7 @@ def forward_flops(
     key: Tensor,
     value: Tensor,
     segments: Tensor,
+    num_given: int,
     sinks: Tensor | None,
     scale: float,
     window: int | None,
@@ -31,7 +32,7 @@ def forward_flops(
     **kwargs: Any,
 ) -> int:
     """Scores, and their product with the values."""
-    return 2 * query.shape[1] * visible_pairs(segments, window) * (query.shape[2] + value.shape[2])
+    return 2 * query.shape[1] * visible_pairs(segments, window, num_given) * (query.shape[2] + value.shape[2])
 
 
 @register_flop_formula(torch.ops.prefix_grouper.shared_prefix_attention_backward, get_raw=True)
@@ -43,6 +44,7 @@ def backward_flops(
     out: Tensor,
     lse: Tensor,
     segments: Tensor,
+    num_given: int,
     sinks: Tensor | None,
     scale: float,
     window: int | None,
@@ -50,4 +52,4 @@ def backward_flops(
     **kwargs: Any,
 ) -> int:
     """The scores again, then the gradients of probabilities, value, query and key."""
-    return 2 * query.shape[1] * visible_pairs(segments, window) * (3 * query.shape[2] + 2 * value.shape[2])
+    return 2 * query.shape[1] * visible_pairs(segments, window, num_given) * (3 * query.shape[2] + 2 * value.shape[2])

@@ -10,17 +10,18 @@ Attention sinks belong here: a sink is one more partial with output 0 and a cons
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from prefix_grouper_plugins.attention.device import accumulation_dtype
-from prefix_grouper_plugins.attention.registry import Backend, select
-from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.attention.registry import run
+from prefix_grouper_plugins.attention.request import Options, Request
 from prefix_grouper_plugins.forest import Forest, forest_of
 
-_OPTIONS = "Tensor segments, Tensor? sinks, float scale, SymInt? window, float? softcap, str backend"
+_OPTIONS = "Tensor segments, SymInt num_given, Tensor? sinks, float scale, SymInt? window, float? softcap, str backend"
 # A replayed CUDA graph repeats the plans of the call that it captured, whatever the segments on the host say by then. Since
 # torch 2.9, which brought the tag, inductor captures operators with arguments on the CPU too, unless they are marked.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -37,16 +38,17 @@ def attention_op(
     key: Tensor,
     value: Tensor,
     segments: Tensor,
+    num_given: int,
     sinks: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """``out [T, H, D_v]`` in the query's dtype and ``lse [H, T]`` (not differentiable); arguments already validated."""
-    forest, window, chosen = _prepare(query, value, segments, window, softcap, backend)
+    """``out [Q, H, D_v]`` in the query's dtype and ``lse [H, Q]`` (not differentiable); arguments already validated."""
+    forest, options, request = _prepare(query, value, segments, num_given, Options(scale, window, softcap))
     with torch.autocast(query.device.type, enabled=False):  # inside an op autocast would narrow the matrix products
-        out, lse = chosen.forward(query, key, value, forest, scale=scale, window=window, softcap=softcap)
+        out, lse = run(backend, request, lambda chosen: chosen.forward(query, key, value, forest, options))
         if sinks is not None:
             merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
             out, lse = out * (lse - merged).exp_().t()[..., None], merged
@@ -68,6 +70,7 @@ def attention_backward_op(
     out: Tensor,
     lse: Tensor,
     segments: Tensor,
+    num_given: int,
     sinks: Tensor | None,
     scale: float,
     window: int | None,
@@ -75,10 +78,10 @@ def attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty without sinks), each in its input's dtype."""
-    forest, window, chosen = _prepare(query, value, segments, window, softcap, backend)
-    options = {"scale": scale, "window": window, "softcap": softcap}
+    forest, options, request = _prepare(query, value, segments, num_given, Options(scale, window, softcap))
+    tensors = (grad_out, query, key, value, out, lse)
     with torch.autocast(query.device.type, enabled=False):
-        grads = chosen.backward(grad_out, query, key, value, out, lse, forest, **options)  # type: ignore[arg-type]
+        grads = run(backend, request, lambda chosen: chosen.backward(*tensors, forest, options))
         dq, dk, dv = (grad.to(query.dtype).contiguous() for grad in grads)
         if sinks is None:
             return dq, dk, dv, query.new_empty(0)
@@ -88,14 +91,14 @@ def attention_backward_op(
 
 
 def _prepare(
-    query: Tensor, value: Tensor, segments: Tensor, window: int | None, softcap: float | None, backend: str
-) -> tuple[Forest, int | None, Backend]:
-    """The forest, the window that is left of ``window``, and the backend; the same in forward and backward."""
+    query: Tensor, value: Tensor, segments: Tensor, num_given: int, options: Options
+) -> tuple[Forest, Options, Request]:
+    """The forest, the options with the window that is left of theirs, and the request; alike in forward and backward."""
     _refuse_capture(query.device)
-    forest = forest_of(segments)
-    window = forest.effective_window(window)
-    request = Request(query.device, query.dtype, query.shape[2], value.shape[2], window, softcap)
-    return forest, window, select(backend, request)
+    forest = forest_of(segments, num_given)
+    options = replace(options, window=forest.effective_window(options.window))
+    request = Request(query.device, query.dtype, query.shape[2], value.shape[2], options.window, options.softcap)
+    return forest, options, request
 
 
 def _refuse_capture(device: torch.device) -> None:
@@ -112,9 +115,9 @@ def _refuse_capture(device: torch.device) -> None:
 
 @attention_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = query.shape
-    lse = query.new_empty((heads, tokens), dtype=accumulation_dtype(query.dtype))
-    return query.new_empty((tokens, heads, value.shape[2])), lse
+    queries, heads, _ = query.shape
+    lse = query.new_empty((heads, queries), dtype=accumulation_dtype(query.dtype))
+    return query.new_empty((queries, heads, value.shape[2])), lse
 
 
 @attention_backward_op.register_fake
@@ -126,6 +129,7 @@ def _(
     out: Tensor,
     lse: Tensor,
     segments: Tensor,
+    num_given: int,
     sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,7 +138,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, segments, sinks, *ctx.options = inputs
+    query, key, value, segments, ctx.num_given, sinks, *ctx.options = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -143,10 +147,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 9
+        return (None,) * 10
     *tensors, segments, sinks = ctx.saved_tensors
-    dq, dk, dv, dsinks = attention_backward_op(grad_out, *tensors, segments, sinks, *ctx.options)
-    return dq, dk, dv, None, None if sinks is None else dsinks, None, None, None, None
+    dq, dk, dv, dsinks = attention_backward_op(grad_out, *tensors, segments, ctx.num_given, sinks, *ctx.options)
+    return dq, dk, dv, None, None, None if sinks is None else dsinks, None, None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)

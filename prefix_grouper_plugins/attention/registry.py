@@ -6,36 +6,38 @@ docs/attention.md has the table of what ``auto`` takes for which layer on which 
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.backends import blockwise, flex
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
-from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
-from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.attention.backends import blockwise, flex, merged_lse, triton
+from prefix_grouper_plugins.attention.request import CannotRun, Options, Request
 from prefix_grouper_plugins.forest import Forest
+from prefix_grouper_plugins.metrics import ReasonCounter
+
+Result = TypeVar("Result")
 
 
 class Backend(Protocol):
-    """What a backend module offers. Sinks are not its business: the op folds them into ``out`` and ``lse``."""
+    """What a backend, a module or a package, offers. Sinks are not its business: the op folds them into ``out`` and ``lse``.
+
+    Queries may be fewer than keys: where the forest's first ``num_given`` tokens are given, query row ``i`` is the token
+    at packed position ``num_given + i``.
+    """
 
     def why_not(self, request: Request) -> str | None:
         """Why it cannot serve ``request``, in words; None if it can."""
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        forest: Forest,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        self, query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: Options
     ) -> tuple[Tensor, Tensor]:
-        """``out [T, H, D_v]`` and ``lse [H, T]``."""
+        """``out [Q, H, D_v]`` and ``lse [H, Q]`` of ``query [Q, H, D]``, ``key [T, H_kv, D]``, ``value [T, H_kv, D_v]``.
+
+        Raises:
+            CannotRun: found out only now.
+        """
 
     def backward(
         self,
@@ -46,18 +48,19 @@ class Backend(Protocol):
         out: Tensor,
         lse: Tensor,
         forest: Forest,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, given the merged ``out`` and ``lse``."""
+        """Gradients of query, key and value, given the merged ``out`` and ``lse``.
+
+        Raises:
+            CannotRun: found out only now.
+        """
 
 
 # In the order in which `auto` asks them; the last one serves every request.
 BACKENDS: dict[str, Backend] = {
     "merged_lse": merged_lse,
-    "triton": triton_kernels,
+    "triton": triton,
     "flex": flex,
     "blockwise": blockwise,
 }
@@ -65,6 +68,8 @@ BACKENDS: dict[str, Backend] = {
 BACKEND_NAMES = ("auto", *BACKENDS, "dense")
 # Set to a backend's name it wins over what the code asks for, `dense` excepted.
 BACKEND_VARIABLE = "PREFIX_GROUPER_BACKEND"
+# For each backend the forwards and backwards that it was chosen for and could not run, by reason.
+fallbacks: dict[str, ReasonCounter] = {}
 
 
 def check_backend_name(name: str) -> None:
@@ -98,9 +103,27 @@ def choose(name: str, request: Request) -> str:
     return name
 
 
-def select(name: str, request: Request) -> Backend:
-    """The module of the backend that `choose` names."""
-    return BACKENDS[choose(name, request)]
+def run(name: str, request: Request, call: Callable[[Backend], Result]) -> Result:
+    """``call`` of the backend that `choose` names; where that one finds that it cannot run it, of the next one that can.
+
+    Raises:
+        ValueError: as in `choose`.
+    """
+    chosen = choose(name, request)
+    try:
+        return call(BACKENDS[chosen])
+    except CannotRun as error:
+        names = list(BACKENDS)
+        behind = names[names.index(chosen) + 1 :]
+        instead = next(other for other in behind if BACKENDS[other].why_not(request) is None)
+        _count_fallback(chosen, instead, str(error))
+    return call(BACKENDS[instead])
+
+
+def _count_fallback(name: str, instead: str, reason: str) -> None:
+    if name not in fallbacks:
+        fallbacks[name] = ReasonCounter(f"prefix grouper: {name} is not used, layers of this kind run on {instead}: %s")
+    fallbacks[name].count(reason)
 
 
 def available_backends(

@@ -1,10 +1,25 @@
-"""What one attention call asks of a backend."""
+"""What one attention call asks of a backend, and how a backend says that it cannot do it after all."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a layer does to its scores.
+
+    Attributes:
+        scale: factor of the scores.
+        window: tokens of its row that a query sees, itself included; None where a window would hide nothing.
+        softcap: scores become ``softcap * tanh(score / softcap)``, after scaling; or None.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,3 +41,10 @@ class Request:
     value_dim: int
     window: int | None = None
     softcap: float | None = None
+
+
+class CannotRun(RuntimeError):
+    """A backend finds during a call that it cannot run it, although it has found nothing against the request.
+
+    The next backend that can then runs the call; the message is counted and logged as the reason.
+    """

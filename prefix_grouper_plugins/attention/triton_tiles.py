@@ -1,8 +1,4 @@
-"""What the Triton kernels of both directions share: loading tiles, the mask, and the scores.
-
-Products of float32 are taken as three TF32 products (``tf32x3``), nearly as exact as float32 and on the matrix units;
-the option means nothing to half precision. Imported only when a kernel runs: the package must import without triton.
-"""
+"""Loading and storing tiles, for all Triton kernels. Imported only when a kernel runs: triton may not be installed."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -39,31 +35,3 @@ def store_tile(pointer, tile, first, end, stride, ROWS: tl.constexpr, WIDTH: tl.
     pointers = pointer + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     inside = (first + rows < end)[:, None] & (columns < WIDTH)[None, :]
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def scaled_scores(products, inner, outer, CAPPED: tl.constexpr):
-    """Scores in base 2 from ``q . k``, and ``tanh`` of the uncapped ones, which the backward needs.
-
-    Without a cap ``inner`` is ``scale * log2(e)``. With one it is ``scale / softcap``, and ``outer`` is
-    ``softcap * log2(e)``.
-    """
-    if CAPPED:
-        tanh = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
-        scores = tanh * outer
-    else:
-        tanh = products  # unused
-        scores = products * inner
-    return scores, tanh
-
-
-@triton.jit
-def visible(queries, keys, key_ends, query_depth, key_depth, window, WINDOWED: tl.constexpr):
-    """Which query sees which key; all arguments broadcast to the shape of a tile.
-
-    ``key_ends`` is ``subtree_end`` of the keys, 0 where there is none. Depth counts tokens from a row's start.
-    """
-    seen = (keys <= queries) & (queries < key_ends)
-    if WINDOWED:
-        seen = seen & (query_depth - key_depth < window)
-    return seen

@@ -81,13 +81,9 @@ def _attention(
     packed_key, packed_value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     if isinstance(layout, PrefixLayout) and layout.cache is not None:
         packed_key, packed_value = layout.cache.join(module, packed_key, packed_value, layout)
-    packed_query, num_given = query[0].transpose(0, 1), getattr(layout, "num_given", 0)
-    if num_given:  # queries of given tokens, whose output is thrown away
-        packed_query = torch.cat([packed_query.new_zeros((num_given, *packed_query.shape[1:])), packed_query])
-        layout = layout.with_all_queries()
     attention = sequence_parallel_attention if isinstance(layout, ShardedLayout) else shared_prefix_attention
     output = attention(
-        packed_query,
+        query[0].transpose(0, 1),
         packed_key,
         packed_value,
         layout,
@@ -97,7 +93,7 @@ def _attention(
         sinks=kwargs.get("s_aux"),
         backend=backend,
     )
-    return output[num_given:].unsqueeze(0), None
+    return output.unsqueeze(0), None
 
 
 def _check_packed_call(

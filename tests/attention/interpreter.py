@@ -48,9 +48,9 @@ def _start() -> None:
     torch.set_num_threads(1)
     os.environ.update(TRITON_INTERPRET="1", PREFIX_GROUPER_TRITON_TILES=TILES)
     from prefix_grouper_plugins.attention.backends.triton import configs as triton_configs
-    from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
+    from prefix_grouper_plugins.attention.backends.triton import launches as triton_launches
     from prefix_grouper_plugins.attention.backends.triton import tables as triton_tables
 
-    for module in (triton_configs, triton_kernels, triton_tables):
+    for module in (triton_configs, triton_launches, triton_tables):
         module.TABLE_BLOCK = TABLE_BLOCK
     triton_tables.SHORTEST_ITEM = SHORTEST_ITEM

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
 from prefix_grouper_plugins.attention.backends import flex
+from prefix_grouper_plugins.attention.registry import fallbacks
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention.forests import (
@@ -149,14 +150,14 @@ def test_flex_gradients_stay_near_float64_for_all_lengths(
     if (reason := flex.why_not(request)) is not None:
         pytest.skip(reason)
     torch._dynamo.reset()  # the kinds of layers of all cases together come near the limit of compilations
-    flex.fallbacks.clear()
+    fallbacks.clear()
     for build in LAYOUTS.values():
         layout = build()
         tensors = inputs(layout, features, dtype)
         actual = run(layout, features, "flex", on_device(tensors, dtype))
         expected = run(layout, features, "dense", on_device(tensors, torch.float64))
         assert_all_close(actual, expected, 3e-2 if dtype == torch.bfloat16 else 1e-4)
-    assert not flex.fallbacks
+    assert not fallbacks
 
 
 @pytest.mark.parametrize("backend", ["merged_lse", "triton", "blockwise"])

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from prefix_grouper_plugins.attention import op as ops
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.op import attention_backward_op, attention_op
+from prefix_grouper_plugins.attention.request import Options
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention.forests import Features, assert_all_close, inputs, output_and_gradients
 
@@ -90,14 +91,14 @@ def test_checkpointed_gradients_are_bit_equal(features: Features, mode: str) -> 
 @pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES, Features()], ids=["sinks", "all", "plain"])
 def test_operator_passes_opcheck(features: Features, dtype: torch.dtype) -> None:
     q, k, v, *sinks = inputs(LAYOUT, features, dtype)
-    args = (q, k, v, LAYOUT.segments, sinks[0] if sinks else None, 0.3, features.window, features.softcap, "auto")
+    args = (q, k, v, LAYOUT.segments, 0, sinks[0] if sinks else None, 0.3, features.window, features.softcap, "auto")
     library.opcheck(attention_op, args)
 
 
 @both
 def test_log_sum_exp_is_not_differentiable(features: Features) -> None:
     q, k, v, sinks = inputs(LAYOUT, features)
-    out, lse = attention_op(q, k, v, LAYOUT.segments, sinks, 0.3, features.window, features.softcap, "auto")
+    out, lse = attention_op(q, k, v, LAYOUT.segments, 0, sinks, 0.3, features.window, features.softcap, "auto")
     assert out.requires_grad and not lse.requires_grad
     assert lse.shape == (features.heads, LAYOUT.num_tokens)
 
@@ -162,6 +163,6 @@ def test_no_cuda_graph_repeats_the_layout_of_another_batch(op: Any, monkeypatch:
     assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
     query = torch.empty(LAYOUT.num_tokens, 2, 8)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert ops._prepare(query, query, LAYOUT.segments, None, None, "auto")[0].num_tokens == LAYOUT.num_tokens
+    assert ops._prepare(query, query, LAYOUT.segments, 0, Options(1.0))[0].num_tokens == LAYOUT.num_tokens
     with pytest.raises(RuntimeError, match="leave packed forwards and backwards out of CUDA graphs"):
         ops._refuse_capture(torch.device("cuda"))

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
-from prefix_grouper_plugins.attention.backends import blockwise
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
-from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
+from prefix_grouper_plugins.attention import device as attention_device
+from prefix_grouper_plugins.attention.backends import blockwise, merged_lse
 from prefix_grouper_plugins.attention.registry import BACKENDS, auto_backend
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention.forests import Features, inputs
@@ -49,7 +48,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    monkeypatch.setattr(triton_kernels, "_why_not_started", lambda: None)
+    monkeypatch.setattr(attention_device, "_why_not_started", lambda: None)
 
 
 @pytest.mark.usefixtures("gpu")

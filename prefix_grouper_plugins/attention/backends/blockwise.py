@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.device import accumulation_dtype, stream_of, upload
-from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.attention.request import Options, Request
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
 
 # Edge of a tile in tokens. On a CPU the scores of a tile should stay in cache (128 to 256 measured alike); elsewhere
@@ -31,7 +31,7 @@ GROUP_TILE = 128
 
 
 class Tile(NamedTuple):
-    """Queries ``[q0, q1)`` against keys ``[k0, k1)``; ``masked`` where not all of these pairs are visible."""
+    """Queries ``[q0, q1)``, by packed position, against keys ``[k0, k1)``; ``masked`` where not all of these pairs are visible."""
 
     q0: int
     q1: int
@@ -60,7 +60,9 @@ def visible_tiles(forest: Forest, window: int | None, tile: int) -> tuple[Tile, 
     tiles: list[Tile] = []
     for block in reversed(_key_blocks(forest, tile)):
         q0, q1 = block[0][0], block[-1][1]
-        tiles.append(Tile(q0, q1, q0, q1, True))
+        if q0 >= forest.num_given:
+            tiles.append(Tile(q0, q1, q0, q1, True))
+        q1 = max(q1, forest.num_given)  # given keys have no queries beside them
         for k0, k1, segment in block:
             tiles += _tiles_below(forest, (k0, k1), segment, q1, window, tile)
     return tuple(tiles)
@@ -73,7 +75,7 @@ def _key_blocks(forest: Forest, tile: int) -> list[list[tuple[int, int, int]]]:
     for segment, (start, end) in enumerate(zip(forest.start.tolist(), forest.end.tolist(), strict=True)):
         for k0 in range(start, end, tile):
             piece = (k0, min(k0 + tile, end), segment)
-            if blocks and piece[1] - blocks[-1][0][0] <= limit:
+            if blocks and piece[1] - blocks[-1][0][0] <= limit and k0 != forest.num_given:
                 blocks[-1].append(piece)
             else:
                 blocks.append([piece])
@@ -114,19 +116,18 @@ def _token_tables(forest: Forest, device: torch.device, stream: int) -> tuple[Te
 class _Scores:
     """Scores of one tile at a time, from head-major queries and views of the keys."""
 
-    def __init__(
-        self, query: Tensor, key: Tensor, forest: Forest, scale: float, window: int | None, softcap: float | None
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, forest: Forest, options: Options) -> None:
         self.acc = accumulation_dtype(query.dtype)
         self.kv_heads, self.group = key.shape[1], query.shape[1] // key.shape[1]
         self.q_KRD = to_rows(query, self.kv_heads, self.acc)
         self.k_KTD = key.transpose(0, 1)
-        self.scale, self.window, self.softcap = scale, window, softcap
+        self.scale, self.window, self.softcap = options.scale, options.window, options.softcap
+        self.num_given = forest.num_given
         self.position_T, self.subtree_end_T, self.depth_T = _token_tables(forest, query.device, stream_of(query.device))
 
     def rows(self, tile: Tile) -> slice:
         """The rows of the tile's queries."""
-        return slice(tile.q0 * self.group, tile.q1 * self.group)
+        return slice((tile.q0 - self.num_given) * self.group, (tile.q1 - self.num_given) * self.group)
 
     def keys(self, tile: Tile) -> Tensor:
         """``[K, N, D]``: a view, unless the keys are in half precision."""
@@ -170,29 +171,26 @@ def forward(
     key: Tensor,
     value: Tensor,
     forest: Forest,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    options: Options,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output and log-sum-exp.
 
     Args:
-        query, key, value: ``[T, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``.
-        forest: the layout's segments.
-        scale, window, softcap: as in `shared_prefix_attention`.
+        query, key, value: ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``, ``Q = forest.num_queries``.
+        forest: of the layout.
+        options: of the layer.
         tile: edge of a tile in tokens, by default chosen for the device.
 
     Returns:
-        ``out [T, H, D_v]`` and ``lse [H, T]`` (of scaled, capped scores, natural log), in float32 or float64.
+        ``out [Q, H, D_v]`` and ``lse [H, Q]`` (of scaled, capped scores, natural log), in float32 or float64.
     """
-    scores = _Scores(query, key, forest, scale, window, softcap)
+    scores = _Scores(query, key, forest, options)
     v_KTD = value.transpose(0, 1)
     rows_shape = scores.q_KRD.shape[:2]
     out_KRD = scores.q_KRD.new_empty((*rows_shape, value.shape[2]))
     top_KR1, sum_KR1 = (scores.q_KRD.new_empty((*rows_shape, 1)) for _ in range(2))
-    for step in visible_tiles(forest, window, _tile_size(tile, query.device)):
+    for step in visible_tiles(forest, options.window, _tile_size(tile, query.device)):
         rows = scores.rows(step)
         s_KQN = scores.of(step)
         if step.masked:
@@ -224,20 +222,17 @@ def backward(
     out: Tensor,
     lse: Tensor,
     forest: Forest,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    options: Options,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in float32 or float64.
 
     Args:
-        grad_out, out: ``[T, H, D_v]``.
-        lse: ``[H, T]``; it may hold the attention sinks, with ``out`` rescaled accordingly.
-        query, key, value, forest, scale, window, softcap, tile: as in `forward`.
+        grad_out, out: ``[Q, H, D_v]``.
+        lse: ``[H, Q]``; it may hold the attention sinks, with ``out`` rescaled accordingly.
+        query, key, value, forest, options, tile: as in `forward`.
     """
-    scores = _Scores(query, key, forest, scale, window, softcap)
+    scores = _Scores(query, key, forest, options)
     kv_heads, acc = scores.kv_heads, scores.acc
     v_KTD = value.transpose(0, 1)
     do_KRD = to_rows(grad_out, kv_heads, acc)
@@ -245,7 +240,7 @@ def backward(
     lse_KR1 = to_rows(lse.t()[..., None], kv_heads, acc)
     dq_KRD = torch.zeros_like(scores.q_KRD)
     dk_KTD, dv_KTD = (torch.zeros_like(x.transpose(0, 1), dtype=acc) for x in (key, value))
-    for step in visible_tiles(forest, window, _tile_size(tile, query.device)):
+    for step in visible_tiles(forest, options.window, _tile_size(tile, query.device)):
         rows, keys = scores.rows(step), slice(step.k0, step.k1)
         s_KQN = scores.of(step)
         p_KQN = (s_KQN - lse_KR1[:, rows]).exp_()
@@ -255,8 +250,8 @@ def backward(
         dv_KTD[:, keys].baddbmm_(p_KQN.transpose(1, 2), do_KQD)
         ds_KQN = torch.bmm(do_KQD, v_KTD[:, keys].to(acc).transpose(1, 2))
         ds_KQN.sub_(delta_KR1[:, rows]).mul_(p_KQN)
-        if softcap is not None:
-            ds_KQN.mul_(s_KQN.div_(softcap).square_().neg_().add_(1.0))
-        dq_KRD[:, rows].baddbmm_(ds_KQN, scores.keys(step), alpha=scale)
-        dk_KTD[:, keys].baddbmm_(ds_KQN.transpose(1, 2), scores.q_KRD[:, rows], alpha=scale)
+        if options.softcap is not None:
+            ds_KQN.mul_(s_KQN.div_(options.softcap).square_().neg_().add_(1.0))
+        dq_KRD[:, rows].baddbmm_(ds_KQN, scores.keys(step), alpha=options.scale)
+        dk_KTD[:, keys].baddbmm_(ds_KQN.transpose(1, 2), scores.q_KRD[:, rows], alpha=options.scale)
     return _from_rows(dq_KRD, query.shape[0]), dk_KTD.transpose(0, 1), dv_KTD.transpose(0, 1)

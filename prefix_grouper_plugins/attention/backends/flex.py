@@ -10,8 +10,8 @@ too. So the backward runs the compiled forward once more, with gradients, and fe
 (see `backward`); only public interfaces of torch are used. FlexAttention has no backward on the CPU.
 
 torch compiles once for each kind of layer, with dynamic lengths. Past its limit of compilations it may reuse code made
-for something else; here the limit is an error inside, and the layer runs on ``blockwise`` from then on. So it does
-where a kernel does not compile. Both are counted in `fallbacks` and logged with their reason.
+for something else; here the limit is an error. At the limit, and where a kernel does not compile, layers of that kind
+are given up: each of their calls raises `CannotRun` with the reason, and another backend runs it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
-from prefix_grouper_plugins.attention.backends import blockwise
 from prefix_grouper_plugins.attention.device import stream_of, upload, why_not_dtype, why_not_gpu
-from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.attention.request import CannotRun, Options, Request
 from prefix_grouper_plugins.forest import Forest
-from prefix_grouper_plugins.metrics import ReasonCounter
 
 Result = TypeVar("Result")
 
@@ -43,8 +41,7 @@ RECOMPILE_LIMIT = 64
 # A mask of 131,072 tokens takes 16 MB on the device, so fewer are kept than plans on the host.
 CACHED_MASKS = 8
 
-# Calls that ran on blockwise because torch could not compile flex_attention for them, by reason.
-fallbacks = ReasonCounter("prefix grouper: flex_attention is not used, layers of this kind run on blockwise: %s")
+# Kinds of layers that torch could not compile, and why.
 _given_up: dict[tuple[Any, ...], str] = {}
 
 
@@ -76,33 +73,30 @@ def forward(
     key: Tensor,
     value: Tensor,
     forest: Forest,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Attention output and log-sum-exp.
 
     Args:
-        query, key, value: ``[T, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``.
-        forest: the layout's segments.
-        scale, window, softcap: as in `shared_prefix_attention`.
+        query, key, value: ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``, ``Q = forest.num_queries``.
+        forest: of the layout.
+        options: of the layer.
 
     Returns:
-        ``out [T, H, D_v]`` in the query's dtype and ``lse [H, T]`` (natural log) in float32 or float64.
+        ``out [Q, H, D_v]`` in the query's dtype and ``lse [H, Q]`` (natural log) in float32 or float64.
+
+    Raises:
+        CannotRun: torch could not compile it.
     """
-    tokens = query.shape[0]
+    queries = query.shape[0]
 
     def used(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        return out[0, :, :tokens].transpose(0, 1), lse[0, :, :tokens]
+        return out[0, :, :queries].transpose(0, 1), lse[0, :, :queries]
 
     # Not in inference mode: what is compiled and cached here also serves training.
     with torch.inference_mode(False), torch.no_grad():
-        padded = [_padded(x) for x in (query, key, value)]
-        result = _compiled_attention(padded, forest, scale, window, softcap, used)
-    if result is None:
-        return blockwise.forward(query, key, value, forest, scale=scale, window=window, softcap=softcap)
-    return result
+        padded = _padded(forest, query, key, value)
+        return _compiled_attention(padded, forest, options, used)
 
 
 def backward(
@@ -113,10 +107,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     forest: Forest,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value.
 
@@ -127,30 +118,29 @@ def backward(
         grad_o = w * grad_out        grad_l = sum(grad_out * o) * w * (1 - w) = sum(grad_out * out) * (1 - w)
 
     Args:
-        grad_out, out: ``[T, H, D_v]``.
-        lse: ``[H, T]``; it may hold the attention sinks, with ``out`` rescaled accordingly.
-        query, key, value, forest, scale, window, softcap: as in `forward`.
+        grad_out, out: ``[Q, H, D_v]``.
+        lse: ``[H, Q]``; it may hold the attention sinks, with ``out`` rescaled accordingly.
+        query, key, value, forest, options: as in `forward`.
+
+    Raises:
+        CannotRun: torch could not compile it.
     """
-    tokens = query.shape[0]
+    queries, keys = query.shape[0], key.shape[0]
 
     def gradients(own_out: Tensor, own_lse: Tensor) -> list[Tensor]:
-        log_weight = (own_lse.detach()[0, :, :tokens] - lse).clamp(max=0)
+        log_weight = (own_lse.detach()[0, :, :queries] - lse).clamp(max=0)
         delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
         grad_own_out, grad_own_lse = torch.zeros_like(own_out), torch.zeros_like(own_lse)
-        grad_own_out[0, :, :tokens] = (grad_out.to(lse.dtype) * log_weight.exp().t()[..., None]).transpose(0, 1)
-        grad_own_lse[0, :, :tokens] = -delta * log_weight.expm1()
+        grad_own_out[0, :, :queries] = (grad_out.to(lse.dtype) * log_weight.exp().t()[..., None]).transpose(0, 1)
+        grad_own_lse[0, :, :queries] = -delta * log_weight.expm1()
         grads = torch.autograd.grad((own_out, own_lse), leaves, (grad_own_out, grad_own_lse))
-        return [grad[0, :, :tokens].transpose(0, 1) for grad in grads]
+        return [grad[0, :, :used].transpose(0, 1) for grad, used in zip(grads, (queries, keys, keys), strict=True)]
 
     # Inside a custom operator autograd is switched off below grad mode; without this nothing would be recorded.
     recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with torch.inference_mode(False), recording, torch.enable_grad():
-        leaves = [_padded(x.detach()).requires_grad_() for x in (query, key, value)]
-        result = _compiled_attention(leaves, forest, scale, window, softcap, gradients)
-    if result is None:
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        return blockwise.backward(grad_out, query, key, value, out, lse, forest, **options)
-    dq, dk, dv = result
+        leaves = [x.requires_grad_() for x in _padded(forest, query.detach(), key.detach(), value.detach())]
+        dq, dk, dv = _compiled_attention(leaves, forest, options, gradients)
     return dq, dk, dv
 
 
@@ -158,11 +148,21 @@ def _padded_length(tokens: int) -> int:
     return max(-(-tokens // BLOCK) * BLOCK, SHORTEST)
 
 
-def _padded(x: Tensor) -> Tensor:
-    """``[T, H, D]`` to ``[1, H, T', D]`` with zeros behind. Always a copy, so that all calls have the same strides."""
-    padded = x.new_zeros((_padded_length(x.shape[0]), *x.shape[1:]))
-    padded[: x.shape[0]] = x
-    return padded.transpose(0, 1).unsqueeze(0)
+def _padded_lengths(forest: Forest) -> tuple[int, int]:
+    """Of queries and of keys: whole blocks each, and keys for the padding of the queries too."""
+    queries = _padded_length(forest.num_queries)
+    return queries, _padded_length(forest.num_given + queries)
+
+
+def _padded(forest: Forest, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """``[N, H, D]`` to ``[1, H, N', D]`` with zeros behind. Always copies, so that all calls have the same strides."""
+    queries, keys = _padded_lengths(forest)
+    made = []
+    for x, length in ((query, queries), (key, keys), (value, keys)):
+        padded = x.new_zeros((length, *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        made.append(padded.transpose(0, 1).unsqueeze(0))
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------- the block mask
@@ -173,46 +173,50 @@ def padded_forest(forest: Forest, length: int) -> Forest:
     if length == forest.num_tokens:
         return forest
     columns = np.stack([forest.start, forest.end, forest.parent, forest.subtree_end], axis=1)
-    return Forest(np.concatenate([columns, [[forest.num_tokens, length, -1, length]]]))
+    return Forest(np.concatenate([columns, [[forest.num_tokens, length, -1, length]]]), forest.num_given)
 
 
 def block_tables(forest: Forest, window: int | None, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
     """Which blocks of keys (columns) a block of queries (rows) sees in part, and which in full.
 
     Args:
-        forest: of a whole number of blocks.
+        forest: of a whole number of blocks of keys. Blocks of queries are counted from the first query on, and what is
+            left of the queries behind the last whole block is left out.
         window: sliding window in tokens of a row, or None.
         block: edge of a block in tokens.
 
     Returns:
-        two ``bool [n, n]``, ``n = T / block``, never both True: some but not all pairs are visible; all pairs are.
+        two ``bool [m, n]``, ``m = Q // block``, ``n = T / block``, never both True: some but not all pairs are visible; all
+        pairs are.
     """
-    count = forest.num_tokens // block
+    rows, columns = forest.num_queries // block, forest.num_tokens // block
     seen = _seen_blocks(forest, window, block)
     # All pairs are visible: the subtrees of all keys reach behind the last query, and no pair is too far apart.
-    lowest_end = forest.token_subtree_end.reshape(count, block).min(1)
-    depth = forest.token_depth.reshape(count, block)
-    number = np.arange(count)
-    full = (number < number[:, None]) & (lowest_end >= (number[:, None] + 1) * block)
+    lowest_end = forest.token_subtree_end.reshape(columns, block).min(1)
+    first_query = forest.num_given + np.arange(rows)[:, None] * block
+    full = (first_query >= (np.arange(columns) + 1) * block) & (lowest_end >= first_query + block)
     if window is not None:
-        full &= depth.max(1)[:, None] - depth.min(1) < window
+        depth = forest.token_depth.reshape(columns, block)
+        query_depth = forest.token_depth[forest.num_given : forest.num_given + rows * block].reshape(rows, block)
+        full &= query_depth.max(1)[:, None] - depth.min(1) < window
     return seen & ~full, full
 
 
 def _seen_blocks(forest: Forest, window: int | None, block: int) -> np.ndarray:
-    """``bool [n, n]``: at least one pair is visible.
+    """``bool [m, n]``: at least one pair is visible.
 
     Queries of one segment in one block are a piece. The keys that a piece sees are one stretch of its path from the
     root, from the first key of its first query to its last query. Walking up the path, each segment contributes one
     range of packed positions, so one range of blocks, which is entered as +1 at its begin and -1 behind its end.
     """
-    count = forest.num_tokens // block
-    start = np.union1d(forest.start, np.arange(0, forest.num_tokens, block))
-    last = np.append(start[1:], forest.num_tokens)
+    rows, columns, given = forest.num_queries // block, forest.num_tokens // block, forest.num_given
+    behind = given + rows * block
+    start = np.union1d(forest.start[(forest.start >= given) & (forest.start < behind)], np.arange(given, behind, block))
+    last = np.append(start[1:], behind)
     segment = np.searchsorted(forest.start, start, side="right") - 1
     first_depth = np.zeros_like(start) if window is None else forest.token_depth[start] - window + 1
-    row = start // block
-    steps = np.zeros((count, count + 1), dtype=np.int32)
+    row = (start - given) // block
+    steps = np.zeros((rows, columns + 1), dtype=np.int32)
     while len(segment):
         k0 = forest.start[segment] + np.maximum(first_depth - forest.depth[segment], 0)
         k1 = np.minimum(last, forest.end[segment])
@@ -221,7 +225,7 @@ def _seen_blocks(forest: Forest, window: int | None, block: int) -> np.ndarray:
         np.add.at(steps, (row[hit], (k1[hit] - 1) // block + 1), -1)
         up = (forest.parent[segment] >= 0) & (first_depth < forest.depth[segment])
         segment, first_depth, last, row = forest.parent[segment][up], first_depth[up], last[up], row[up]
-    return steps.cumsum(1)[:, :count] > 0
+    return steps.cumsum(1)[:, :columns] > 0
 
 
 @lru_cache(maxsize=CACHED_MASKS)
@@ -230,12 +234,12 @@ def block_mask(forest: Forest, window: int | None, device: torch.device, stream:
 
     Call it outside of inference mode: it is cached, and autograd could not save tensors made inside.
     """
-    padded = padded_forest(forest, _padded_length(forest.num_tokens))
+    queries, keys = _padded_lengths(forest)
+    padded = padded_forest(forest, keys)
     tables = block_tables(padded, window)
     by_query_and_key = [x for seen in (*tables, *(t.T for t in tables)) for x in _ordered(seen, device)]
-    length = padded.num_tokens
     rest: tuple[Any, ...] = (*by_query_and_key, (BLOCK, BLOCK), _mask_mod(padded, window, device))
-    return torch_flex.BlockMask((length, length), *rest)
+    return torch_flex.BlockMask((queries, keys), *rest)
 
 
 def _ordered(seen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -247,17 +251,22 @@ def _ordered(seen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
 def _mask_mod(forest: Forest, window: int | None, device: torch.device) -> Callable[..., Tensor]:
     """The rule for single pairs, as FlexAttention calls it. It reads tensors only: a number would be compiled in."""
     subtree_end = upload(forest.token_subtree_end.astype(np.int32), device)
+    # A packed position for each query, only where the two differ: a table to read costs the kernels a little.
+    position = None
+    if forest.num_given:
+        position = upload(np.arange(forest.num_given, forest.num_tokens, dtype=np.int32), device)
 
     def in_forest(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < subtree_end[key])
+        at = query if position is None else position[query]
+        return (key <= at) & (at < subtree_end[key])
 
     if window is None:
         return in_forest
-    tables = (forest.token_depth, forest.token_depth - window + 1)
+    tables = (forest.token_depth, forest.token_depth[forest.num_given :] - window + 1)
     depth, first_depth = (upload(table.astype(np.int32), device) for table in tables)
 
     def in_forest_and_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < subtree_end[key]) & (depth[key] >= first_depth[query])
+        return in_forest(batch, head, query, key) & (depth[key] >= first_depth[query])
 
     return in_forest_and_window
 
@@ -298,41 +307,37 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _compiled_attention(
-    tensors: list[Tensor],
-    forest: Forest,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    finish: Callable[[Tensor, Tensor], Result],
-) -> Result | None:
-    """``finish(out, lse)`` of `_attention`; None, counted and logged, where torch could not compile that.
+    tensors: list[Tensor], forest: Forest, options: Options, finish: Callable[[Tensor, Tensor], Result]
+) -> Result:
+    """``finish(out, lse)`` of `_attention`.
 
     Args:
         tensors: padded query, key and value.
-        forest, scale, window, softcap: as in `forward`.
+        forest, options: as in `forward`.
         finish: what is made of the results. A backward may be compiled only when it runs, so it belongs in here.
+
+    Raises:
+        CannotRun: torch could not compile that, now or before.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 
     query, key, value = tensors
     widths = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    kind = (query.device, query.dtype, widths, scale, window is None, softcap)
+    kind = (query.device, query.dtype, widths, options.scale, options.window is None, options.softcap)
     if kind in _given_up:
-        fallbacks.count(_given_up[kind])
-        return None
+        raise CannotRun(_given_up[kind])
     limits: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "fail_on_recompile_limit_hit": True}
     limits["suppress_errors"] = False  # torch allows one of the two only
-    mask = block_mask(forest, window, query.device, stream_of(query.device))
+    mask = block_mask(forest, options.window, query.device, stream_of(query.device))
     try:
         # Scale and softcap are compiled in: they belong to the model, and FlexAttention wants numbers.
         with torch._dynamo.config.patch(**limits, specialize_float=True):
-            return finish(*_compiled()(query, key, value, mask, scale, softcap))
+            return finish(*_compiled()(query, key, value, mask, options.scale, options.softcap))
     except FailOnRecompileLimitHit:
-        reason = f"torch has compiled it {RECOMPILE_LIMIT} times"
+        _given_up[kind] = f"torch has compiled it {RECOMPILE_LIMIT} times"
     except (TorchDynamoException, NoTritonConfigsError) as error:  # the latter from a first run, out of shared memory
         cause = getattr(error, "inner_exception", error)
-        reason = f"torch could not compile it ({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})"
-    _given_up[kind] = reason
-    fallbacks.count(reason)
-    return None
+        message = str(cause).strip().partition("\n")[0]
+        _given_up[kind] = f"torch could not compile it ({type(cause).__name__}: {message})"
+    raise CannotRun(_given_up[kind])

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.attention.backends import blockwise
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.attention.backends import blockwise, merged_lse
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention.forests import (
     PAIRS,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.exc import InductorError
 from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 from torch.nn.attention import flex_attention as torch_flex
@@ -29,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from prefix_grouper_plugins.attention.backends import flex
 from prefix_grouper_plugins.attention.backends.dense import visibility_mask
+from prefix_grouper_plugins.attention.registry import fallbacks
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.forest import Forest, forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
@@ -114,28 +113,6 @@ def test_a_mask_of_131072_tokens_stays_quadratic_in_blocks(window: int | None) -
 # ------------------------------------------------------------------------------------------------- results and torch
 
 
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Run flex here; the list holds the number of operators in each graph that was compiled."""
-    compilations: list[int] = []
-
-    def counting(graph: Any, example_inputs: Any) -> Any:
-        compilations.append(len(graph.graph.nodes))
-        return aot_eager(graph, example_inputs)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(flex._attention, dynamic=True, fullgraph=True, backend=counting)
-    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
-    monkeypatch.setattr(flex, "why_not", lambda request: None)
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(flex, "_given_up", {})
-    flex.fallbacks.clear()
-    yield compilations
-    torch._dynamo.reset()
-    flex.fallbacks.clear()
-    flex.block_mask.cache_clear()
-
-
 def assert_equals_dense(layout: PrefixLayout, features: Features) -> None:
     tensors = inputs(layout, features)
     actual = output_and_gradients(attend(layout, features, "flex"), tensors)
@@ -148,7 +125,7 @@ def test_gradients_equal_dense_gradients_with_two_compilations_for_all_lengths(n
     sizes = ([300], [[60, 20]]), ([257, 30], [[90, 8], [70]]), ([9, 500], [[60], [40, 1, 1]]), ([1000], [[50, 60]])
     for groups in (*sizes, ([20], [[3, 4]])):
         assert_equals_dense(PrefixLayout.from_groups(*groups), FEATURES[name])
-    assert len(on_cpu) == 2 and not flex.fallbacks
+    assert len(on_cpu) == 2 and not fallbacks
 
 
 def test_gradients_equal_dense_gradients_on_trees_across_block_borders(on_cpu: list[int]) -> None:
@@ -192,9 +169,9 @@ def test_at_the_recompile_limit_the_layer_runs_on_blockwise_and_says_so(
         for length in (300, 700):
             assert_equals_dense(PrefixLayout.from_groups([length], [[60, 20]]), FEATURES["gqa_sinks"])
     assert len(on_cpu) == 1
-    assert flex.fallbacks == {"torch has compiled it 1 times": 3}  # a backward, a forward, a backward
+    assert fallbacks["flex"] == {"torch has compiled it 1 times": 3}  # a backward, a forward, a backward
     assert [r.message for r in caplog.records if r.name == "prefix_grouper_plugins"] == [
-        "prefix grouper: flex_attention is not used, layers of this kind run on blockwise: torch has compiled it 1 times"
+        "prefix grouper: flex is not used, layers of this kind run on blockwise: torch has compiled it 1 times"
     ]
 
 
@@ -217,7 +194,7 @@ def test_a_kernel_that_does_not_compile_is_replaced_once_and_for_all(
     monkeypatch.setattr(flex, "_compiled", lambda: compiled)
     for _ in range(2):
         assert_equals_dense(PrefixLayout.from_groups([300], [[60, 20]]), FEATURES["gqa_sinks"])
-    ((reason, calls),) = flex.fallbacks.items()
+    ((reason, calls),) = fallbacks["flex"].items()
     assert reason == "torch could not compile it (RuntimeError: out of shared memory)"
     assert calls == {"forward": 4, "backward": 3}[broken_pass]  # of two forwards and two backwards
     assert len(attempts) <= 2  # torch tries to compile a backward at once, and again when it is needed
@@ -231,7 +208,7 @@ def test_a_kernel_that_fits_no_gpu_of_this_kind_is_replaced_when_its_first_run_s
 
     monkeypatch.setattr(flex, "_compiled", lambda: too_large)
     assert_equals_dense(PrefixLayout.from_groups([300], [[60, 20]]), FEATURES["gqa_sinks"])
-    ((reason, calls),) = flex.fallbacks.items()
+    ((reason, calls),) = fallbacks["flex"].items()
     assert (
         reason.startswith("torch could not compile it (NoTritonConfigsError: No valid triton configs. OutOfRes")
         and calls == 2

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from prefix_grouper_plugins import forest as plan
 from prefix_grouper_plugins.attention import shared_prefix_attention
-from prefix_grouper_plugins.attention.backends import blockwise
+from prefix_grouper_plugins.attention.backends import blockwise, merged_lse
 from prefix_grouper_plugins.attention.backends.dense import visibility_mask
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.attention.backends.merged_lse import cpu, cuda
+from prefix_grouper_plugins.attention.request import Options
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention.forests import (
     Features,
@@ -42,7 +43,7 @@ class VarlenAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: Any, scale: float, poison: bool) -> Tensor:
         gaps = {"gap_out": torch.nan, "gap_lse": torch.nan} if poison else {}
         op = functools.partial(emulated_flash_forward, **gaps)
-        out, lse = merged_lse.varlen_forward(op, q, k, v, calls, scale)
+        out, lse = cuda.varlen_forward(op, q, k, v, calls, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.calls, ctx.scale, ctx.poison = calls, scale, poison
         return out
@@ -50,13 +51,13 @@ class VarlenAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         op = functools.partial(emulated_flash_backward, gap_grad=torch.nan if ctx.poison else 0.0)
-        grads = merged_lse.varlen_backward(op, grad_outputs[0], *ctx.saved_tensors, ctx.calls, ctx.scale)
+        grads = cuda.varlen_backward(op, grad_outputs[0], *ctx.saved_tensors, ctx.calls, ctx.scale)
         return *grads, None, None, None
 
 
 def assert_varlen_equals_dense(layout: PrefixLayout, poison: bool) -> None:
     tensors = inputs(layout, Features(heads=4, kv_heads=2))
-    calls = merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)
+    calls = cuda.varlen_calls(plan.forest_of(layout.segments), CPU)
     actual = output_and_gradients(lambda q, k, v, _: VarlenAttention.apply(q, k, v, calls, 8**-0.5, poison), tensors)
     expected = output_and_gradients(
         lambda q, k, v, _: shared_prefix_attention(q, k, v, layout, backend="dense"), tensors
@@ -68,7 +69,7 @@ def assert_varlen_equals_dense(layout: PrefixLayout, poison: bool) -> None:
 def test_flash_kernels_get_rows_that_begin_at_16_bytes(before: int, behind: int) -> None:
     """They read 16 bytes at once, unchecked: views into a fused projection of odd width would end the process."""
     layout = PrefixLayout.from_groups([9], [[5, 4]])
-    calls = merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)
+    calls = cuda.varlen_calls(plan.forest_of(layout.segments), CPU)
     plain = [x.detach() for x in inputs(layout, Features())]
     edges = [torch.zeros(layout.num_tokens, width, dtype=torch.float64) for width in (before, behind)]
     fused = torch.cat([edges[0], *(x.flatten(1) for x in plain), edges[1]], 1)
@@ -83,13 +84,13 @@ def test_flash_kernels_get_rows_that_begin_at_16_bytes(before: int, behind: int)
         taken.extend(tensors[:5])
         return emulated_flash_backward(*tensors, **options)
 
-    out, lse = merged_lse.varlen_forward(forward, *views, calls, 8**-0.5)
-    grads = merged_lse.varlen_backward(backward, views[0], *views, out, lse, calls, 8**-0.5)
+    out, lse = cuda.varlen_forward(forward, *views, calls, 8**-0.5)
+    grads = cuda.varlen_backward(backward, views[0], *views, out, lse, calls, 8**-0.5)
     assert all(x.data_ptr() % 16 == 0 and all(stride % 2 == 0 for stride in x.stride()[:2]) for x in taken)
-    assert (taken[0] is views[0]) == (behind == 2)  # what lies well is not copied
-    expected = merged_lse.varlen_forward(emulated_flash_forward, *plain, calls, 8**-0.5)
+    assert (taken[0].data_ptr() == views[0].data_ptr()) == (behind == 2)  # what lies well is not copied
+    expected = cuda.varlen_forward(emulated_flash_forward, *plain, calls, 8**-0.5)
     assert_all_close([out, lse], list(expected))
-    expected = merged_lse.varlen_backward(emulated_flash_backward, plain[0], *plain, *expected, calls, 8**-0.5)
+    expected = cuda.varlen_backward(emulated_flash_backward, plain[0], *plain, *expected, calls, 8**-0.5)
     assert_all_close(list(grads), list(expected))
 
 
@@ -109,24 +110,24 @@ def test_varlen_levels_with_gaps_in_the_middle_equal_dense(poison: bool) -> None
 
 def test_a_group_needs_two_varlen_calls_and_no_gap_mask() -> None:
     layout = PrefixLayout.from_groups([100], [[30] * 8])
-    causal, full = merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)
+    causal, full = cuda.varlen_calls(plan.forest_of(layout.segments), CPU)
     assert causal.causal and (causal.max_q, causal.max_k) == (99, 99)
-    assert not full.causal and (full.max_q, full.max_k) == (240, 240)
-    # Queries of the prefix, which get nothing; the rectangle; keys of the responses, which nobody reads.
-    assert full.cu_q.tolist() == [0, 99, 339, 339] and full.cu_k.tolist() == [0, 0, 99, 339]
-    assert full.queries.gaps is None and full.keys.gaps is None
+    assert not full.causal and (full.max_q, full.max_k) == (240, 99)
+    # One entry, the rectangle: no kernel meets an entry without queries or without keys.
+    assert full.cu_q.tolist() == [0, 240] and full.cu_k.tolist() == [0, 99]
+    assert full.queries == (99, 339, None) and full.keys == (0, 99, None)
 
 
 def test_single_queries_are_not_taken_for_decoding() -> None:
     """FA2 with max_q = 1 assumes one query in every entry, which gap entries do not have."""
     layout = layout_of([(1, [(1, [])]), (1, [(1, [])])])
-    assert [call.max_q for call in merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)] == [2, 2]
+    assert [call.max_q for call in cuda.varlen_calls(plan.forest_of(layout.segments), CPU)] == [2, 2]
     assert_varlen_equals_dense(layout, poison=False)
 
 
 def test_rows_without_shared_prefix_need_one_varlen_call() -> None:
     layout = PrefixLayout.from_groups([1], [[30] * 8])
-    assert len(merged_lse.varlen_calls(plan.forest_of(layout.segments), CPU)) == 1
+    assert len(cuda.varlen_calls(plan.forest_of(layout.segments), CPU)) == 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,7 +135,7 @@ def test_rows_without_shared_prefix_need_one_varlen_call() -> None:
 def test_triangles_and_rectangles_of_the_cpu_cover_each_visible_pair_once(layout: PrefixLayout, longest: int) -> None:
     visible = visibility_mask(layout.segments)
     seen = torch.zeros_like(visible, dtype=torch.int32)
-    triangles, rectangles = merged_lse._cpu_plan(plan.forest_of(layout.segments), longest)
+    triangles, rectangles = cpu.plan(plan.forest_of(layout.segments), longest)
     assert [t.start for t in triangles] == [0, *(t.end for t in triangles[:-1])] and triangles[-1].end == len(visible)
     for start, end in triangles:
         assert 0 < end - start <= longest
@@ -150,14 +151,14 @@ def test_triangles_and_rectangles_of_the_cpu_cover_each_visible_pair_once(layout
 def test_halved_triangles_give_the_dense_output_and_gradients(layout: PrefixLayout, longest: int) -> None:
     features = Features(heads=4, kv_heads=2)
     tensors = inputs(layout, features)
-    with mock.patch.dict(merged_lse.LONGEST_TRIANGLE, {8: longest}):
+    with mock.patch.dict(cpu.LONGEST_TRIANGLE, {8: longest}):
         halved = output_and_gradients(attend(layout, features, "merged_lse"), tensors)
     assert_all_close(halved, output_and_gradients(attend(layout, features, "dense"), tensors))
 
 
 def test_a_triangle_is_halved_where_the_kernel_has_its_blocks() -> None:
     layout = PrefixLayout.from_groups([64], [[500] * 8])
-    triangles, rectangles = merged_lse._cpu_plan(plan.forest_of(layout.segments), 128)
+    triangles, rectangles = cpu.plan(plan.forest_of(layout.segments), 128)
     assert [t.end - t.start for t in triangles[:5]] == [63, 128, 128, 128, 116]
     assert rectangles[:2] == ((63, 63 + 8 * 500, 0, 63), (63 + 256, 63 + 500, 63, 63 + 256))
 
@@ -213,8 +214,8 @@ def test_no_square_tensor_and_no_repeated_keys_are_made(backend: Any) -> None:
     forest, tokens = plan.forest_of(layout.segments), layout.num_tokens
     q, k, v = (torch.randn(tokens, 2, 24) for _ in range(3))
     with LargestTensor(2, 24) as largest, torch.no_grad():
-        out, lse = backend.forward(q, k, v, forest, scale=0.2, window=None, softcap=None)
-        backend.backward(out, q, k, v, out, lse, forest, scale=0.2, window=None, softcap=None)
+        out, lse = backend.forward(q, k, v, forest, Options(0.2))
+        backend.backward(out, q, k, v, out, lse, forest, Options(0.2))
     assert largest.numel < tokens * tokens / 2
     assert largest.tokens <= tokens
 

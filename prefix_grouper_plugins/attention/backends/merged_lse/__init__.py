@@ -1,1 +1,95 @@
-"""The flash kernels that torch ships, called on rectangles of the forest and merged by log-sum-exp."""
+"""Merged-LSE backend: the flash kernels that torch ships, called on rectangles of the forest, merged by log-sum-exp.
+
+A forest's visible pairs are one causal triangle for each segment (its tokens among themselves) and one full rectangle
+for each inner segment (all its descendants on its keys). Hydragen (arXiv 2402.05099) merges such partial attentions by
+their log-sum-exp at decoding. Here training is exact too: a flash backward recomputes ``p = exp(s - lse)`` and
+``delta = sum(dO * O)``, so calling it once for each partial with the MERGED ``O`` and ``lse`` yields that partial's
+share of the true gradients, and the shares add up (the argument of Ring Attention, arXiv 2310.01889). Merging and sums
+are computed in float32, or float64 for float64.
+
+Given tokens have keys only: they have no triangle, and their keys are one rectangle with the queries that see them.
+
+`cpu` calls torch's CPU flash kernel on each triangle and rectangle, `cuda` its varlen kernels on whole levels of the tree.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefix_grouper_plugins.attention.backends.merged_lse import cpu, cuda
+from prefix_grouper_plugins.attention.device import why_not_flash
+from prefix_grouper_plugins.attention.request import Options, Request
+from prefix_grouper_plugins.forest import Forest
+
+
+def why_not(request: Request) -> str | None:
+    """Why this backend cannot serve ``request``, in words; None if it can."""
+    if request.window is not None:
+        return f"sliding_window={request.window} hides keys of the rows, and flash partials cannot restart a window"
+    if request.softcap is not None:
+        return f"softcap={request.softcap} is not a feature of the flash ops of torch"
+    if request.device.type == "cpu":
+        return None
+    if request.device.type != "cuda" or torch.version.hip is not None:
+        return f"the flash ops of torch are used on cpu and NVIDIA cuda only, not on {request.device.type}"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA flash ops take float16 and bfloat16, not {request.dtype}"
+    return why_not_flash(request.device, _kernel_head_dim(request.head_dim, request.value_dim, request.device))
+
+
+def _kernel_head_dim(head_dim: int, value_dim: int, device: torch.device) -> int:
+    """The one head dim that the kernels see; on CUDA it is a multiple of 8."""
+    widest = max(head_dim, value_dim)
+    return widest if device.type == "cpu" else -(-widest // 8) * 8
+
+
+def _padded(x: Tensor, head_dim: int) -> Tensor:
+    """Zeros up to ``head_dim``, which change neither scores nor the used part of the output; dense last dimension."""
+    if x.shape[-1] != head_dim:
+        return F.pad(x, (0, head_dim - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: Options) -> tuple[Tensor, Tensor]:
+    """Attention output and log-sum-exp.
+
+    Args:
+        query, key, value: ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``, ``Q = forest.num_queries``.
+        forest: of the layout.
+        options: of the layer, without window and softcap; see `why_not`.
+
+    Returns:
+        ``out [Q, H, D_v]`` in float32, float64 or the query's dtype, and ``lse [H, Q]`` in float32 or float64.
+    """
+    assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
+    head_dim = _kernel_head_dim(query.shape[2], value.shape[2], query.device)
+    q, k, v = (_padded(x, head_dim) for x in (query, key, value))
+    out, lse = (cpu if query.device.type == "cpu" else cuda).forward(q, k, v, forest, options.scale)
+    return out[..., : value.shape[2]], lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    forest: Forest,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, in float32, float64 or the query's dtype.
+
+    Args:
+        grad_out, out: ``[Q, H, D_v]``; ``out`` merged, in the query's dtype.
+        lse: ``[H, Q]`` merged; it may hold the attention sinks, with ``out`` rescaled accordingly.
+        query, key, value, forest, options: as in `forward`.
+    """
+    assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
+    head_dim = _kernel_head_dim(query.shape[2], value.shape[2], query.device)
+    do, q, k, v, out = (_padded(x, head_dim) for x in (grad_out.contiguous(), query, key, value, out))
+    path = cpu if query.device.type == "cpu" else cuda
+    dq, dk, dv = path.backward(do, q, k, v, out, lse.contiguous(), forest, options.scale)
+    return dq[..., : query.shape[2]], dk[..., : key.shape[2]], dv[..., : value.shape[2]]

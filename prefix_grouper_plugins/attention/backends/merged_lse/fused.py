@@ -1,8 +1,8 @@
 """Triton kernels for `merged_lse`: merging partial outputs, and adding partial gradients, in one pass over memory each.
 
-Torch makes each of them out of several kernels with float32 copies between them; these read what a flash kernel wrote,
-in its dtype, and update the float32 sums in place. Rows in gaps are left alone, whatever a kernel wrote there.
-Imported only where `triton_kernels.is_usable`.
+Torch makes each of them out of several kernels with float32 copies between them; these read what a flash kernel wrote, in
+its dtype, compute in float32, and update the sums in place. Rows in gaps are left alone, whatever a kernel wrote there.
+Imported only where `device.why_not_triton` has no reason against it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,7 +23,7 @@ def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, ga
     """Merge one partial into ``out`` and ``lse``, in place.
 
     Args:
-        out: ``[N, H, D]`` float32, each row finite.
+        out: ``[N, H, D]`` in any dtype but float64, each row finite.
         lse: ``[H, N]`` float32, finite.
         partial_out: ``[N, H, D]`` in any dtype; partial_lse: ``[H, N]`` float32.
         gaps: ``BoolTensor[N]``, True where the partial has nothing to say; None for no such row.
@@ -38,7 +38,7 @@ def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, ga
 
 
 def accumulate(total: Tensor, partial: Tensor, gaps: Tensor | None) -> None:
-    """``total += partial`` outside ``gaps``, for float32 ``total`` and ``partial`` in any dtype, ``[N, H, D]`` each."""
+    """``total += partial`` outside ``gaps``, ``[N, H, D]`` each, in any dtype but float64."""
     rows, heads, dim = total.shape
     with torch.cuda.device_of(total):
         _accumulate_kernel[(triton.cdiv(rows, ROWS.value), heads)](
@@ -70,7 +70,7 @@ def _merge_kernel(
     merged = top + tl.log(tl.exp(lse - top) + tl.exp(partial_lse - top))
     out_pointer += head * out_head
     partial_out_pointer += head * partial_head
-    out = load_tile(out_pointer, first, num_rows, out_stride, ROWS, DIM, PADDED, True)
+    out = load_tile(out_pointer, first, num_rows, out_stride, ROWS, DIM, PADDED, True).to(tl.float32)
     partial = load_tile(partial_out_pointer, first, num_rows, partial_stride, ROWS, DIM, PADDED, True)
     both = out * tl.exp(lse - merged)[:, None] + partial.to(tl.float32) * tl.exp(partial_lse - merged)[:, None]
     store_tile(out_pointer, tl.where(used[:, None], both, out), first, num_rows, out_stride, ROWS, DIM, PADDED)
@@ -85,7 +85,7 @@ def _accumulate_kernel(
     first, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
     rows = first + tl.arange(0, ROWS)
     total_pointer += head * total_head
-    total = load_tile(total_pointer, first, num_rows, total_stride, ROWS, DIM, PADDED, True)
+    total = load_tile(total_pointer, first, num_rows, total_stride, ROWS, DIM, PADDED, True).to(tl.float32)
     partial_pointer += head * partial_head
     partial = load_tile(partial_pointer, first, num_rows, partial_stride, ROWS, DIM, PADDED, True).to(tl.float32)
     if GAPS:

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward: FlashAttention-2 (arXiv 2307.08691, section 3.2) over the spans of `triton_tables`.
+"""Triton kernels of the backward: FlashAttention-2 (arXiv 2307.08691, section 3.2) over the spans of `tables`.
 
 dQ and dK/dV are kernels of their own that each recompute the scores: no atomics, so the sums have one order and the
 gradients are the same in every run. Where the queries of a block of keys are shared out, ``add_slots_kernel`` adds up.
@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_grouper_plugins.attention.triton_tiles import load_tile, scaled_scores, store_tile, visible
+from prefix_grouper_plugins.attention.backends.triton.scores import scaled_scores, visible
+from prefix_grouper_plugins.attention.triton_tiles import load_tile, store_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -20,7 +21,7 @@ def delta_kernel(
     do_pointer, out_pointer, delta_pointer, do_stride, do_head, out_stride, out_head, num_tokens,
     VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """``delta [H, T] = sum(dO * O)`` over dims, in float32; grid ``(ceil(T / BLOCK_M), H)``."""
+    """``delta [H, Q] = sum(dO * O)`` over dims, in float32; grid ``(ceil(Q / BLOCK_M), H)``."""
     first, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
     tokens = first + tl.arange(0, BLOCK_M)
     do_pointer += head * do_head
@@ -67,21 +68,23 @@ def _dq_of_keys(
     return tl.dot(ds.to(key.dtype), key, total, input_precision="tf32x3")
 
 
-@triton.jit(do_not_specialize=["num_tokens", "window", "group"])
+@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group"])
 def dq_kernel(
     q_pointer, k_pointer, v_pointer, do_pointer, lse_pointer, delta_pointer, dq_pointer,
     ends_pointer, depth_pointer, rows_pointer, spans_pointer,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head, dq_stride, dq_head,
-    num_tokens, group, window, inner, outer, scale,
+    num_tokens, num_given, group, window, inner, outer, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TABLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``dq [T, H, D]``; grid ``(blocks * TABLE_BLOCK / BLOCK_M, H)``."""
+    """``dq [Q, H, D]``; grid ``(blocks * TABLE_BLOCK / BLOCK_M, H)``."""
     parts: tl.constexpr = TABLE_BLOCK // BLOCK_M
     row = rows_pointer + tl.program_id(0) // parts * 5
     head = tl.program_id(1)
-    first_query = tl.load(row) * TABLE_BLOCK + tl.program_id(0) % parts * BLOCK_M
+    # Tensors of queries begin at packed position num_given; the mask compares packed positions.
+    first_row = tl.load(row) * TABLE_BLOCK + tl.program_id(0) % parts * BLOCK_M
+    first_query = num_given + first_row
     if first_query >= num_tokens:
         return
     begin, middle, end = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -90,13 +93,28 @@ def dq_kernel(
     head = head.to(tl.int64)
     queries = first_query + tl.arange(0, BLOCK_M)
     query = load_tile(
-        q_pointer + head * q_head, first_query, num_tokens, q_stride, BLOCK_M, HEAD_DIM, HEAD_PADDED, True
+        q_pointer + head * q_head,
+        first_row,
+        num_tokens - num_given,
+        q_stride,
+        BLOCK_M,
+        HEAD_DIM,
+        HEAD_PADDED,
+        True,
     )
     grad = load_tile(
-        do_pointer + head * do_head, first_query, num_tokens, do_stride, BLOCK_M, VALUE_DIM, VALUE_PADDED, True
+        do_pointer + head * do_head,
+        first_row,
+        num_tokens - num_given,
+        do_stride,
+        BLOCK_M,
+        VALUE_DIM,
+        VALUE_PADDED,
+        True,
     )
-    lse = tl.load(lse_pointer + head * num_tokens + queries, mask=queries < num_tokens, other=0.0) * LOG2_E
-    delta = tl.load(delta_pointer + head * num_tokens + queries, mask=queries < num_tokens, other=0.0)
+    statistics = head * (num_tokens - num_given) + first_row + tl.arange(0, BLOCK_M)
+    lse = tl.load(lse_pointer + statistics, mask=queries < num_tokens, other=0.0) * LOG2_E
+    delta = tl.load(delta_pointer + statistics, mask=queries < num_tokens, other=0.0)
     query_depth = queries
     if WINDOWED:
         query_depth = tl.load(depth_pointer + queries, mask=queries < num_tokens, other=0)
@@ -118,7 +136,14 @@ def dq_kernel(
                 HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WINDOWED, CAPPED, True, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     store_tile(
-        dq_pointer + head * dq_head, total * scale, first_query, num_tokens, dq_stride, BLOCK_M, HEAD_DIM, HEAD_PADDED
+        dq_pointer + head * dq_head,
+        total * scale,
+        first_row,
+        num_tokens - num_given,
+        dq_stride,
+        BLOCK_M,
+        HEAD_DIM,
+        HEAD_PADDED,
     )
 
 
@@ -130,6 +155,7 @@ def _dkdv_of_queries(
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the queries ``[first, first + BLOCK_M)`` add to dK and dV, less those at or past ``end`` if MASKED.
+    Positions of queries and of keys are counted from the first query, so those of given keys are negative.
 
     Scores are transposed, ``[keys, queries]``, so that the weights enter the second product as they are.
     """
@@ -149,7 +175,7 @@ def _dkdv_of_queries(
         query_depth = queries
         if WINDOWED:
             query_depth = tl.load(depth_pointer + queries, mask=queries < end, other=0)
-        queries = tl.where(queries < end, queries, -1)  # before all keys: sees none
+        queries = tl.where(queries < end, queries, -0x40000000)  # before all keys, given ones too: sees none
         seen = visible(
             queries[None, :],
             keys[:, None],
@@ -170,13 +196,13 @@ def _dkdv_of_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_tokens", "window", "group"])
+@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group"])
 def dkdv_kernel(
     q_pointer, k_pointer, v_pointer, do_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer,
     dk_slots_pointer, dv_slots_pointer, ends_pointer, depth_pointer, rows_pointer, spans_pointer,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head,
     dk_stride, dk_head, dv_stride, dv_head,
-    num_tokens, group, window, inner, outer, scale,
+    num_tokens, num_given, group, window, inner, outer, scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TABLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -202,26 +228,30 @@ def dkdv_kernel(
     key_depth = key_ends
     if WINDOWED:
         key_depth = tl.load(depth_pointer + keys, mask=keys < num_tokens, other=0)
+    key_ends -= num_given
+    depth_pointer += num_given
+    first_row = first_key - num_given
     dk = tl.zeros([BLOCK_N, HEAD_PADDED], tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE_PADDED], tl.float32)
     for head_in_group in range(0, group):
         head = kv_head * group + head_in_group
         q_base, do_base = q_pointer + head * q_head, do_pointer + head * do_head
-        lse_base, delta_base = lse_pointer + head * num_tokens, delta_pointer + head * num_tokens
+        statistics = head * (num_tokens - num_given)
+        lse_base, delta_base = lse_pointer + statistics, delta_pointer + statistics
         for span in range(begin, middle):
             last = tl.load(spans_pointer + 2 * span + 1)
             for first in range(tl.load(spans_pointer + 2 * span), last, BLOCK_M):
                 dk, dv = _dkdv_of_queries(
-                    dk, dv, key, value, key_ends, key_depth, first, last, first_key, q_base, do_base, lse_base,
+                    dk, dv, key, value, key_ends, key_depth, first, last, first_row, q_base, do_base, lse_base,
                     delta_base, q_stride, do_stride, depth_pointer, window, inner, outer,
                     HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WINDOWED, CAPPED, False, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
         for span in range(middle, end):
             last = tl.load(spans_pointer + 2 * span + 1)
-            start = tl.maximum(tl.load(spans_pointer + 2 * span), first_key)  # no query before its key
+            start = tl.maximum(tl.load(spans_pointer + 2 * span), first_row)  # no query before its key
             for first in range(start, last, BLOCK_M):
                 dk, dv = _dkdv_of_queries(
-                    dk, dv, key, value, key_ends, key_depth, first, last, first_key, q_base, do_base, lse_base,
+                    dk, dv, key, value, key_ends, key_depth, first, last, first_row, q_base, do_base, lse_base,
                     delta_base, q_stride, do_stride, depth_pointer, window, inner, outer,
                     HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WINDOWED, CAPPED, True, BLOCK_M, BLOCK_N,
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Triton kernel of the forward: FlashAttention-2 (arXiv 2307.08691, section 3.1) over the spans of `triton_tables`.
+"""Triton kernel of the forward: FlashAttention-2 (arXiv 2307.08691, section 3.1) over the spans of `tables`.
 
 One program holds a tile of queries of one head and goes through its full spans without a mask, then through its masked
 ones. Softmax is in base 2. Names in capitals are compile-time constants.
@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_grouper_plugins.attention.triton_tiles import load_tile, scaled_scores, store_tile, visible
+from prefix_grouper_plugins.attention.backends.triton.scores import scaled_scores, visible
+from prefix_grouper_plugins.attention.triton_tiles import load_tile, store_tile
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -56,21 +57,23 @@ def _add_keys(
     return total, new_top, norm
 
 
-@triton.jit(do_not_specialize=["num_tokens", "window", "group"])
+@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group"])
 def forward_kernel(
     q_pointer, k_pointer, v_pointer, out_pointer, lse_pointer,
     ends_pointer, depth_pointer, rows_pointer, spans_pointer,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride, out_head,
-    num_tokens, group, window, inner, outer,
+    num_tokens, num_given, group, window, inner, outer,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TABLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``out [T, H, D_v]`` and ``lse [H, T]`` (natural log); grid ``(blocks * TABLE_BLOCK / BLOCK_M, H)``."""
+    """``out [Q, H, D_v]`` and ``lse [H, Q]`` (natural log); grid ``(blocks * TABLE_BLOCK / BLOCK_M, H)``."""
     parts: tl.constexpr = TABLE_BLOCK // BLOCK_M
     row = rows_pointer + tl.program_id(0) // parts * 5
     head = tl.program_id(1)
-    first_query = tl.load(row) * TABLE_BLOCK + tl.program_id(0) % parts * BLOCK_M
+    # Tensors of queries begin at packed position num_given; the mask compares packed positions.
+    first_row = tl.load(row) * TABLE_BLOCK + tl.program_id(0) % parts * BLOCK_M
+    first_query = num_given + first_row
     if first_query >= num_tokens:
         return
     begin, middle, end = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -78,7 +81,14 @@ def forward_kernel(
     v_pointer += (head // group).to(tl.int64) * v_head
     queries = first_query + tl.arange(0, BLOCK_M)
     query = load_tile(
-        q_pointer + head.to(tl.int64) * q_head, first_query, num_tokens, q_stride, BLOCK_M, HEAD_DIM, HEAD_PADDED, True
+        q_pointer + head.to(tl.int64) * q_head,
+        first_row,
+        num_tokens - num_given,
+        q_stride,
+        BLOCK_M,
+        HEAD_DIM,
+        HEAD_PADDED,
+        True,
     )
     query_depth = queries
     if WINDOWED:
@@ -102,9 +112,9 @@ def forward_kernel(
                 ends_pointer, depth_pointer, query_depth, window, inner, outer,
                 HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WINDOWED, CAPPED, True, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+    rows = first_row + tl.arange(0, BLOCK_M)
+    num_rows = num_tokens - num_given
     out_pointer += head.to(tl.int64) * out_head
-    store_tile(
-        out_pointer, total / norm[:, None], first_query, num_tokens, out_stride, BLOCK_M, VALUE_DIM, VALUE_PADDED
-    )
+    store_tile(out_pointer, total / norm[:, None], first_row, num_rows, out_stride, BLOCK_M, VALUE_DIM, VALUE_PADDED)
     lse = (top + tl.log2(norm)) * LN_2
-    tl.store(lse_pointer + head.to(tl.int64) * num_tokens + queries, lse, mask=queries < num_tokens)
+    tl.store(lse_pointer + head.to(tl.int64) * num_rows + rows, lse, mask=rows < num_rows)

@@ -36,7 +36,7 @@ PROGRAMS = 256
 
 
 class Blocks(NamedTuple):
-    """Spans by block, as numpy ``int32``.
+    """Spans by block, as numpy ``int32``. Blocks and spans of queries are counted from the first query, past given tokens.
 
     Attributes:
         rows: ``[N, 5]``: block, first full span, first masked span, end of its spans, slot (-1: no partial sums). The
@@ -91,7 +91,7 @@ def tables(forest: Forest, window: int | None, kv_heads: int, device: torch.devi
 def query_blocks(forest: Forest, window: int | None) -> Blocks:
     """For each block of queries the spans of keys that any of them sees."""
     blocks: list[tuple[np.ndarray, np.ndarray]] = []
-    for q0, q1, shallowest, deepest, _, _ in _edges(forest):
+    for q0, q1, shallowest, deepest, _, _ in _edges(forest, forest.num_given):
         pieces: list[tuple[int, int, bool]] = [(q0, q1, False)]
         segment = int(np.searchsorted(forest.start, q0, side="right")) - 1
         while segment >= 0:  # up the tree: everything before q0 that a query of this block sees is on this path
@@ -112,7 +112,7 @@ def query_blocks(forest: Forest, window: int | None) -> Blocks:
 
 def key_items(forest: Forest, window: int | None, kv_heads: int) -> tuple[Blocks, np.ndarray]:
     """For each block of keys the spans of queries that see any of them, shared out over items; and ``split_rows``."""
-    blocks = [_joined(_queries_of(forest, window, edges)) for edges in _edges(forest)]
+    blocks = [_joined(_from_first_query(forest, _queries_of(forest, window, edges))) for edges in _edges(forest, 0)]
     work = np.array([sum(_length(spans) for spans in block) for block in blocks])
     longest = max(SHORTEST_ITEM, int(work.sum()) * kv_heads // PROGRAMS)
     items: list[tuple[int, np.ndarray, np.ndarray, int]] = []
@@ -130,9 +130,9 @@ def key_items(forest: Forest, window: int | None, kv_heads: int) -> tuple[Blocks
     return _packed(items), np.array(split_rows, dtype=np.int64).reshape(-1, 3)
 
 
-def _edges(forest: Forest) -> list[tuple[int, int, int, int, int, int]]:
-    """For each block: first token, end, least and greatest depth, least and greatest subtree end of its tokens."""
-    starts = np.arange(0, forest.num_tokens, TABLE_BLOCK)
+def _edges(forest: Forest, first: int) -> list[tuple[int, int, int, int, int, int]]:
+    """For each block from token ``first`` on: first token, end, least and greatest depth, least and greatest subtree end of its tokens."""
+    starts = np.arange(first, forest.num_tokens, TABLE_BLOCK)
     columns = [starts, np.minimum(starts + TABLE_BLOCK, forest.num_tokens)]
     for values in (forest.token_depth, forest.token_subtree_end):
         columns += [np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)]
@@ -157,6 +157,11 @@ def _queries_of(forest: Forest, window: int | None, edges: tuple[int, int, int, 
     no, yes = np.zeros_like(start), np.ones_like(start)
     pieces = [(first, np.minimum(behind, seen), no), (behind, inside, yes), (inside, seen, no)]
     return np.stack([np.stack(piece, axis=1) for piece in pieces], axis=1).reshape(-1, 3)
+
+
+def _from_first_query(forest: Forest, pieces: np.ndarray) -> np.ndarray:
+    """``pieces`` of packed positions counted from the first query, less given tokens; some become empty."""
+    return np.concatenate([np.maximum(pieces[:, :2] - forest.num_given, 0), pieces[:, 2:]], axis=1)
 
 
 def _joined(pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda as merged_lse
+from prefix_grouper_plugins.attention import device as attention_device
+from prefix_grouper_plugins.attention.backends import triton as triton_backend
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda, merge
 from prefix_grouper_plugins.attention.backends.triton import configs as triton_configs
-from prefix_grouper_plugins.attention.backends.triton import launches as triton_kernels
 from prefix_grouper_plugins.attention.backends.triton import tables as triton_tables
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.forest import forest_of
@@ -180,16 +181,17 @@ def fused_merge_equals_torch(dtype: torch.dtype, gaps: bool) -> None:
     partial_out = partial_out.to(dtype)
     if where is not None:
         partial_out[where], partial_lse[:, where] = torch.nan, torch.nan
-    used = merged_lse.Rows(5, rows, None if where is None else where[5:])
-    assert merged_lse._fused(out) is triton_merge()
+    used = slice(5, rows)
+    gap_rows = None if where is None else where[used]
+    assert merge._fused(out, lse) is triton_merge()
     results = []
     for fused in (True, False):
         tensors = [x.clone() for x in (out, lse, out)]
         with pytest.MonkeyPatch.context() as patch:
             if not fused:
-                patch.setattr(merged_lse, "_fused", lambda total: None)
-            merged_lse._merge_used(used, tensors[0], tensors[1], partial_out, partial_lse)
-            merged_lse._add_used(used, tensors[2], partial_out)
+                patch.setattr(merge, "_fused", lambda x, sums: None)
+            merge.merge(tensors[0][used], tensors[1][:, used], partial_out[used], partial_lse[:, used], gap_rows)
+            merge.add(tensors[2][used], partial_out[used], gap_rows)
         results.append(tensors)
     for actual, expected, before in zip(*results, (out, lse, out), strict=True):
         assert not torch.equal(expected, before)
@@ -214,9 +216,9 @@ def test_the_fused_merge_of_flash_partials_equals_the_torch_merge(
 def varlen_driver_equals_dense() -> None:
     layout, features = layout_of([(5, [(4, [(3, []), (6, [])]), (2, [])]), (7, [])]), Features(heads=2, kv_heads=1)
     tensors = [x.detach() for x in inputs(layout, features, torch.float32)]
-    calls = merged_lse.varlen_calls(forest_of(layout.segments), torch.device("cpu"))
-    out, lse = merged_lse.varlen_forward(emulated_flash_forward, *tensors, calls, 8**-0.5)
-    grads = merged_lse.varlen_backward(emulated_flash_backward, out, *tensors, out, lse, calls, 8**-0.5)
+    calls = cuda.varlen_calls(forest_of(layout.segments), torch.device("cpu"))
+    out, lse = cuda.varlen_forward(emulated_flash_forward, *tensors, calls, 8**-0.5)
+    grads = cuda.varlen_backward(emulated_flash_backward, out, *tensors, out, lse, calls, 8**-0.5)
     expected_out = shared_prefix_attention(*(leaves := [x.requires_grad_() for x in tensors]), layout, backend="dense")
     expected = [expected_out, *torch.autograd.grad(expected_out, leaves, out)]
     assert_all_close([out, *grads], expected, 2e-5)
@@ -266,10 +268,10 @@ def test_a_triton_that_cannot_compile_the_kernels_is_told(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(triton_kernels, "_triton_version", lambda: version)
-    monkeypatch.setattr(triton_kernels, "_why_not_started", lambda: None)
-    assert triton_kernels.why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 64)) == reason
-    assert triton_kernels.is_usable(torch.device("cuda"))  # for the kernels that only add
+    monkeypatch.setattr(triton_backend, "triton_version", lambda: version)
+    monkeypatch.setattr(attention_device, "_why_not_started", lambda: None)
+    assert triton_backend.why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 64)) == reason
+    assert attention_device.why_not_triton(torch.device("cuda"), "they") is None  # for the kernels that only add
 
 
 @needs_triton
@@ -278,16 +280,16 @@ def test_a_triton_that_does_not_start_is_not_used(monkeypatch: pytest.MonkeyPatc
     """Without a C compiler, say; here it is a driver that is missing. The merge is then made of torch's own kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    triton_kernels._why_not_started.cache_clear()
-    reason = triton_kernels.why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 64))
+    attention_device._why_not_started.cache_clear()
+    reason = triton_backend.why_not(Request(torch.device("cuda"), torch.bfloat16, 64, 64))
     assert re.fullmatch(r"Triton does not start on this machine \(\w+Error: .+\)", str(reason))
-    assert not triton_kernels.is_usable(torch.device("cuda"))
-    triton_kernels._why_not_started.cache_clear()
+    assert attention_device.why_not_triton(torch.device("cuda"), "they") is not None
+    attention_device._why_not_started.cache_clear()
 
 
 @needs_triton
 def test_the_version_of_triton_is_read() -> None:
-    assert triton_kernels._triton_version() >= (3, 4)
+    assert attention_device.triton_version() >= (3, 4)
 
 
 def test_without_triton_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

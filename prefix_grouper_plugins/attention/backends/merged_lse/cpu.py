@@ -1,0 +1,120 @@
+"""The path of `merged_lse` on the CPU: a call of torch's flash kernel for each triangle and each rectangle.
+
+The kernel is about half as fast on short triangles as on rectangles, so long triangles are halved, again and again, into
+two triangles and the rectangle between them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_grouper_plugins.attention.backends.merged_lse.merge import merge
+from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import rectangles
+from prefix_grouper_plugins.attention.device import accumulation_dtype
+from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
+
+# Longer triangles are halved, by bytes of an element. Measured: 64 to 256 tokens do about equally well in float32 and
+# float64; in half precision a merge costs more, and less than 192 queries at once cost most.
+LONGEST_TRIANGLE = {2: 256, 4: 128, 8: 128}
+
+
+class _Triangle(NamedTuple):
+    """Tokens ``[start, end)`` among themselves, causally."""
+
+    start: int
+    end: int
+
+
+class _Call(NamedTuple):
+    """Queries ``[q0, q1)`` on keys ``[k0, k1)``, never empty: the CPU op dies of empty ones."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+class _Plan(NamedTuple):
+    """By packed position. The triangles set each row, in packed order; then the rectangles merge into it."""
+
+    triangles: tuple[_Triangle, ...]
+    rectangles: tuple[_Call, ...]
+
+
+@lru_cache(maxsize=CACHED_LAYOUTS)
+def plan(forest: Forest, longest: int) -> _Plan:
+    """Triangles of at most ``longest`` tokens (at least 2), and the rectangles beside and below them."""
+    triangles, between = [], []
+    for start, end in zip(forest.start.tolist(), forest.end.tolist(), strict=True):
+        waiting = [(start, end)] if start >= forest.num_given else []
+        while waiting:
+            first, behind = waiting.pop()
+            if behind - first <= longest:
+                triangles.append(_Triangle(first, behind))
+                continue
+            step = longest // 2  # the kernel works in blocks of a power of two
+            middle = first + ((behind - first) // 2 + step // 2) // step * step
+            between.append(_Call(middle, behind, first, middle))
+            waiting += [(middle, behind), (first, middle)]
+    below = [_Call(r.q0, r.q1, r.k0, r.k1) for r in rectangles(forest)]
+    return _Plan(tuple(triangles), tuple(sorted(below + between, key=lambda call: (call.k0, -call.q1))))
+
+
+def _heads(x: Tensor, start: int, end: int) -> Tensor:
+    """``[N, H, D]`` to a view ``[1, H, end - start, D]``."""
+    return x[start:end].transpose(0, 1).unsqueeze(0)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
+    """``out [Q, H, D]`` and ``lse [H, Q]`` in float32 or float64, of ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D]``."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    acc, given = accumulation_dtype(q.dtype), forest.num_given
+    out = torch.empty(q.shape, dtype=acc)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=acc)
+    steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
+    for start, end in steps.triangles:
+        q_ = _heads(q, start - given, end - given)
+        partial_out, partial_lse = op(q_, _heads(k, start, end), _heads(v, start, end), 0.0, True, scale=scale)
+        out[start - given : end - given] = partial_out[0].transpose(0, 1)
+        lse[:, start - given : end - given] = partial_lse[0]
+    for q0, q1, k0, k1 in steps.rectangles:
+        rows = slice(q0 - given, q1 - given)
+        q_ = _heads(q, rows.start, rows.stop)
+        partial_out, partial_lse = op(q_, _heads(k, k0, k1), _heads(v, k0, k1), 0.0, False, scale=scale)
+        merge(out[rows], lse[:, rows], partial_out[0].transpose(0, 1), partial_lse[0].to(acc))
+    return out, lse
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, forest: Forest, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in float32 or float64.
+
+    Args:
+        do, out: ``[Q, H, D]``, the gradient of the merged output, and that output; lse: ``[H, Q]``, merged.
+        q, k, v, forest, scale: as in `forward`.
+    """
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    given = forest.num_given
+    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v))
+    dk[:given], dv[:given] = 0, 0  # the only rows without a triangle
+    steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
+    for start, end in steps.triangles:
+        rows = slice(start - given, end - given)
+        do_, q_, out_ = (_heads(x, rows.start, rows.stop) for x in (do, q, out))
+        grads = op(
+            do_, q_, _heads(k, start, end), _heads(v, start, end), out_, lse[None, :, rows], 0.0, True, scale=scale
+        )
+        for total, grad, at in zip((dq, dk, dv), grads, (rows, slice(start, end), slice(start, end)), strict=True):
+            total[at] = grad[0].transpose(0, 1)
+    for q0, q1, k0, k1 in steps.rectangles:
+        rows = slice(q0 - given, q1 - given)
+        do_, q_, out_ = (_heads(x, rows.start, rows.stop) for x in (do, q, out))
+        grads = op(do_, q_, _heads(k, k0, k1), _heads(v, k0, k1), out_, lse[None, :, rows], 0.0, False, scale=scale)
+        for total, grad, at in zip((dq, dk, dv), grads, (rows, slice(k0, k1), slice(k0, k1)), strict=True):
+            total[at] += grad[0].transpose(0, 1)
+    return dq, dk, dv

@@ -1,0 +1,61 @@
+"""Merging partial outputs by their log-sum-exp, and adding partial gradients, in place.
+
+Both compute in float32, or float64 for float64, whatever they read and write. With Triton each is one kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_grouper_plugins.attention.device import interpreted, why_not_triton
+
+
+def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, gaps: Tensor | None = None) -> None:
+    """Merge one partial into ``out`` and ``lse``, in place.
+
+    Args:
+        out, partial_out: ``[N, H, D]``, in any dtypes; ``out`` finite.
+        lse, partial_lse: ``[H, N]`` in float32 or float64; ``lse`` finite.
+        gaps: ``BoolTensor[N]``, True where the partial says nothing, whatever it holds there; None for no such row.
+    """
+    fused = _fused(out, lse)
+    if fused is not None:
+        fused.merge(out, lse, partial_out, partial_lse, gaps)
+        return
+    if gaps is not None:
+        partial_out = partial_out.masked_fill(gaps[:, None, None], 0.0)
+        partial_lse = partial_lse.masked_fill(gaps, -torch.inf)  # exp(-inf) is 0: gaps keep their row
+    merged = torch.logaddexp(lse, partial_lse)
+    partial = partial_out.to(lse.dtype) * (partial_lse - merged).exp_().t()[..., None]
+    weight = (lse - merged).exp_().t()[..., None]
+    if out.dtype == lse.dtype:
+        out.mul_(weight).add_(partial)
+    else:
+        out.copy_(partial.addcmul_(out.to(lse.dtype), weight))
+    lse.copy_(merged)
+
+
+def add(total: Tensor, partial: Tensor, gaps: Tensor | None = None) -> None:
+    """``total += partial`` outside of ``gaps``, ``[N, H, D]`` each, in any dtypes."""
+    if gaps is None and total.dtype == partial.dtype:  # one kernel of torch, which adds in float32 inside
+        total += partial
+        return
+    fused = _fused(total, total)
+    if fused is not None:
+        fused.accumulate(total, partial, gaps)
+    else:
+        total += partial if gaps is None else partial.masked_fill(gaps[:, None, None], 0.0)
+
+
+def _fused(x: Tensor, sums: Tensor) -> Any:
+    """The module of fused kernels where they can run, else None."""
+    if sums.dtype == torch.float64 or (x.device.type == "cpu" and not interpreted()):
+        return None
+    if why_not_triton(x.device, "the fused merges") is not None:
+        return None
+    from prefix_grouper_plugins.attention.backends.merged_lse import fused
+
+    return fused
