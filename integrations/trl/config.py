@@ -27,6 +27,7 @@ class PrefixGrouperArguments:
     prefix_grouper_backend: str = settings.BACKEND.field()
     prefix_grouper_regroup: str = settings.TRL_REGROUP.field()
     prefix_grouper_rebatch: bool = settings.REBATCH.field()
+    prefix_grouper_generation: bool = settings.GENERATION.field()
     prefix_grouper_on_unsupported: str = settings.ON_UNSUPPORTED.field()
     prefix_grouper_self_check: bool = settings.SELF_CHECK.field()
 

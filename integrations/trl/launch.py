@@ -12,6 +12,7 @@ The flag and its companions may stand before or after the script, or in the YAML
     --prefix_grouper_regroup MODE               exact (default), group or none
     --prefix_grouper_rebatch [true|false]       larger micro-batches, fewer accumulation steps, until a group fits
     --prefix_grouper_on_unsupported ACTION      error (default) or fallback
+    --prefix_grouper_generation [true|false]    without vLLM, prefill each distinct prompt once (default true)
     --prefix_grouper_self_check [true|false]    check on a few tokens that the model can share (default true)
 
 Hyphens do as well as underscores. Anything else that looks like one of these options is an error, since a script that

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
+from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages
 from prefix_grouper_plugins.integrations.trl.images import why_not_share as why_not_share_images
 from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front, why_rows_stay
@@ -95,6 +97,7 @@ class PrefixGrouperMixin:
         self._dummy_image_row = DummyImageRow(
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
         )
+        self.generation = SharedGeneration(warn=self.accelerator.is_main_process)
         self._makes_inputs = False  # the old-policy and reference passes run while TRL makes the inputs of the update
         self._row_limits: dict[Any, tuple[int, str] | None] = {}  # what enabling fixed, so it stays
         if self._shares:
@@ -219,8 +222,15 @@ class PrefixGrouperMixin:
             self._makes_inputs = False
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock generation, with the model's own attention names: paged generation derives others from them."""
-        with without_prefix_grouper(self.model):
+        """Stock generation, each distinct prompt prefilled once.
+
+        With the model's own attention names: paged generation derives others from them.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(without_prefix_grouper(self.model))
+            if self._shares and self.gate.reason is None and self._option("prefix_grouper_generation"):
+                metrics = self._metrics["train" if self.model.training else "eval"]
+                stack.enter_context(self.generation.sharing(self.model, metrics))
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     # -------------------------------------------------------------------------------------------------------- forward
