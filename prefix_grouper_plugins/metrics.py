@@ -28,6 +28,9 @@ METRICS = (
     "prefix_grouper/ref_log_prob_token_ratio",
     "prefix_grouper/ref_log_prob_rows_per_group",
 )
+# Of generation without vLLM, in TRL.
+GENERATION_TOKEN_RATIO = "prefix_grouper/generation_token_ratio"
+GENERATION_FALLBACKS = "prefix_grouper/generation_fallbacks"
 
 
 @dataclass

@@ -43,7 +43,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 README, FALLBACKS = PAGES[0].read_text(), (ROOT / "docs/fallbacks.md").read_text()
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OPTIONS = {option.name for option in fields(PrefixGrouperArguments)}
-METRICS = set(metrics.METRICS)
+METRICS = {*metrics.METRICS, metrics.GENERATION_TOKEN_RATIO, metrics.GENERATION_FALLBACKS}
 
 MY_SCRIPT = """
 from datasets import Dataset

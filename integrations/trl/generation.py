@@ -12,10 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefix_grouper_plugins.generation import Prefill, shared_prefill
-from prefix_grouper_plugins.metrics import Counts, ReasonCounter
-
-TOKEN_RATIO = "prefix_grouper/generation_token_ratio"
-FALLBACKS = "prefix_grouper/generation_fallbacks"
+from prefix_grouper_plugins.metrics import GENERATION_FALLBACKS, GENERATION_TOKEN_RATIO, Counts, ReasonCounter
 
 
 class SharedGeneration:
@@ -49,5 +46,5 @@ class SharedGeneration:
         self.counts += prefill.counts + Counts(packed=int(shared), fallbacks=int(not shared))
         if prefill.reason is not None:
             self.fallbacks.count(prefill.reason)
-        metrics[TOKEN_RATIO].append(prefill.counts.token_ratio)
-        metrics[FALLBACKS].append(float(not shared))
+        metrics[GENERATION_TOKEN_RATIO].append(prefill.counts.token_ratio)
+        metrics[GENERATION_FALLBACKS].append(float(not shared))
