@@ -94,7 +94,7 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
             return None
         index, prefill, of_all_rows = pending.pop()
         cache = of_all_rows["past_key_values"]
-        if getattr(output, "past_key_values", None) is not cache:
+        if cache is None or getattr(output, "past_key_values", None) is not cache:
             raise RuntimeError(
                 f"{type(module).__name__} was given a cache and does not return it, so its rows cannot be repeated: "
                 "generate outside of shared_prefill (in TRL, prefix_grouper_generation=false)"
@@ -157,7 +157,8 @@ def _distinct_rows(ids: Tensor, mask: Any) -> tuple[Tensor, Tensor, Prefill]:
     real = torch.ones_like(ids) if not _is_of_tokens(mask) else mask
     rows = torch.where(real != 0, ids, -1).cpu()
     distinct: dict[bytes, int] = {}
-    first, index = [], []
+    first: list[int] = []
+    index: list[int] = []
     for i, row in enumerate(rows):
         key = row.numpy().tobytes()
         if key not in distinct:

@@ -67,6 +67,7 @@ class PrefixGrouperMixin:
     accelerator: Any
     num_generations: int
     add_callback: Callable[..., None]
+    _metrics: Any
 
     built = 0  # trainers made in this process; the launcher warns when a script made none
     loss_is_sum_over_rows = False
