@@ -20,15 +20,6 @@ from typing import Any
 from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.layout import PrefixLayout
 
-# Types whose layers are those of Llama in size: attention with four projections and an MLP of gate, up and down. The
-# tests count their weights.
-MODEL_TYPES = frozenset(
-    "apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium hunyuan_v1_dense "
-    "internlm3 llama ministral mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
-    "seed_oss smollm3 stablelm starcoder2".split()
-)
-UNGATED_MODEL_TYPES = frozenset({"apertus", "arcee", "nemotron", "phi", "starcoder2"})  # up and down only
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -61,9 +52,12 @@ class ModelShape:
         Raises:
             ValueError: the model type is not among those whose cost is known here, or its layers are of two kinds.
         """
+        from prefix_grouper_plugins.modeling.model_types import known_of  # brings transformers, as the config did
+
         config = config.get_text_config(decoder=True)
         kind = config.model_type
-        if kind not in MODEL_TYPES:
+        layer_cost = known_of(kind).layer_cost
+        if layer_cost is None:
             raise ValueError(
                 f"the cost of model type {kind!r} is not known: give a ModelShape with the sizes of a model of your own"
             )
@@ -78,7 +72,7 @@ class ModelShape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             intermediate_size=_active_width(config),
             vocab_size=config.vocab_size,
-            mlp_matrices=2 if kind in UNGATED_MODEL_TYPES else 3,
+            mlp_matrices=2 if layer_cost == "ungated" else 3,
             tied_head=bool(config.tie_word_embeddings),
             sliding_window=window if windowed else None,
             num_windowed_layers=windowed,

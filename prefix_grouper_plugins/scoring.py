@@ -25,14 +25,13 @@ from prefix_grouper_plugins.modeling import (
     without_router_loss,
 )
 from prefix_grouper_plugins.modeling.images import ImageRows, why_not_pack
+from prefix_grouper_plugins.modeling.model_types import known_of
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 
 # What configs call the cap of their logits (gemma; recurrent_gemma; xlstm) and a factor (cohere; falcon_h1; hyperclovax).
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier")
-# granite divides by its `logits_scaling`.
-_MULTIPLIES_BY_SCALING = {"hyperclovax"}
 
 
 def prefix_grouped_logps(
@@ -122,7 +121,7 @@ class _Head:
         self.softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
         self.scale = next((float(factor) for name in _FACTORS if (factor := getattr(config, name, None))), 1.0)
         scaling = getattr(config, "logits_scaling", None) or 1.0
-        self.scale *= scaling if config.model_type in _MULTIPLIES_BY_SCALING else 1.0 / scaling
+        self.scale *= scaling if known_of(config.model_type).logits_scaling == "multiplies" else 1.0 / scaling
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""

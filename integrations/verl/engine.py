@@ -30,9 +30,7 @@ from prefix_grouper_plugins.integrations.verl.planning import Limits, plan_on_al
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
-    COMPARED_MODEL_TYPES,
     TOKEN_TYPES,
-    WITH_VERLS_FORWARD,
     joined,
     placeholder_ids,
     row_inputs,
@@ -67,6 +65,7 @@ from prefix_grouper_plugins.modeling import (
     transformers_model,
     without_router_loss,
 )
+from prefix_grouper_plugins.modeling.model_types import known_of
 from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, local_gradients
 from prefix_grouper_plugins.sharing import enable_prefix_grouper, reasons_after, run_self_check
 
@@ -181,15 +180,15 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _waits_for_towers(self) -> bool:
         """Whether a vision tower runs on the ranks with images only, and others have to wait."""
         has_others = dist.get_world_size(self.get_data_parallel_group()) > 1
-        return bool(self._placeholders) and self._model_type not in WITH_VERLS_FORWARD and has_others
+        return bool(self._placeholders) and not known_of(self._model_type).verls_forward and has_others
 
     def _reasons_of_images(self, module: nn.Module) -> list[str]:
         kind, reasons = self._model_type, []
         if leaves_images_out(module):
             reasons.append(f"verl's fused kernels leave the images of {kind} out of the forward")
-        elif has_verls_forward(module) and kind not in COMPARED_MODEL_TYPES:
+        elif has_verls_forward(module) and not known_of(kind).compared_in_verl:
             reasons.append(f"verl has a forward of its own for {kind}, which no test has compared with packed rows")
-        if self.use_ulysses_sp and kind not in WITH_VERLS_FORWARD:
+        if self.use_ulysses_sp and not known_of(kind).verls_forward:
             reasons.append(f"verl does not cut the rows of {kind} for Ulysses, as it does for the families it knows")
         return reasons
 
@@ -362,7 +361,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _ordinary_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, of rows with images that it may not be able to concatenate."""
         images = row_inputs(micro_batch)
-        if not any(images) or self._model_type in WITH_VERLS_FORWARD:
+        if not any(images) or known_of(self._model_type).verls_forward:
             return super().prepare_model_inputs(micro_batch)  # type: ignore[no-any-return]
         lengths = micro_batch["input_ids"].offsets().diff().tolist()
         if why_not_share(images, lengths, self._placeholders, self._model_type) is not None:

@@ -31,6 +31,7 @@ from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.anatomy import transformers_model
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
+from prefix_grouper_plugins.modeling.model_types import known_of
 
 # What processors return for images, and for each token.
 IMAGE_TENSORS = (
@@ -43,8 +44,6 @@ IMAGE_TENSORS = (
 )
 TOKEN_TENSORS = ("token_type_ids", "mm_token_type_ids")
 
-# Image tokens see all others of their image.
-BIDIRECTIONAL_IMAGES = {"gemma3"}
 
 SHARES_NOTHING = object()  # the first part of the key of a row whose images keep it from sharing
 
@@ -281,7 +280,7 @@ def _merge_size(model: nn.Module) -> int | None:
 
 def _kinds_read_by(model: nn.Module) -> dict[str, bool]:
     """Which tensors in :data:`TOKEN_TENSORS` change what the model computes."""
-    bidirectional = transformers_model(model).config.model_type in BIDIRECTIONAL_IMAGES
+    bidirectional = known_of(transformers_model(model).config.model_type).images_both_ways
     return {"mm_token_type_ids": _rope_index(model) is not None, "token_type_ids": bidirectional}
 
 
@@ -416,7 +415,7 @@ def image_blocks(model_type: str, token_type_ids: Tensor | None, last_tokens: Te
     Raises:
         UnsupportedModelError: a row ends within such an image.
     """
-    if token_type_ids is None or model_type not in BIDIRECTIONAL_IMAGES:
+    if token_type_ids is None or not known_of(model_type).images_both_ways:
         return None
     image = token_type_ids == 1
     if bool(image.gather(1, last_tokens[:, None]).any()):

@@ -1,18 +1,70 @@
-"""Which model types tests have compared, and what is known of single types that their structure does not show.
+"""The table of model types: all that is known of single types and that their structure does not show.
 
-A type goes into the lists when its test passes; what is refused says why. What holds for all types is in
-modeling/support/report.py.
+A type goes in when its test passes; what is refused says why. What holds for all types is in modeling/support/. No other
+file of the package or its integrations names a model type, except that mixers/table.py names classes that mix tokens.
+
+Rules about releases of transformers say in `needs_transformers` which release mends the type. They may go when setup.cfg
+demands that release.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import transformers
 from packaging.version import Version
 
-# Every type in this list runs in tests/modeling/test_families.py: packed logits and gradients against single rows.
-VERIFIED_MODEL_TYPES = frozenset(
+
+@dataclass(frozen=True)
+class ModelType:
+    """What is known of a model type; the defaults are what is assumed of an unknown one.
+
+    Attributes:
+        verified: its packed logits and gradients equal those of single rows in tests/modeling/test_families.py.
+        verified_with_images: likewise in tests/modeling/test_images.py.
+        text_part_of_verified: it is the text part of such a type, and compared with it.
+        refused: why packed rows of it differ from its rows.
+        left_padding: why an ordinary batch of it that is padded on the left does not compute what single rows compute.
+        needs_transformers: the release from which on it is causal. In older code a prefix depends on what follows it.
+        skips_padding: it numbers positions from the attention mask, so that left padding does not count.
+        unshared_layer_types: types of layers that its config may ask for and that packed rows cannot reproduce.
+        logits_scaling: what its head does by the ``logits_scaling`` of its config.
+        layer_cost: its layers are those of Llama in size, with an MLP of gate, up and down ("gated") or of up and down
+            only ("ungated"); None where the cost of its layers is not known.
+        images_both_ways: the tokens of an image see all others of their image.
+        verls_forward: verl replaces its forward by one that shows the vision tower an empty picture where a micro-batch
+            has no image.
+        compared_in_verl: its images were compared with verl's own engine.
+        plain_tower: its vision tower returns features without those of deeper layers, which verl's forward stumbles over.
+    """
+
+    verified: bool = False
+    verified_with_images: bool = False
+    text_part_of_verified: bool = False
+    refused: str | None = None
+    left_padding: str | None = None
+    needs_transformers: str | None = None
+    skips_padding: bool = False
+    unshared_layer_types: frozenset[str] = frozenset()
+    logits_scaling: Literal["divides", "multiplies"] = "divides"
+    layer_cost: Literal["gated", "ungated"] | None = None
+    images_both_ways: bool = False
+    verls_forward: bool = False
+    compared_in_verl: bool = False
+    plain_tower: bool = False
+
+
+MODEL_TYPES: dict[str, ModelType] = {}
+
+
+def _note(names: str, **facts: Any) -> None:
+    """Add ``facts`` to what is known of each of ``names``."""
+    for name in names.split():
+        MODEL_TYPES[name] = replace(MODEL_TYPES.get(name, ModelType()), **facts)
+
+
+_note(
     """
     afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam bert bert-generation big_bird biogpt bitnet bloom
     camembert codegen cohere cohere2 cohere2_moe ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama
@@ -27,47 +79,67 @@ VERIFIED_MODEL_TYPES = frozenset(
     qwen3_moe qwen3_next recurrent_gemma rembert roberta roberta-prelayernorm roc_bert roformer rwkv seed_oss
     smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xlstm xmod youtu zamba
     zamba2 zaya
-    """.split()
+    """,
+    verified=True,
 )
-
-# Likewise in tests/modeling/test_images.py, with images. Text parts are types of the list above, or come with these.
-VERIFIED_MULTIMODAL_TYPES = frozenset(
+_note(
     """
     aya_vision cohere2_vision gemma3 glm4v idefics2 idefics3 internvl llava llava_next llava_onevision mistral3
     qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm vipllava
-    """.split()
+    """,
+    verified_with_images=True,
 )
-TEXT_PARTS = {"glm4v_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"}
+_note("glm4v_text qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text", text_part_of_verified=True)
 
-# Types of which a test has shown, or their code says, that packed rows give something else.
-REFUSED_MODEL_TYPES = {
-    "phimoe": "phimoe draws its experts at random while it trains, so that no two forwards agree",
-}
-# Packed rows equal single rows, which is not what these types compute in a batch that is padded on the left.
-NOT_PADDED_ON_THE_LEFT = {
-    "llama4_text": "llama4_text cuts its attention into chunks by columns, so padding on the left changes what tokens see",
-    **{
-        kind: f"{kind} runs its state over padding on the left, so a padded batch computes something else than single rows"
-        for kind in ("recurrent_gemma", "rwkv", "xlstm")
-    },
-}
-
-# Types whose older code is not causal, so that a prefix depended on what follows it: scans of nemotron_h and zamba2 over
-# more than one chunk; BERT-like decoders that were given a mask for reading both ways.
-_NEEDS_TRANSFORMERS = dict.fromkeys(
-    ("big_bird", "megatron-bert", "nemotron_h", "rembert", "roformer", "zamba2"), "5.23"
+_note("phimoe", refused="phimoe draws its experts at random while it trains, so that no two forwards agree")
+_note(
+    "llama4_text",
+    left_padding="llama4_text cuts its attention into chunks by columns, so padding on the left changes what tokens see",
 )
+for _name in ("recurrent_gemma", "rwkv", "xlstm"):
+    _note(
+        _name,
+        left_padding=f"{_name} runs its state over padding on the left, so a padded batch does not compute what single rows "
+        "compute",
+    )
+_note("opt", skips_padding=True)
+_note("minimax", unshared_layer_types=frozenset({"sliding_attention"}))  # it would hand them the mask for padding
+_note("hyperclovax", logits_scaling="multiplies")
 
-# Models that number positions from the attention mask, so that left padding does not count.
-POSITIONS_SKIP_PADDING = {"opt"}
+# Scans over more than one chunk; BERT-like decoders that were given a mask for reading both ways.
+_note("nemotron_h zamba2", needs_transformers="5.23")
+_note("big_bird megatron-bert rembert roformer", needs_transformers="5.23")
+
+# tests/test_cost.py counts their weights.
+_note(
+    "apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium hunyuan_v1_dense "
+    "internlm3 llama ministral mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe "
+    "seed_oss smollm3 stablelm starcoder2",
+    layer_cost="gated",
+)
+_note("apertus arcee nemotron phi starcoder2", layer_cost="ungated")
+
+_note("gemma3", images_both_ways=True)
+_note("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe", verls_forward=True, compared_in_verl=True)
+_note("llava llava_next llava_onevision gemma3 internvl smolvlm idefics3", compared_in_verl=True)
+_note("qwen2_vl qwen2_5_vl", plain_tower=True)
+
+VERIFIED_MODEL_TYPES = frozenset(name for name, known in MODEL_TYPES.items() if known.verified)
+VERIFIED_MULTIMODAL_TYPES = frozenset(name for name, known in MODEL_TYPES.items() if known.verified_with_images)
+
+
+def known_of(model_type: str) -> ModelType:
+    """What is known of ``model_type``; of a type that nobody has looked at, the defaults."""
+    return MODEL_TYPES.get(model_type, ModelType())
 
 
 def reasons_of_type(config: Any) -> list[str]:
-    """Why packed rows of a model of ``config`` would be something else than its rows, by what is known of its type."""
-    kind = config.model_type
-    if kind in REFUSED_MODEL_TYPES:
-        return [REFUSED_MODEL_TYPES[kind]]
-    if (needed := _NEEDS_TRANSFORMERS.get(kind)) and Version(transformers.__version__) < Version(needed):
+    """Why packed rows of a model of ``config`` differ from its rows, by what is known of its type."""
+    kind, known = config.model_type, known_of(config.model_type)
+    if known.refused is not None:
+        return [known.refused]
+    needed = known.needs_transformers
+    if needed is not None and Version(transformers.__version__) < Version(needed):
         return [f"{kind} is causal from transformers {needed} on, this is {transformers.__version__}"]
     return _doge_reasons(config) if kind == "doge" else []
 
@@ -82,7 +154,7 @@ def _doge_reasons(config: Any) -> list[str]:
         )
     if config.is_moe:
         reasons.append("doge with `is_moe=True` mixes the router logits of different tokens")
-    # A row has no mask there unless a window or padding asks for one.
+    # Until transformers 5.23 a row has no mask there unless a window or padding asks for one.
     if Version(transformers.__version__) < Version("5.23") and "sdpa" in (config._attn_implementation or ""):
         reasons.append('doge is not causal under sdpa with this transformers: use `attn_implementation="eager"`')
     return reasons

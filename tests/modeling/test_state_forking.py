@@ -15,7 +15,7 @@ from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
 from prefix_grouper_plugins.modeling.mixers import state_forking
-from prefix_grouper_plugins.modeling.mixers.state_forking import Forest, forest_of
+from prefix_grouper_plugins.modeling.mixers.state_forking import Scan, scan_of
 from tests import tiny
 from tests.modeling import families
 from tests.modeling.test_mixers import small_rows
@@ -53,7 +53,7 @@ def packed(model, rows):
 def on_rows(model, rows):
     """By expand, run, collapse."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(mixers, "how_it_runs", lambda module: "expand, run, collapse")
+        patched.setattr(mixers, "why_on_rows", lambda module: "as asked")
         return packed(model, rows)
 
 
@@ -107,7 +107,7 @@ def layout_of(rows, padding):
 def test_a_forked_scan_and_its_gradients_are_those_of_each_row(rows, padding, chunk):
     layout = layout_of(rows, padding)
     x, a = (torch.randn(1, layout.num_tokens, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    out = Forest(layout, chunk).scan(recurrence, (x, a))
+    out = Scan(layout, chunk).scan(recurrence, (x, a))
     alone = [
         recurrence((x_row[None], a_row[None]), None, False)[0][0]
         for x_row, a_row in zip(layout.unpack(x[0]), layout.unpack(a[0]), strict=True)
@@ -132,7 +132,7 @@ def test_a_packed_convolution_and_its_gradients_are_those_of_each_row(rows, padd
         columns = torch.nn.functional.conv1d(x.transpose(1, 2), weight, padding=width - 1, groups=2)
         return columns[..., : x.shape[1]].transpose(1, 2).sin()
 
-    out = torch.cat(layout.unpack(forest_of(layout).convolve(convolve, x, width)[0]))
+    out = torch.cat(layout.unpack(scan_of(layout).convolve(convolve, x, width)[0]))
     expected = torch.cat([convolve(row[None])[0] for row in layout.unpack(x[0]) if len(row)])
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
     weights = torch.randn_like(expected)
@@ -145,7 +145,7 @@ def test_a_packed_convolution_and_its_gradients_are_those_of_each_row(rows, padd
 @settings(deadline=None)
 def test_nothing_is_padded_beyond_a_chunk_and_no_state_behind_padding_is_used(rows, padding, chunk):
     layout = layout_of(rows, padding)
-    forest = Forest(layout, chunk)
+    forest = Scan(layout, chunk)
     leaves = len(layout.segments) - len({int(parent) for parent in layout.segments[:, 2] if parent >= 0})
     assert layout.num_tokens <= forest.num_scanned <= layout.num_tokens + leaves * (chunk - 1)
     for batch in (b for level in forest.levels for b in level if b.forks):
@@ -274,7 +274,7 @@ def test_what_a_kernel_takes_is_looked_up_once_for_each_kernel_and_a_new_one_is_
         raise AssertionError
 
     monkeypatch.setattr(state_forking, "_original", lambda *args: stateless)
-    assert {mixers.how_it_runs(mixer) for _, mixer in Anatomy(model).mixers} == {"expand, run, collapse"}
+    assert None not in {mixers.why_on_rows(mixer) for _, mixer in Anatomy(model).mixers}
 
 
 def test_offloaded_parts_are_not_forked():
@@ -310,29 +310,29 @@ def assert_noticed(model_type):
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2"])
 def test_the_state_of_another_branch_is_noticed(model_type, monkeypatch):
-    original = Forest._batch
+    original = Scan._batch
 
     def wrong(self, segments, state_of, forks):
         return original(self, segments, {s: len(state_of) - 1 - row for s, row in state_of.items()}, forks)
 
-    monkeypatch.setattr(Forest, "_batch", wrong)
+    monkeypatch.setattr(Scan, "_batch", wrong)
     assert_noticed(model_type)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2"])
 def test_a_convolution_that_starts_anew_is_noticed(model_type, monkeypatch):
-    monkeypatch.setattr(Forest, "_path", lambda self, segment, count: iter([-1] * count))
+    monkeypatch.setattr(Scan, "_path", lambda self, segment, count: iter([-1] * count))
     assert_noticed(model_type)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2"])
 def test_a_state_that_passes_no_gradient_is_noticed(model_type, monkeypatch):
-    original = Forest.scan
+    original = Scan.scan
 
     def cut(self, run, inputs):
         return original(self, lambda x, state, forks: run(x, None if state is None else state.detach(), forks), inputs)
 
-    monkeypatch.setattr(Forest, "scan", cut)
+    monkeypatch.setattr(Scan, "scan", cut)
     assert_noticed(model_type)
 
 

@@ -19,15 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from verl.utils import tensordict_utils as tu
 from verl.utils.model import extract_multi_modal_inputs
 
-from prefix_grouper_plugins.modeling.images import BIDIRECTIONAL_IMAGES
+from prefix_grouper_plugins.modeling.model_types import known_of
 
-# Model types whose images a test has compared with verl's own engine. verl replaces the forward of the first group by one
-# that gives the vision tower an empty image if a micro-batch has none; it leaves the others as they are.
-WITH_VERLS_FORWARD = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-COMPARED_MODEL_TYPES = (
-    *WITH_VERLS_FORWARD,
-    *("llava", "llava_next", "llava_onevision", "gemma3", "internvl", "smolvlm", "idefics3"),
-)
 # Tensors that belong to the images and videos of a row, and not to its tokens.
 _OF_IMAGES = frozenset(
     "pixel_values image_grid_thw images_seqlens pixel_values_videos video_grid_thw second_per_grid_ts "
@@ -79,7 +72,7 @@ def why_not_share(
             return reason
     if not any(map(images_of, inputs)):
         return None
-    if model_type not in COMPARED_MODEL_TYPES:
+    if not known_of(model_type).compared_in_verl:
         return f"images of {model_type} have not been compared with verl's own engine"
     return None if placeholders else "the model's config names no token that stands for an image"
 
@@ -88,7 +81,7 @@ def _why_not_share_tokens(row: RowInputs, length: int, model_type: str) -> str |
     types = row.get(TOKEN_TYPES)
     if types is not None and types.shape != (1, length):
         return f"`{TOKEN_TYPES}` has shape {tuple(types.shape)} for a row of {length} tokens"
-    if model_type not in BIDIRECTIONAL_IMAGES:
+    if not known_of(model_type).images_both_ways:
         return None
     if types is None and images_of(row):
         return f"`{TOKEN_TYPES}` is missing, without which the tokens of an image do not see each other"

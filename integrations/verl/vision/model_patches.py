@@ -27,9 +27,9 @@ from verl.utils.model import get_hf_auto_model_class
 
 from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG
+from prefix_grouper_plugins.modeling.model_types import known_of
 
 _REPLACED = ("Attention", "GatedDeltaNet")  # how the names of the classes end
-_TOWER_WITHOUT_DEEPSTACK = {"qwen2_vl", "qwen2_5_vl"}
 _original: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
@@ -53,7 +53,7 @@ def fit_to_packed_rows(model: Any) -> None:
         cls: Any = type(module)
         if cls in _original and cls.forward is not _original[cls]:
             module.__class__ = _with_both(cls, _original[cls], cls.forward)
-    if model.config.model_type in _TOWER_WITHOUT_DEEPSTACK:
+    if known_of(model.config.model_type).plain_tower:
         model.model.visual.register_forward_hook(_only_features)
 
 
@@ -84,7 +84,7 @@ def numbered_rows(model: nn.Module) -> Iterator[None]:
         return args, kwargs
 
     base: Any = transformers_model(model)
-    needed = base.config.model_type in _TOWER_WITHOUT_DEEPSTACK
+    needed = known_of(base.config.model_type).plain_tower
     hook = base.register_forward_pre_hook(number, with_kwargs=True) if needed else None
     try:
         yield

@@ -35,8 +35,8 @@ from prefix_grouper_plugins.modeling.carrier import (
     open_call,
 )
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
-from prefix_grouper_plugins.modeling.mixers.state_forking import ON_ROWS, forked_forward
-from prefix_grouper_plugins.modeling.mixers.table import Mixer, how_it_runs, mixer_of
+from prefix_grouper_plugins.modeling.mixers.state_forking import forked_forward
+from prefix_grouper_plugins.modeling.mixers.table import Mixer, mixer_of, why_on_rows
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.rows import Rows, rows_of
 
@@ -106,7 +106,7 @@ def run_packed(
         raise UnsupportedModelError(
             f"{type(module).__name__} needs whole rows, which sequence parallelism does not leave on one process"
         )
-    if how_it_runs(module) == ON_ROWS:
+    if why_on_rows(module) is not None:
         return expand_run_collapse(module, run, layout, args, kwargs)
     return fork_states(module, layout, args, kwargs)
 

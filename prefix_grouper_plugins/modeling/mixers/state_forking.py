@@ -53,7 +53,7 @@ class _Batch:
         self.index, self.parents, self.forks = index, parents, forks
 
 
-class Forest:
+class Scan:
     """The segments of a layout in the order of their scan.
 
     Args:
@@ -177,16 +177,16 @@ def _batches(members: list[int], spans: list[tuple[int, int, int]], chunk: int) 
     return [(segments, not is_leaf) for (is_leaf, _), segments in sorted(found.items())]
 
 
-_FORESTS: weakref.WeakKeyDictionary[PrefixLayout, dict[int, Forest]] = weakref.WeakKeyDictionary()
+_SCANS: weakref.WeakKeyDictionary[PrefixLayout, dict[int, Scan]] = weakref.WeakKeyDictionary()
 
 
-def forest_of(layout: PrefixLayout, chunk: int = _CHUNK) -> Forest:
+def scan_of(layout: PrefixLayout, chunk: int = _CHUNK) -> Scan:
     """The order of the scan of ``layout``, worked out once for each layout and chunk size."""
-    forests = _FORESTS.setdefault(layout, {})
-    if chunk not in forests:
+    scans = _SCANS.setdefault(layout, {})
+    if chunk not in scans:
         with torch.inference_mode(False):  # a later training step may use it as well
-            forests[chunk] = Forest(layout, chunk)
-    return forests[chunk]
+            scans[chunk] = Scan(layout, chunk)
+    return scans[chunk]
 
 
 # -------------------------------------------------------------------------------------- the two functions that mix tokens
@@ -235,7 +235,7 @@ def _convolve_function(layout: PrefixLayout, module: nn.Module, original: Any) -
                 out = original(x=columns, **kwargs) if named else original(columns, *rest, **kwargs)
             return out.transpose(1, 2)
 
-        return forest_of(layout).convolve(run, x.transpose(1, 2), weight.shape[-1]).transpose(1, 2)
+        return scan_of(layout).convolve(run, x.transpose(1, 2), weight.shape[-1]).transpose(1, 2)
 
     return convolution
 
@@ -244,7 +244,7 @@ def _convolve_module(layout: PrefixLayout, module: nn.Module, original: Any) -> 
     """For a module that maps ``x [1, T, d]`` to its convolution and a state, which nobody reads without a cache."""
 
     def convolution(x: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        return forest_of(layout).convolve(
+        return scan_of(layout).convolve(
             lambda inputs: original(inputs, **kwargs)[0], x, original.weight.shape[-1]
         ), None
 
@@ -262,7 +262,7 @@ def _fork_delta_rule(layout: PrefixLayout, original: Callable[..., Any]) -> Call
             q, k, v, decay, write = inputs
             return original(q, k, v, g=decay, beta=write, **{**kwargs, **state})
 
-        return forest_of(layout).scan(run, (query, key, value, g, beta)), None
+        return scan_of(layout).scan(run, (query, key, value, g, beta)), None
 
     return scan
 
@@ -281,7 +281,7 @@ def _fork_chunk_scan(layout: PrefixLayout, original: Callable[..., Any]) -> Call
             output = original(x, dt, A, B, C, **{**kwargs, **state})
             return output if forks else (output, None)
 
-        output = forest_of(layout, kwargs["chunk_size"]).scan(run, (x, dt, B, C))
+        output = scan_of(layout, kwargs["chunk_size"]).scan(run, (x, dt, B, C))
         return (output, None) if returns_state else output
 
     return scan

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from prefix_grouper_plugins.modeling.mixers.state_forking import (
     DELTA_RULE,
-    FORKED,
     MAMBA2,
-    ON_ROWS,
     SHORT_CONVOLUTION,
     Recipe,
     why_not_forked,
@@ -40,6 +38,8 @@ class Mixer:
         layer_types: types of layers, beyond the common ones, that it accounts for.
         outputs_as_they_are: which outputs do not belong to rows at all.
         without_mask: whether the model cannot take the 4-D placeholder mask, which then stays outside.
+        blanks_padding: whether it sets padding to zero and then mixes it into the tokens behind, so that a bias which
+            is added in between makes left padding count.
         recipes: how its code may be made to fork states, see modeling/mixers/state_forking.py.
     """
 
@@ -51,6 +51,7 @@ class Mixer:
     outputs_as_they_are: frozenset[int] = frozenset()
     layer_types: frozenset[str] = frozenset()
     without_mask: Callable[[nn.Module], bool] = lambda module: False
+    blanks_padding: bool = False
     recipes: tuple[Recipe, ...] = ()
 
 
@@ -128,10 +129,10 @@ def _cut_angles(arguments: dict[str, Any], x: Tensor) -> None:
 
 
 _ADDITIVE = Mixer("attention of its own", mask=_additive_mask)
-_MAMBA = Mixer("Mamba")
-_MAMBA2 = Mixer("Mamba-2", recipes=MAMBA2)
-_DELTA = Mixer("gated delta net", recipes=DELTA_RULE)
-_CONVOLUTION = Mixer("short convolution", recipes=SHORT_CONVOLUTION)
+_MAMBA = Mixer("Mamba", blanks_padding=True)
+_MAMBA2 = Mixer("Mamba-2", blanks_padding=True, recipes=MAMBA2)
+_DELTA = Mixer("gated delta net", blanks_padding=True, recipes=DELTA_RULE)
+_CONVOLUTION = Mixer("short convolution", blanks_padding=True, recipes=SHORT_CONVOLUTION)
 
 _MIXERS: dict[str, Mixer] = {
     "bloom.BloomAttention": Mixer(
@@ -164,6 +165,7 @@ _MIXERS: dict[str, Mixer] = {
     "doge.DogeAttention": Mixer("attention to the highest-scoring keys", _doge_mask),
     "zaya.ZayaCCAProjection": Mixer(
         "convolution in front of attention",
+        blanks_padding=True,
         outputs_along=frozenset({0, 1, 2}),
         layer_types=frozenset({"hybrid_sliding"}),
     ),
@@ -186,7 +188,7 @@ _MIXERS: dict[str, Mixer] = {
     "lfm2.Lfm2ShortConv": _CONVOLUTION,
     "lfm2_moe.Lfm2MoeShortConv": _CONVOLUTION,
     "lfm3.Lfm3ShortConv": _CONVOLUTION,
-    "minimax.MiniMaxLightningAttention": Mixer("lightning attention"),
+    "minimax.MiniMaxLightningAttention": Mixer("lightning attention", blanks_padding=True),
     "llama4.Llama4TextAttention": Mixer(
         "chunked attention", _llama4_mask, layer_types=frozenset({"chunked_attention"})
     ),
@@ -214,22 +216,14 @@ def mixer_of(module: nn.Module) -> Mixer | None:
     return None
 
 
-_SCANS_OR_CONVOLVES = {
-    "Mamba", "Mamba-2", "gated delta net", "short convolution", "convolution in front of attention", "lightning attention"
-}  # fmt: skip
 _PROJECTIONS_BEFORE = ("in_proj", "qkv_proj", "q_proj", "k_proj", "linear_q", "linear_k")
 
 
 def puts_bias_on_padding(module: nn.Module) -> bool:
     """Whether a known mixer adds a bias to padding, which it has set to zero, before it mixes it into the tokens behind."""
-    if mixer_of(module).kind not in _SCANS_OR_CONVOLVES:  # type: ignore[union-attr]
+    if not mixer_of(module).blanks_padding:  # type: ignore[union-attr]
         return False
     return any(getattr(getattr(module, name, None), "bias", None) is not None for name in _PROJECTIONS_BEFORE)
-
-
-def how_it_runs(module: nn.Module) -> str:
-    """Of a known mixer: by state forking, or by expand, run, collapse."""
-    return ON_ROWS if why_on_rows(module) is not None else FORKED
 
 
 def why_on_rows(module: nn.Module) -> str | None:

@@ -16,10 +16,7 @@ from transformers import PreTrainedModel
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, Layer
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of, puts_bias_on_padding
 from prefix_grouper_plugins.modeling.model_types import (
-    NOT_PADDED_ON_THE_LEFT,
-    TEXT_PARTS,
-    VERIFIED_MODEL_TYPES,
-    VERIFIED_MULTIMODAL_TYPES,
+    known_of,
     reasons_of_type,
 )
 from prefix_grouper_plugins.modeling.rope import position_reasons
@@ -57,8 +54,8 @@ def reasons_to_refuse(anatomy: Anatomy) -> list[str]:
 def left_padding_reasons(anatomy: Anatomy) -> list[str]:
     """Why an ordinary batch that is padded on the left does not compute what its single rows compute."""
     kind = anatomy.config.model_type
-    if kind in NOT_PADDED_ON_THE_LEFT:
-        return [NOT_PADDED_ON_THE_LEFT[kind]]
+    if (reason := known_of(kind).left_padding) is not None:
+        return [reason]
     if anatomy.numbers_positions is not None:
         return [
             f"{kind} numbers positions by its own padding token, which need not be the one that a batch is padded with"
@@ -82,7 +79,8 @@ def unverified_reasons(anatomy: Anatomy) -> list[str]:
     if not own.__module__.startswith("transformers."):
         return [f"{own.__name__} is code from outside of transformers, which no test has compared with single rows"]
     kind = anatomy.config.model_type
-    if kind not in VERIFIED_MODEL_TYPES and kind not in TEXT_PARTS:
+    known = known_of(kind)
+    if not (known.verified or known.text_part_of_verified):
         return [f"model type {kind!r} has not been verified: no test has compared its packed forward with single rows"]
     return []
 
@@ -100,7 +98,7 @@ def unknown_masks(anatomy: Anatomy) -> list[str]:
 
 def _multimodal_reasons(anatomy: Anatomy) -> list[str]:
     kind = anatomy.base.config.model_type
-    if anatomy.text is anatomy.base or kind in VERIFIED_MULTIMODAL_TYPES:
+    if anatomy.text is anatomy.base or known_of(kind).verified_with_images:
         return []
     return [f"{kind} is a multimodal model that no test has compared with single rows"]
 
@@ -114,8 +112,7 @@ def _type_reasons(config: Any, layers: Sequence[Layer]) -> list[str]:
     if not layers:
         return [f"{kind} mixes tokens by code of its own, which is not supported yet"]
     known = _LAYER_TYPES.union(*(mixer.layer_types for _, m in layers if (mixer := mixer_of(m))))
-    if kind == "minimax":
-        known -= {"sliding_attention"}  # it would hand such layers the mask for padding
+    known -= known_of(kind).unshared_layer_types
     others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if others:
         return [f"{kind} has layers of type {', '.join(others)}, which mix tokens in a way that is not supported yet"]

@@ -19,7 +19,7 @@ from prefix_grouper_plugins.attention.registry import auto_backend
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, Layer, transformers_model
 from prefix_grouper_plugins.modeling.mixers.state_forking import FORKED, ON_ROWS
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of, why_on_rows
-from prefix_grouper_plugins.modeling.model_types import POSITIONS_SKIP_PADDING
+from prefix_grouper_plugins.modeling.model_types import known_of
 from prefix_grouper_plugins.modeling.support.reasons import (
     left_padding_reasons,
     reasons_to_refuse,
@@ -113,7 +113,7 @@ def numbers_padded_columns(model: nn.Module) -> bool:
 
     Models with rotary positions give the same result either way; for learned positions it matters.
     """
-    return transformers_model(model).config.model_type not in POSITIONS_SKIP_PADDING
+    return not known_of(transformers_model(model).config.model_type).skips_padding
 
 
 def _notes(anatomy: Anatomy) -> list[str]:
