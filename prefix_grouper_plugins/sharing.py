@@ -48,6 +48,7 @@ from prefix_grouper_plugins.modeling.self_check import (
     self_check,
     why_not_yet,
 )
+from prefix_grouper_plugins.modeling.self_check.changes import forget, has_changed, remember
 from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
 
 
@@ -88,6 +89,7 @@ class SharingGate:
         self._backend, self._self_check = backend, self_check
         self._on_unsupported, self._refusal = on_unsupported, refusal
         self._is_main = is_main
+        self._left_padding = False
         self._said: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------ check and enable
@@ -105,6 +107,7 @@ class SharingGate:
             ValueError: there is no such backend.
         """
         check_backend_name(self._backend)
+        self._left_padding = left_padding
         self.models, self.anatomies = list(models), [Anatomy(model) for model in models]
         self.reports = [report_on(anatomy) for anatomy in self.anatomies]
         found = list(reasons)
@@ -120,6 +123,7 @@ class SharingGate:
             _stop_waiting(anatomy.base)
             if self._self_check:
                 _wait_for_packed_forward(anatomy.base, report.unverified)
+            _watch(anatomy.base, self._self_check, left_padding)
 
     def needs_self_check(self, model: nn.Module) -> bool:
         """Whether ``model``, bare or wrapped, has to go through :meth:`self_check` before its next packed forward."""
@@ -149,7 +153,7 @@ class SharingGate:
                 without, and ``on_unsupported`` is ``"error"``.
         """
         unverified = _stop_waiting(transformers_model(model) if anatomy is None else anatomy.base)
-        result = self_check(model, device, anatomy=anatomy)
+        result = self_check(model, device, left_padding=self._left_padding, anatomy=anatomy)
         if not alone:
             result = on_all_ranks(result, device or next(model.parameters()).device)
         if reasons := _why_not_after(result, unverified):
@@ -297,6 +301,41 @@ def _self_check_first(base: Any, args: Any, kwargs: dict[str, Any], unverified: 
     gate.warn(
         f"{type(base).__name__} is sharded, so it is not self-checked on its own: call self_check(model) on every process"
     )
+
+
+def _watch(base: Any, checks: bool, left_padding: bool) -> None:
+    """See to it that ``base`` is checked again before a packed forward if it has changed since."""
+    forget(base)
+    remember(base)
+    hook = functools.partial(_check_what_has_changed, checks=checks, left_padding=left_padding)
+    base.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _check_what_has_changed(base: Any, args: Any, kwargs: dict[str, Any], checks: bool, left_padding: bool) -> None:
+    """Forward pre-hook: other layers, forwards, hooks or adapters than were checked are checked too, or refused.
+
+    Raises:
+        UnsupportedModelError: the model that it has become cannot be shared exactly.
+    """
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None or not has_changed(base):
+        return
+    anatomy = Anatomy(base)
+    report = report_on(anatomy)
+    reasons = [*report.reasons, *(report.left_padding_reasons if left_padding else ())]
+    if not checks or anatomy.is_sharded:  # other processes may not be here, and forwards of a sharded model need them
+        reasons += report.unverified
+    elif not reasons:
+        result = self_check(base, left_padding=left_padding, anatomy=anatomy)
+        reasons += _why_not_after(result, report.unverified)
+    if reasons:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has changed since it was checked, and cannot be shared any longer: "
+            f"{'; '.join(reasons)}. Undo that, or call disable_prefix_grouper(model)"
+        )
+    remember(base)
+
+
+_check_what_has_changed.belongs_to_enabling = True  # type: ignore[attr-defined]
 
 
 def run_self_check(model: nn.Module, device: torch.device | None = None) -> SelfCheck:

@@ -59,8 +59,8 @@ def disable_prefix_grouper(model: nn.Module) -> nn.Module:
 
 def _unhook(anatomy: Anatomy) -> None:
     for _, module in anatomy.modules:  # not by the handles: those of a copied model belong to the original
-        hooks = module._forward_pre_hooks.items()
-        for key in [key for key, hook in hooks if getattr(hook, "func", None) in (_check_call, _check_positions)]:
+        hooks = {key: getattr(hook, "func", None) for key, hook in module._forward_pre_hooks.items()}
+        for key in [key for key, function in hooks.items() if hasattr(function, "belongs_to_enabling")]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
@@ -201,3 +201,8 @@ def _extended(cls: type[nn.Module], extension: type) -> type:
     )
     _EXTENDED.add(created)
     return created
+
+
+# By this they are told from the hooks of others.
+_check_call.belongs_to_enabling = True  # type: ignore[attr-defined]
+_check_positions.belongs_to_enabling = True  # type: ignore[attr-defined]

@@ -293,7 +293,8 @@ def test_a_model_is_checked_once_for_each_backend(monkeypatch):
     model.register_forward_hook(lambda *_: calls.append(1))
     first = self_check(enable_prefix_grouper(model))
     cost = len(calls)
-    assert cost <= 7 and self_check(enable_prefix_grouper(model)) is first and len(calls) == cost
+    # Five rows and the packed one in training mode and in evaluation mode, and the packed one with other rows changed.
+    assert cost <= 13 and self_check(enable_prefix_grouper(model)) is first and len(calls) == cost
     enable_prefix_grouper(model, backend="blockwise")
     assert len(calls) == 2 * cost
     with pytest.raises(ValueError, match="call enable_prefix_grouper"):

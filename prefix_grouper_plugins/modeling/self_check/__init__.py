@@ -2,36 +2,49 @@
 
 What a model is made of says that packed rows should work (modeling/support/report.py); this shows that they do, with the
 weights, the code and the kernels that are there now. A few rows that form a tree are forwarded one by one and as one
-packed row. Three things are compared:
+packed row, in training mode (without dropout) and in evaluation mode. The rows pass 64 and 128 tokens and hold special
+tokens. Compared are
 
-- the output at every packed position;
+- the output at every packed position, in both modes;
 - the gradient of a random projection of all outputs with respect to the input embeddings, which exist also where every
-  weight is frozen, and with respect to one trainable parameter, where there is one;
-- the gradient of a single row's outputs at tokens of other rows. It must be zero, exactly and in every dtype, so this
-  part needs no tolerance.
+  weight is frozen, and with respect to every trainable parameter (not where parameters are sharded);
+- the gradient of a single row's outputs at tokens of other rows. It must be zero, exactly and in every dtype;
+- a row's outputs when all tokens of other rows become extreme, which shows what a gradient does not (a maximum, a limit);
+- where a trainer pads prompts on the left and passes no positions, outputs and gradients of such a batch.
 
-The tolerance of the first two is that of rounding. Where a difference exceeds what is plain in the dtype, it is compared
-with what rounding does to this model: the rows are forwarded once more, and every module's output is moved by half a unit
-in its last place. In half precision rounding also sends tokens to other experts, so there the differences of a mixture
-of experts are judged by their medians.
+The tolerance is that of rounding. Where a difference exceeds what is plain in the dtype, it is compared with what rounding
+does to this model: the rows are forwarded once more, and every module's output is moved by half a unit in its last place.
+In half precision rounding also sends tokens to other experts, so there the differences of a mixture of experts are judged
+by their medians.
+
+A model that has changed since is noticed (:mod:`.changes`), and what a few tokens cannot show, the first batch of a run
+does (:mod:`.first_batch`).
 """
 
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
 
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.enable import has_layers_enabled
+from prefix_grouper_plugins.modeling.self_check.changes import fingerprint, remember, while_checking
 from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, why_not_yet
 
 __all__ = ["SelfCheck", "checked_before", "on_all_ranks", "self_check", "why_not_yet"]
 
 
-def self_check(model: nn.Module, device: torch.device | None = None, *, anatomy: Anatomy | None = None) -> SelfCheck:
+def self_check(
+    model: nn.Module,
+    device: torch.device | None = None,
+    *,
+    left_padding: bool = False,
+    anatomy: Anatomy | None = None,
+) -> SelfCheck:
     """Compare a tiny packed forward and backward of ``model`` with forwards of the rows. Leaves the model as it was.
 
     No gradient, cache, buffer, random state or mode of a module is changed. A model that was checked before is not
@@ -41,6 +54,8 @@ def self_check(model: nn.Module, device: torch.device | None = None, *, anatomy:
     Args:
         model: has been through :func:`~prefix_grouper_plugins.enable_prefix_grouper`, bare or wrapped.
         device: where token ids go, by default where the input embeddings are (under CPU offload they are elsewhere).
+        left_padding: also compare with an ordinary batch whose prompts are padded on the left and which brings no
+            positions, for trainers that forward such batches (TRL).
         anatomy: the parts of ``model``, where the caller knows them already.
 
     Returns:
@@ -53,25 +68,28 @@ def self_check(model: nn.Module, device: torch.device | None = None, *, anatomy:
     if not has_layers_enabled(anatomy):
         raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
     base = anatomy.base
-    if (known := checked_before(anatomy)) is not None:
+    if (known := checked_before(anatomy, left_padding=left_padding)) is not None:
         return known
     if (reason := why_not_yet(anatomy)) is not None:
         return SelfCheck(type(base).__name__, not_covered=reason)
     with torch.inference_mode(False), torch.enable_grad():
-        result = Comparison(anatomy, device).run()
+        result = while_checking(Comparison(anatomy, device, left_padding).run)
     if result.passed or result.reason is not None:
-        _CHECKED[base] = (_backends(anatomy), result)
+        _CHECKED[base] = (_state(anatomy), left_padding, result)
+    if result.passed:
+        remember(base)
     return result
 
 
-def checked_before(anatomy: Anatomy) -> SelfCheck | None:
+def checked_before(anatomy: Anatomy, *, left_padding: bool = False) -> SelfCheck | None:
     """The self-check of a model as it is enabled now, if there was one."""
-    backends, result = _CHECKED.get(anatomy.base, ((), None))
-    return result if backends == _backends(anatomy) else None
+    state, with_padding, result = _CHECKED.get(anatomy.base, ((), False, None))
+    return result if state == _state(anatomy) and with_padding >= left_padding else None
 
 
-def _backends(anatomy: Anatomy) -> tuple[str, ...]:
-    return tuple(str(config._attn_implementation) for config in anatomy.configs)
+def _state(anatomy: Anatomy) -> tuple[int, tuple[str, ...]]:
+    return fingerprint(anatomy.base), tuple(str(config._attn_implementation) for config in anatomy.configs)
 
 
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], SelfCheck]] = weakref.WeakKeyDictionary()
+_Known = tuple[tuple[Any, ...], bool, SelfCheck]
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()

@@ -1,9 +1,10 @@
-"""The rows of a model, the two ways to forward them, and what differs."""
+"""The rows of a model, the ways to forward them, and what differs."""
 
 from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -14,41 +15,56 @@ from torch import Tensor, nn
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.inputs import packed_inputs, row_positions
-from prefix_grouper_plugins.modeling.self_check.isolation import rounding, untouched
+from prefix_grouper_plugins.modeling.self_check.isolation import mode, rounding, untouched
+from prefix_grouper_plugins.modeling.self_check.measures import Pass, difference, differences, excess, projected
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck
-from prefix_grouper_plugins.modeling.self_check.rows import tree_of_rows
-from prefix_grouper_plugins.modeling.self_check.tolerances import CHAOS, LEAK, TIMES_NOISE, tolerance
-from prefix_grouper_plugins.modeling.support.report import without_router_loss
+from prefix_grouper_plugins.modeling.self_check.rows import longest_row, special_tokens, tree_of_rows
+from prefix_grouper_plugins.modeling.self_check.tolerances import CHAOS, LEAK
+from prefix_grouper_plugins.modeling.support.report import numbers_padded_columns, without_router_loss
 
 LONGEST_WINDOW = 64  # longer sliding windows are not reached by the rows, so that the self-check stays cheap
-
-
-class _Run:
-    """One pass over all rows, in packed places: outputs ``[T, V]``, embedding gradients ``[T, d]``, one parameter's."""
-
-    def __init__(self, outputs: Tensor, gradient: Tensor, parameter: Tensor | None) -> None:
-        self.outputs, self.gradient, self.parameter = outputs, gradient, parameter
+_SHORTEST = 30  # tokens of the longest row, below which nothing can be compared
+_SPIKE = 4.0  # norms of an embedding
 
 
 class Comparison:
-    """The rows of a model and the two ways to forward them."""
+    """Five rows of a model: one by one, padded on the left, and as one packed row.
 
-    def __init__(self, anatomy: Anatomy, device: torch.device | None) -> None:
-        model = anatomy.model
-        self.base = base = anatomy.base
+    Args:
+        anatomy: of the model as it was given, bare or wrapped.
+        device: where token ids go.
+        left_padding: also compare with a batch that is padded on the left, without positions.
+    """
+
+    def __init__(self, anatomy: Anatomy, device: torch.device | None, left_padding: bool) -> None:
+        model, base = anatomy.model, anatomy.base
+        self.base, self.left_padding = base, left_padding
         self.sharded = anatomy.is_sharded
         # DDP would wait for a backward through all parameters; the model inside of it is whole.
         self.model = model if self.sharded else base
         self.embedding = base.get_input_embeddings()
         self.device = device or next((self.embedding if not self.sharded else model).parameters()).device
-        self.parameter = None if self.sharded else self._trainable()
+        # The gradients of sharded parameters are reduced over processes, which only a full backward does.
+        self.parameters = {} if self.sharded else {name: p for name, p in base.named_parameters() if _has_gradient(p)}
         self.generator = torch.Generator().manual_seed(0)
         config = base.config.get_text_config(decoder=True)
+        configs = [config, base.config, *filter(None, [getattr(base, "generation_config", None)])]
         self.window = anatomy.largest_window
+        self.limit = anatomy.row_limit
         reach = self.window if self.window is not None and self.window <= LONGEST_WINDOW else 0
-        self.rows = [row.to(self.device) for row in tree_of_rows(self._token_ids(config), reach, self.generator)]
+        self.longest = longest_row(configs[:2], None if self.limit is None else self.limit.length, reach)
+        self.vocabulary = config.vocab_size
+        if not self.sharded:
+            self.vocabulary = min(self.vocabulary, self.embedding.weight.shape[0])
+        self.special = [token for token in special_tokens(configs) if 0 <= token < self.vocabulary]
+        rows, self.prompt_lengths = tree_of_rows(self._words(config), self.special, reach, self.longest, self.generator)
+        self.rows = [row.to(self.device) for row in rows]
+        self.pad = next((t for t in (getattr(c, "pad_token_id", None) for c in configs) if t is not None), None)
         self.layout = PrefixLayout.from_rows(self.rows).to(self.device)
-        self.weights = [torch.randn(len(row) - 1, generator=self.generator).to(self.device) for row in self.rows]
+        self.weights = [
+            torch.randn(len(row) - 1, generator=self.generator, dtype=torch.float32).to(self.device)
+            for row in self.rows
+        ]
         takes = inspect.signature(base.forward).parameters
         # verl's fused heads demand the first, and return log-probs of the second.
         self.settings = {"return_dict": True} if "return_dict" in takes else {}
@@ -57,27 +73,21 @@ class Comparison:
         self.probe: Tensor | None = None
         self.dtype = base.dtype
         self.has_experts = anatomy.has_experts
-        self.row_limit = anatomy.row_limit
 
     def run(self) -> SelfCheck:
+        """Make the comparison, and leave the model as it was."""
         start = time.perf_counter()
         result = SelfCheck(type(self.base).__name__, not_covered=self._uncovered())
-        limit = self.row_limit
-        if limit is not None and max(len(row) for row in self.rows) >= limit.length:
+        if self.limit is not None and self.longest < _SHORTEST:
             return replace(
-                result, not_covered=f"its rows are shared below {limit.length} tokens only (rope_type {limit.kind!r})"
+                result,
+                not_covered=f"its rows are shared below {self.limit.length} tokens only (rope_type {self.limit.kind!r})",
             )
         with untouched(self.base, self.device):
             try:
-                ordinary = self._ordinary()
-            except Exception as error:  # whatever it is, the trainer's own forward will say it better
-                return replace(result, not_covered=f"the ordinary forward failed with {type(error).__name__}: {error}")
-            try:
-                result = self._compared(result, ordinary)
+                result = self._in_both_modes(result)
             except torch.OutOfMemoryError:
-                return replace(result, not_covered="memory does not suffice for a few rows")
-            except Exception as error:
-                result = replace(result, reason=f"the packed forward failed with {type(error).__name__}: {error}")
+                result = replace(result, not_covered="memory does not suffice for a few rows")
         return replace(
             result,
             tokens=self.layout.num_tokens,
@@ -85,109 +95,226 @@ class Comparison:
             seconds=time.perf_counter() - start,
         )
 
-    def _compared(self, result: SelfCheck, ordinary: _Run) -> SelfCheck:
-        packed, leak = self._packed()
-        result = replace(
-            result,
-            outputs=_difference(packed.outputs, ordinary.outputs),
-            gradient=_difference(packed.gradient, ordinary.gradient),
-        )
-        if not leak <= LEAK:
-            return replace(
-                result, reason=f"a row depends on tokens of other rows ({leak:.1e} of its gradient lies there)"
-            )
-        reason = self._excess(packed, ordinary, None)
+    # ------------------------------------------------------------------------------------------------------ the stages
+
+    def _in_both_modes(self, result: SelfCheck) -> SelfCheck:
+        """Training mode with gradients, then outputs in evaluation mode, then the padded batch."""
+        with mode(self.base, training=True):
+            try:
+                ordinary = self._rows_alone()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever it is, the trainer's own forward will say it better
+                return replace(result, not_covered=f"the ordinary forward failed with {_named(error)}")
+            result, packed = self._against_rows(result, ordinary)
+            if result.reason is not None or not result.passed:
+                return result
+            noise: list[dict[str, float] | None] = []
+            reason = self._reach_of_other_rows(packed, ordinary, noise)
         if reason is None:
-            return replace(result, passed=True)
-        noise = self._noise(ordinary)
-        if noise is not None and max(noise.values()) > CHAOS:
-            return replace(
-                result,
-                not_covered=f"rounding in {self.dtype} alone changes what this model computes by {max(noise.values()):.0%}",
-            )
-        reason = self._excess(packed, ordinary, noise)
+            reason = self._evaluation(noise)
+        if reason is None and self.left_padding:
+            with mode(self.base, training=True):
+                reason = self._padded_on_the_left(ordinary, noise)
         return replace(result, passed=reason is None, reason=reason)
 
-    def _excess(self, found: _Run, expected: _Run, noise: dict[str, float] | None) -> str | None:
-        """What differs by more than rounding explains, in words."""
-        plain = tolerance(self.dtype)
-        for name, difference in self._differences(found, expected).items():
-            limit = plain.outputs if name.startswith("outputs") else plain.gradients
-            if noise is not None:
-                limit += TIMES_NOISE * noise[name]
-            if not difference <= limit:  # catches NaN as well
-                return f"{name} differ by {difference:.1e}, rounding in {self.dtype} explains {limit:.0e}"
-        return None
+    def _against_rows(self, result: SelfCheck, ordinary: Pass) -> tuple[SelfCheck, Pass]:
+        try:
+            packed, leak = self._packed()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return replace(result, reason=f"the packed forward failed with {_named(error)}"), ordinary
+        assert packed.embeddings is not None and ordinary.embeddings is not None
+        result = replace(
+            result,
+            outputs=difference(packed.outputs, ordinary.outputs),
+            gradient=difference(packed.embeddings, ordinary.embeddings),
+        )
+        if not leak <= LEAK:
+            reason = f"a row depends on tokens of other rows ({leak:.1e} of its gradient lies there)"
+            return replace(result, reason=reason), packed
+        found = self._differences(packed, ordinary)
+        if excess(found, self.dtype, None) is None:
+            return replace(result, passed=True), packed
+        noise = self._noise(ordinary)
+        chaos = max((v for k, v in noise.items() if "parameter" not in k), default=0.0) if noise else 0.0
+        if chaos > CHAOS:
+            why = f"rounding in {self.dtype} alone changes what this model computes by {chaos:.0%}"
+            return replace(result, not_covered=why), packed
+        reason = excess(found, self.dtype, noise)
+        if reason is not None and (own := self._randomness(ordinary)) is not None:
+            reason = own
+        return replace(result, passed=reason is None, reason=reason), packed
 
-    def _differences(self, found: _Run, expected: _Run) -> dict[str, float]:
-        pairs = {
-            "outputs": (found.outputs, expected.outputs),
-            "gradients": (found.gradient, expected.gradient),
-        }
-        differences = {f"{name} of a typical token": self._typical(_by_position(*pair)) for name, pair in pairs.items()}
-        if not (self.has_experts and self.dtype.itemsize < 4):
-            differences |= {name: _difference(*pair) for name, pair in pairs.items()}
-            if expected.parameter is not None and found.parameter is not None:
-                differences["gradients of a parameter"] = _difference(found.parameter, expected.parameter)
-        return differences
+    def _reach_of_other_rows(self, packed: Pass, ordinary: Pass, noise: list[dict[str, float] | None]) -> str | None:
+        """Whether a row's outputs change when all tokens of other rows become extreme: what a gradient does not show."""
+        chosen = 3  # rows stand before it and behind it
+        own = torch.zeros(self.layout.num_tokens, dtype=torch.bool, device=self.device)
+        own[self._places()[chosen]] = True
+        with torch.no_grad():
+            output, _ = self._forward_packed(self.layout, spikes=~own)
+        before, after = packed.outputs[own], output[own]
+        change = float((after - before).norm(dim=-1).median() / before.norm(dim=-1).median().clamp(min=1e-30))
+        name = "outputs of a typical token" if self._typical_only else "outputs"
+        change = change if self._typical_only else difference(after, before)
+        if excess({name: change}, self.dtype, None) is None:
+            return None
+        if excess({name: change}, self.dtype, self._noise_once(ordinary, noise)) is None:
+            return None
+        return f"a row depends on tokens of other rows (its outputs change by {change:.1e} with them)"
 
-    def _typical(self, errors: Tensor) -> float:
-        """The median over a segment, of the worst segment: the first row of a tree is right even without a layout."""
-        medians = [errors[start:end].median() for start, end in self.layout.segments[:, :2].tolist()]
-        return float(torch.stack(medians).max())
+    def _evaluation(self, noise: list[dict[str, float] | None]) -> str | None:
+        with mode(self.base, training=False), torch.no_grad():
+            ordinary = self._rows_alone()
+            try:
+                packed = Pass(self._forward_packed(self.layout)[0])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                return f"in evaluation mode the packed forward failed with {_named(error)}"
+            reason = self._unexplained(packed, ordinary, self.layout, [])
+        return None if reason is None else f"in evaluation mode {reason}"
 
-    # ------------------------------------------------------------------------------------------------------ the passes
+    def _padded_on_the_left(self, alone: Pass, noise: list[dict[str, float] | None]) -> str | None:
+        """The batch of a trainer that pads prompts on the left and passes no positions."""
+        pads = [max(self.prompt_lengths) - length for length in self.prompt_lengths]
+        layout = PrefixLayout.from_rows(self.rows, pads).to(self.device)  # other columns, other positions
+        start = pads if numbers_padded_columns(self.base) else [0] * len(pads)
+        positions = [torch.arange(s, s + len(row), device=self.device) for s, row in zip(start, self.rows, strict=True)]
+        try:
+            ordinary = self._batch(pads, layout)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"the ordinary forward of a batch that is padded on the left failed with {_named(error)}"
+        output, leaf = self._forward_packed(layout, layout.pack(positions))
+        gradients = self._gradients(self._total(layout.unpack(output)), leaf)
+        packed = Pass(output.detach(), gradients[0][0].float(), gradients[1])
+        reason = self._unexplained(packed, ordinary, layout, noise)
+        if reason is None:
+            return None
+        of_rows = layout.pack(list(_with_last(self.layout.unpack(alone.outputs))))
+        apart = difference(ordinary.outputs, of_rows)
+        return (
+            f"padded on the left, as this trainer's batches are, {reason} (the ordinary batch differs from its own rows "
+            f"alone by {apart:.1e})"
+        )
 
-    def _ordinary(self) -> _Run:
-        """Row by row."""
-        outputs, gradients, of_parameter = [], [], []
-        for i, row in enumerate(self.rows):
-            output, leaf = self._forward(row.roll(-1), input_ids=row[None], use_cache=False)
-            gradient, parameter = self._backward(self._objective(output[:-1], i), leaf)
-            outputs.append(output.detach())
-            gradients.append(gradient[:-1])
-            of_parameter.append(parameter)
-        packed = torch.zeros(self.layout.num_tokens, gradients[0].shape[-1], device=self.device)
-        packed.index_add_(0, self.layout.row_index, torch.cat(gradients).float())
-        parameters = [p for p in of_parameter if p is not None]
-        total = sum(parameters[1:], parameters[0]) if parameters else None
-        return _Run(self.layout.pack(outputs), packed, total)
+    def _unexplained(
+        self, found: Pass, expected: Pass, layout: PrefixLayout, noise: list[dict[str, float] | None]
+    ) -> str | None:
+        apart = self._differences(found, expected, layout)
+        if excess(apart, self.dtype, None) is None:
+            return None
+        return excess(apart, self.dtype, self._noise_once(expected, noise, layout))
 
-    def _packed(self) -> tuple[_Run, float]:
-        """As one packed row; and the largest gradient of one row's outputs at tokens of others, over that at its own."""
-        chosen = len(self.rows) // 2  # rows stand before it and behind it
-        output, leaf = self._forward_packed()
-        objectives = [self._objective(part, i) for i, part in enumerate(self.layout.unpack(output))]
-        of_one, _ = self._backward(objectives[chosen], leaf, again=not self.sharded)
-        if self.sharded:  # the backward has freed gathered parameters that the graph needs
-            again, leaf = self._forward_packed()
-            objectives = [self._objective(part, i) for i, part in enumerate(self.layout.unpack(again))]
-        gradient, parameter = self._backward(sum(objectives[1:], objectives[0]), leaf)
-        sizes = of_one.float().abs().amax(-1)
-        own = torch.zeros_like(sizes, dtype=torch.bool)
-        own[self.layout.row_index.split([len(row) - 1 for row in self.rows])[chosen]] = True
-        leak = float(sizes[~own].max() / sizes[own].max().clamp(min=torch.finfo(torch.float32).tiny))
-        return _Run(output.detach(), gradient.float(), parameter), leak
+    def _noise_once(
+        self, ordinary: Pass, noise: list[dict[str, float] | None], layout: PrefixLayout | None = None
+    ) -> dict[str, float] | None:
+        if not noise:
+            noise.append(self._noise(self._rows_alone() if layout is not None else ordinary))
+        return noise[0]
 
-    def _noise(self, ordinary: _Run) -> dict[str, float] | None:
+    def _noise(self, ordinary: Pass) -> dict[str, float] | None:
         """What rounding does: differences of the rows from themselves, every module's output moved within its precision."""
         with rounding(self.base, self.dtype):
             try:
-                return self._differences(self._ordinary(), ordinary)
+                return self._differences(self._rows_alone(), ordinary)
             except Exception:  # a module whose output may not be touched; the plain tolerance holds
                 return None
 
-    def _forward_packed(self) -> tuple[Tensor, Tensor]:
-        ids = self.layout.pack(self.rows)
-        inputs = packed_inputs(self.layout, ids, row_positions(self.base, self.layout, ids))
-        return self._forward(self.layout.labels(self.rows), **inputs)
+    def _randomness(self, ordinary: Pass) -> str | None:
+        """Whether the rows differ from themselves when they are run again, with other random numbers."""
+        again = excess(self._differences(self._rows_alone(), ordinary), self.dtype, None)
+        return None if again is None else f"no two ordinary forwards agree, whatever is shared: {again}"
 
-    def _forward(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """Outputs ``[L, V]`` and the embeddings ``[1, L, d]`` that they are differentiated by."""
+    @property
+    def _typical_only(self) -> bool:
+        return self.has_experts and self.dtype.itemsize < 4
+
+    def _differences(self, found: Pass, expected: Pass, layout: PrefixLayout | None = None) -> dict[str, float]:
+        return differences(found, expected, layout or self.layout, self._typical_only)
+
+    # ------------------------------------------------------------------------------------------------------ the passes
+
+    def _rows_alone(self) -> Pass:
+        """Row by row; with gradients where they are enabled."""
+        outputs, gradients, parameters = [], [], {}
+        for i, row in enumerate(self.rows):
+            output, leaf = self._forward(row.roll(-1)[None], input_ids=row[None], use_cache=False)
+            outputs.append(output[0].detach())
+            if torch.is_grad_enabled():
+                gradient, of_parameters = self._gradients(self._objective(output[0, :-1], i), leaf)
+                gradients.append(gradient[0, :-1])
+                parameters = _sum(parameters, of_parameters)
+        if not gradients:
+            return Pass(self.layout.pack(outputs))
+        return Pass(self.layout.pack(outputs), self._packed_sum(self.layout, gradients), parameters)
+
+    def _batch(self, pads: list[int], layout: PrefixLayout) -> Pass:
+        """All rows at once, as a trainer pads them: prompts on the left, responses on the right."""
+        width = max(pad + len(row) for pad, row in zip(pads, self.rows, strict=True))
+        shape = len(self.rows), width
+        ids = torch.full(shape, self.pad if self.pad is not None else 0, device=self.device)
+        mask = torch.zeros(shape, dtype=torch.long, device=self.device)
+        for i, (pad, row) in enumerate(zip(pads, self.rows, strict=True)):
+            ids[i, pad : pad + len(row)], mask[i, pad : pad + len(row)] = row, 1
+        output, leaf = self._forward(ids.roll(-1, 1), input_ids=ids, attention_mask=mask, use_cache=False)
+        parts = [output[i, pad : pad + len(row)] for i, (pad, row) in enumerate(zip(pads, self.rows, strict=True))]
+        gradient, parameters = self._gradients(self._total([part[:-1] for part in parts]), leaf)
+        own = [gradient[i, pad : pad + len(row) - 1] for i, (pad, row) in enumerate(zip(pads, self.rows, strict=True))]
+        return Pass(layout.pack([part.detach() for part in parts]), self._packed_sum(layout, own), parameters)
+
+    def _packed_sum(self, layout: PrefixLayout, gradients: list[Tensor]) -> Tensor:
+        packed = torch.zeros(layout.num_tokens, gradients[0].shape[-1], device=self.device, dtype=torch.float32)
+        return packed.index_add_(0, layout.row_index, torch.cat(gradients).float())
+
+    def _packed(self) -> tuple[Pass, float]:
+        """As one packed row; and the largest gradient of one row's outputs at tokens of others, over that at its own."""
+        chosen = len(self.rows) // 2  # rows stand before it and behind it
+        output, leaf = self._forward_packed(self.layout)
+        objective = self._objective(self.layout.unpack(output)[chosen], chosen)
+        (of_one,) = torch.autograd.grad(objective, [leaf], retain_graph=not self.sharded, allow_unused=True)
+        if of_one is None:
+            raise RuntimeError("no gradient reaches the embeddings")
+        again = output
+        if self.sharded:  # the backward has freed gathered parameters that the graph needs
+            again, leaf = self._forward_packed(self.layout)
+        gradient, parameters = self._gradients(self._total(self.layout.unpack(again)), leaf)
+        sizes = of_one[0].float().abs().amax(-1)
+        own = torch.zeros_like(sizes, dtype=torch.bool)
+        own[self._places()[chosen]] = True
+        leak = float(sizes[~own].max() / sizes[own].max().clamp(min=torch.finfo(torch.float32).tiny))
+        return Pass(output.detach(), gradient[0].float(), parameters), leak
+
+    def _places(self) -> tuple[Tensor, ...]:
+        """The packed positions of each row."""
+        return self.layout.row_index.split([len(row) - 1 for row in self.rows])
+
+    def _forward_packed(
+        self, layout: PrefixLayout, positions: Tensor | None = None, spikes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs ``[T, V]`` and the embeddings ``[1, T, d]``."""
+        ids = layout.pack(self.rows)
+        positions = row_positions(self.base, layout, ids) if positions is None else positions
+        output, leaf = self._forward(layout.labels(self.rows)[None], spikes, **packed_inputs(layout, ids, positions))
+        return output[0], leaf
+
+    def _forward(self, labels: Tensor, spikes: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Outputs ``[B, L, V]`` and the embeddings ``[B, L, d]`` that they are differentiated by.
+
+        Args:
+            labels: ``[B, L]``, for heads that return log-probs.
+            spikes: ``[L]``, true at tokens that get an extreme embedding.
+            inputs: of the forward.
+        """
         leaves: list[Tensor] = []
         hidden: list[Tensor] = []
 
         def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if spikes is not None and output.shape[-2] == len(spikes):
+                output = _with_spikes(output, spikes)
             leaves.append(output.detach().requires_grad_())
             return leaves[-1].clone()  # ctrl writes into it
 
@@ -198,7 +325,7 @@ class Comparison:
             hooks.callback(self.embedding.register_forward_hook(cut).remove)
             if (decoder := self.base.get_decoder()) is not None:
                 hooks.callback(decoder.register_forward_hook(take).remove)
-            shifted = {"shift_labels": labels[None]} if self.takes_labels else {}
+            shifted = {"shift_labels": labels} if self.takes_labels else {}
             output = self.model(**inputs, **self.settings, **shifted)
         logits, logps = getattr(output, "logits", None), getattr(output, "log_probs", None)
         if logits is None and logps is not None:
@@ -209,39 +336,35 @@ class Comparison:
             raise TypeError(f"{type(self.base).__name__} returns nothing that has one place for each token")
         dtypes = self.dtype, logits.dtype, _autocast(self.device)
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        logits = logits[0].float()
+        logits = logits.float()
         return torch.where(logits.isfinite(), logits, 0.0), leaves[0]  # -inf hides words
 
     def _objective(self, output: Tensor, row: int) -> Tensor:
         if self.probe is None:
-            self.probe = torch.randn(output.shape[-1], generator=self.generator).to(self.device)
+            self.probe = torch.randn(output.shape[-1], generator=self.generator, dtype=torch.float32).to(self.device)
         return self.weights[row] @ (output @ self.probe) / output.shape[-1] ** 0.5
 
-    def _backward(self, objective: Tensor, leaf: Tensor, again: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Gradients by the embeddings, ``[L, d]``, and by the parameter; nothing is added to any ``grad``.
+    def _total(self, outputs: list[Tensor]) -> Tensor:
+        objectives = [self._objective(output, i) for i, output in enumerate(outputs)]
+        return sum(objectives[1:], objectives[0])
 
-        ``again`` keeps the graph for another call.
-        """
-        inputs = [leaf] if self.parameter is None else [leaf, self.parameter]
-        gradient, *rest = torch.autograd.grad(objective, inputs, allow_unused=True, retain_graph=again)
-        if gradient is None:
+    def _gradients(self, objective: Tensor, leaf: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """By the embeddings ``[B, L, d]``, and by the parameters; nothing is added to any ``grad``."""
+        by_embeddings, *rest = torch.autograd.grad(objective, [leaf, *self.parameters.values()], allow_unused=True)
+        if by_embeddings is None:
             raise RuntimeError("no gradient reaches the embeddings")
-        return gradient[0], rest[0].float() if rest and rest[0] is not None else None
+        named = zip(self.parameters, rest, strict=True)
+        return by_embeddings, {name: projected(gradient) for name, gradient in named if gradient is not None}
 
     # ------------------------------------------------------------------------------------------------------- the rows
 
-    def _token_ids(self, config: Any) -> list[int]:
+    def _words(self, config: Any) -> list[int]:
         """Ordinary words: placeholders of images and the like mean something to the model."""
         named = [*vars(config).items(), *vars(self.base.config).items()]
-        special = {v for k, v in named if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-        size = min(config.vocab_size, self.embedding.weight.shape[0]) if not self.sharded else config.vocab_size
-        drawn = torch.randperm(size, generator=self.generator)[: 200 + len(special)].tolist()
-        return [token for token in drawn if token not in special]
-
-    def _trainable(self) -> nn.Parameter | None:
-        embedded = {id(p) for p in self.embedding.parameters()}
-        trainable = (p for p in self.base.parameters() if p.requires_grad and id(p) not in embedded)
-        return next((p for p in trainable if p.is_floating_point() and p.dim() > 0), None)
+        marks = {v for k, v in named if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+        marks |= set(self.special)
+        drawn = torch.randperm(self.vocabulary, generator=self.generator)[: 200 + len(marks)].tolist()
+        return [token for token in drawn if token not in marks]
 
     def _uncovered(self) -> str | None:
         if self.window is None or self.window <= LONGEST_WINDOW:
@@ -249,19 +372,31 @@ class Comparison:
         return f"the sliding window of {self.window}, which is longer than these rows"
 
 
-# ------------------------------------------------------------------------------------------------------------- measures
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.is_floating_point() and parameter.numel() > 0
 
 
-def _by_position(found: Tensor, expected: Tensor) -> Tensor:
-    """``[T, d]`` twice -> ``[T]``: the difference at each place over its size, or over a part of the mean one."""
-    if found.shape[-1] > 1:
-        found, expected = found - found.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True)
-    sizes = expected.norm(dim=-1)
-    return (found - expected).norm(dim=-1) / sizes.clamp(min=max(0.1 * float(sizes.mean()), 1e-30))
+def _sum(total: dict[str, Tensor], added: dict[str, Tensor]) -> dict[str, Tensor]:
+    return total | {name: value + total[name] if name in total else value for name, value in added.items()}
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+def _with_last(outputs: list[Tensor]) -> Iterator[Tensor]:
+    """Each row's outputs with one behind, which no layout reads."""
+    return (torch.cat([output, output[-1:]]) for output in outputs)
+
+
+def _with_spikes(embeddings: Tensor, where: Tensor) -> Tensor:
+    """``[B, L, d]``: at ``where [L]`` all of an embedding lies in one coordinate, which norms do not take away."""
+    chosen = where.nonzero()[:, 0]
+    size = _SPIKE * embeddings.float().norm(dim=-1).median()
+    coordinates = torch.arange(len(chosen), device=embeddings.device) * 7 % embeddings.shape[-1]
+    spikes = torch.zeros(len(chosen), embeddings.shape[-1], device=embeddings.device, dtype=embeddings.dtype)
+    spikes[torch.arange(len(chosen)), coordinates] = size.to(embeddings.dtype)
+    return embeddings.index_copy(1, chosen, spikes.expand(embeddings.shape[0], -1, -1))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _autocast(device: torch.device) -> torch.dtype:

@@ -1,38 +1,113 @@
-"""Running a model without leaving a trace, and with its rounding made visible."""
+"""Running a model without leaving a trace, without dropout, and with its rounding made visible."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+_SIMPLE = (bool, int, float, str, Tensor, type(None))
+_CONTAINERS = (list, dict, set, deque)
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 @contextmanager
 def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode; afterwards modes, buffers and random states are what they were."""
-    modes = [(module, module.training) for module in base.modules()]
+    """Afterwards modes, buffers, plain attributes of modules (counters, kept states) and random states are as before."""
+    modules = list(base.modules())
+    modes = [module.training for module in modules]
     buffers = [
         (module, name, buffer, buffer.clone())
-        for module in base.modules()
+        for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    attributes = [_plain_attributes(module) for module in modules]
     devices = [device] if device.type == "cuda" else []
     try:
-        for module, _ in modes:
-            module.training = False  # `eval()` may be overridden with something that merges weights
         with torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(0)
             yield
     finally:
-        for module, mode in modes:
+        for module, mode, values in zip(modules, modes, attributes, strict=True):
             module.training = mode
+            _restore(module, values)
         with torch.no_grad():
             for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer.copy_(content)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a forward could leave in ``module`` besides buffers: numbers, tensors, and copies of its containers."""
+    plain = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+    kept = {name: value for name, value in plain.items() if isinstance(value, _SIMPLE)}
+    return kept | {name: value.copy() for name, value in plain.items() if type(value) in _CONTAINERS}
+
+
+def _restore(module: nn.Module, before: dict[str, Any]) -> None:
+    own = vars(module)
+    for name in [name for name in own if name not in _INTERNAL and name not in before]:
+        if isinstance(own[name], _SIMPLE) or type(own[name]) in _CONTAINERS:
+            del own[name]
+    for name, value in before.items():
+        now = own.get(name)
+        if type(value) in _CONTAINERS and type(now) is type(value):  # others may hold the same object
+            now.clear()
+            now.update(value) if isinstance(now, (dict, set)) else now.extend(value)
+        else:
+            own[name] = value
+
+
+@contextmanager
+def mode(base: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in training or evaluation mode, without checkpointing and without dropout.
+
+    Modes are set one by one: ``train`` and ``eval`` may be overridden with something that merges weights. What overrides
+    them keeps its mode. Dropout is switched off past the modules too, so that everything else that runs in training
+    only is compared.
+    """
+    for module in _following(base):
+        module.training = training and not isinstance(module, _DropoutNd)
+    for module in base.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:  # reentrant ones know no torch.autograd.grad
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in base.modules())
+    with ExitStack() as stack:
+        if training and not compiled:
+            stack.enter_context(_WithoutDropout())
+        yield
+
+
+def _following(module: nn.Module, root: bool = True) -> Iterator[nn.Module]:
+    """The modules that do what :meth:`nn.Module.train` says."""
+    if not root and type(module).train is not nn.Module.train:
+        return
+    yield module
+    for child in module.children():
+        yield from _following(child, root=False)
+
+
+_DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
+
+
+class _WithoutDropout(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        keywords = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else keywords["input"]
+        if func is F.scaled_dot_product_attention:
+            keywords.pop("dropout_p", None)
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        return func(*args, **keywords)
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""A model that has changed since it was checked is checked again before its next packed forward, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LilyConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from prefix_grouper_plugins import (
+    PrefixLayout,
+    UnsupportedModelError,
+    disable_prefix_grouper,
+    enable_prefix_grouper,
+    prefix_grouped_logps,
+)
+from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.self_check.changes import fingerprint
+from tests import tiny
+
+ROWS = tiny.rows({9: [4, 7, 2], 3: [6, 2]})
+LAYOUT = PrefixLayout.from_rows(ROWS)
+
+
+def packed(model: Any) -> Tensor:
+    return model(**packed_inputs(LAYOUT, LAYOUT.pack(ROWS))).logits[0]
+
+
+def leak(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + 0.5 * F.pad(output, (0, 0, 1, 0))[:, :-1]
+
+
+class LeakingMLP(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return leak(self, (), self.mlp(x))
+
+
+def a_hook(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_hook(leak)
+
+
+def another_layer(model: Any) -> None:
+    model.model.layers[1].mlp = LeakingMLP(model.model.layers[1].mlp)
+
+
+def another_forward(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: leak(mlp, (), own(x))
+
+
+def a_pre_hook(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (leak(module, (), args[0]),))
+
+
+@pytest.mark.parametrize("change", [a_hook, another_layer, another_forward, a_pre_hook])
+def test_what_leaks_since_the_self_check_is_refused(change):
+    model = enable_prefix_grouper(tiny.model())
+    packed(model)
+    change(model)
+    for _ in range(2):
+        with pytest.raises(
+            UnsupportedModelError, match=r"has changed since it was checked.* depends on tokens of other"
+        ):
+            packed(model)
+    with pytest.raises(UnsupportedModelError, match="a row depends on tokens of other rows"):
+        enable_prefix_grouper(disable_prefix_grouper(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LilyConfig(r=4, target_modules=["q_proj"]), "mixes its experts by a mean over all tokens"),
+        (LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM"), "aLoRA"),
+    ],
+)
+def test_an_adapter_that_came_afterwards_and_cannot_be_shared_is_refused(config, reason):
+    model = enable_prefix_grouper(tiny.model())
+    adapted = get_peft_model(model, config)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        packed(adapted)
+
+
+def test_what_is_right_is_checked_once_and_then_shared(monkeypatch):
+    model = enable_prefix_grouper(tiny.model())
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    calls: list[int] = []
+    adapted.base_model.model.model.register_forward_hook(lambda *_: calls.append(1))
+    found = packed(adapted)
+    assert len(calls) > 1, "it was not checked again"
+    calls.clear()
+    torch.testing.assert_close(packed(adapted), found, rtol=0, atol=0)
+    assert len(calls) == 1, "it is checked once only"
+    alone = [adapted(input_ids=row[None], use_cache=False).logits[0, :-1] for row in ROWS]
+    for mine, own in zip(LAYOUT.unpack(found), alone, strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
+
+
+def test_scoring_and_ordinary_forwards_change_nothing():
+    model = enable_prefix_grouper(tiny.model("mamba2", num_heads=4, head_dim=16, n_groups=2, state_size=8, expand=2))
+    before = fingerprint(model)
+    prompts, completions = torch.full((2, 5), 4), torch.full((2, 3), 5)
+    prefix_grouped_logps(model, prompts, torch.ones_like(prompts), completions, torch.ones_like(completions))
+    model.train()
+    model(input_ids=ROWS[0][None])
+    assert fingerprint(model) == before
+
+
+def test_without_the_self_check_an_unsupported_change_is_refused_all_the_same():
+    model = enable_prefix_grouper(tiny.model(), self_check=False)
+    adapted = get_peft_model(model, LilyConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match="has changed since it was checked"):
+        packed(adapted)
