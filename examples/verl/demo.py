@@ -119,7 +119,6 @@ def train(args: argparse.Namespace, name: str, bar: tqdm) -> Run:
         inputs=args.output / "inputs",
         workers=2,
         steps=args.steps,
-        timeout=300 + 30 * args.steps,
         on_step=on_step,
     )
     run.seconds = time.perf_counter() - started

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from prefix_grouper_plugins.integrations.verl.losses import why_actor_rows_stay, why_aggregation_keeps_rows
 from prefix_grouper_plugins.integrations.verl.order import forwarded_share, regrouped_order
-from prefix_grouper_plugins.integrations.verl.switch import ASK_WORKERS, is_asked_for
+from prefix_grouper_plugins.integrations.verl.switch import ASK_WORKERS, is_asked_for, show_what_is_decided
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.micro_batches import RowSize
 from prefix_grouper_plugins.settings import VERL_REGROUP
@@ -198,6 +198,7 @@ def _say_what_was_decided(
     if getattr(trainer, _SAID, False):
         return
     setattr(trainer, _SAID, True)
+    show_what_is_decided()
     if steps is None:
         where = (
             f"regroup={regroup}: this trainer makes optimizer steps in its own way, so groups lie whole on each rank"

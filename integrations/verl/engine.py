@@ -27,7 +27,7 @@ from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGro
 from prefix_grouper_plugins.integrations.verl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
 from prefix_grouper_plugins.integrations.verl.planning import Limits, plan_on_all_ranks, why_groups_are_cut
-from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures
+from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures, show_what_is_decided
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
     TOKEN_TYPES,
@@ -97,6 +97,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         raise_failures()
+        show_what_is_decided()
         self.options: PrefixGrouperOptions = getattr(engine_config, "prefix_grouper", None) or PrefixGrouperOptions()
         if engine_config.strategy not in SHARDINGS:
             # verl has chosen this class by now, and from here on reads the strategy to tell FSDP2 from FSDP1.
@@ -130,7 +131,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             self._warn_once(_NO_SELF_CHECK_UNDER_ULYSSES)
         self._to_self_check = self.options.self_check and not self.use_ulysses_sp
         unverified = () if self._to_self_check else report.unverified
-        reasons = [*lost_attention(module), *report.reasons, *unverified, *self._own_reasons(module)]
+        reasons = [*lost_attention(module), *report.reasons, *unverified, *self._why_not_by_this_engine(module)]
         if reasons:
             self._cannot_share(reasons)
         else:
@@ -164,9 +165,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         elif self.rank == 0:
             logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
 
-    def _own_reasons(self, module: nn.Module) -> list[str]:
+    def _why_not_by_this_engine(self, module: nn.Module) -> list[str]:
         """Why this engine cannot share on a model that can be shared elsewhere."""
-        reasons = self._reasons_of_images(module) if self._sees_images(module) else []
+        reasons = self._why_not_with_images(module) if self._sees_images(module) else []
         if self.use_ulysses_sp and Anatomy(module).mixers:
             reasons.append(
                 "layers that run on whole rows cannot be shared under Ulysses, which leaves each process a piece of them"
@@ -182,7 +183,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         has_others = dist.get_world_size(self.get_data_parallel_group()) > 1
         return bool(self._placeholders) and not known_of(self._model_type).verls_forward and has_others
 
-    def _reasons_of_images(self, module: nn.Module) -> list[str]:
+    def _why_not_with_images(self, module: nn.Module) -> list[str]:
         kind, reasons = self._model_type, []
         if leaves_images_out(module):
             reasons.append(f"verl's fused kernels leave the images of {kind} out of the forward")
@@ -300,7 +301,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         # A reference policy that is the actor without its adapter has the limits of the actor's own log-probs.
         options = OLD_LOG_PROB if self._without_adapter else self._pass
         limits = Limits.of(data, options, self.ulysses_sequence_parallel_size)
-        sizes = None if self._reason_not_to_share(data) else row_sizes(data, self._placeholders)
+        sizes = None if self._why_not_share(data) else row_sizes(data, self._placeholders)
         longest = int(data["input_ids"].offsets().diff().max())
         plan = plan_on_all_ranks(sizes, longest, limits, dp_group)
         if sizes and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
@@ -308,7 +309,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             self._warn_once(f"{self._pass}: {notice}")
         return plan
 
-    def _reason_not_to_share(self, data: TensorDict) -> str | None:
+    def _why_not_share(self, data: TensorDict) -> str | None:
         """Why rows of ``data`` go the ordinary way, None where they are shared."""
         if self._reason_of_model is not None:
             return self._reason_of_model
@@ -328,7 +329,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
-        reason = self._reason_not_to_share(micro_batch)
+        reason = self._why_not_share(micro_batch)
         if reason is None:
             packed = PackedMicroBatch(micro_batch, self._placeholders)
             reason = packed.reason_not_to_share

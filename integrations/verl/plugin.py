@@ -15,7 +15,13 @@ from types import ModuleType
 from typing import Any
 
 from prefix_grouper_plugins.import_hooks import after_import
-from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, failures, is_asked_for, raise_failures
+from prefix_grouper_plugins.integrations.verl.switch import (
+    STRATEGY,
+    failures,
+    is_asked_for,
+    raise_failures,
+    show_what_is_decided,
+)
 
 DEVICES = ["cuda", "npu", "cpu"]
 # Each of our modules has an `install...` for the module of verl that it hooks into.
@@ -79,6 +85,7 @@ def _watch_validation(module: ModuleType) -> None:
         if is_asked_for(config.actor_rollout_ref):
             _ours("compatibility").check_all(v1=bool(config.trainer.get("use_v1", True)))
             raise_failures()
+            show_what_is_decided()
             _ours("config").adopt(config.actor_rollout_ref)
         stock(config, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 STRATEGY = "prefix_grouper"  # the name under which verl finds the engine
@@ -22,6 +23,16 @@ def is_asked_for(config: Any) -> bool:
     return (
         actor.strategy == STRATEGY or engine.get("_target_") == ENGINE_TARGET or bool(actor.get("use_prefix_grouper"))
     )
+
+
+def show_what_is_decided() -> None:
+    """Let our messages of level INFO through to the terminal, where verl's processes show warnings only.
+
+    A level that somebody has set for the logger ``prefix_grouper_plugins`` stays.
+    """
+    logger = logging.getLogger("prefix_grouper_plugins")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
 
 
 def raise_failures() -> None:

@@ -17,8 +17,9 @@ DEMO = Path(__file__).parents[2] / "examples" / "verl" / "demo.py"
 
 @pytest.mark.slow
 def test_the_quick_demo_shares_prompts_and_ends_with_the_stock_weights(tmp_path):
+    # Without a timeout: the demo itself ends a training that makes no progress.
     done = subprocess.run(
-        [sys.executable, str(DEMO), "--quick", "--output", str(tmp_path)], capture_output=True, text=True, timeout=600
+        [sys.executable, str(DEMO), "--quick", "--output", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     logged = {name: float(value) for name, value in re.findall(r"Logged: prefix_grouper/(\w+) +([\d.]+)", done.stdout)}

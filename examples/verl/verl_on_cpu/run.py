@@ -11,6 +11,7 @@ when the function returns. In the folder remain `log.txt`, `metrics.jsonl` and `
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,13 +31,14 @@ from verl_on_cpu.tiny import make_inputs
 PACKAGE = Path(__file__).parent
 MARK = "VERL_ON_CPU_RUN"  # environment variable by which the processes of a run are known
 ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
+PATIENCE = 600.0  # seconds
 PRECISION = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 
 Step = dict[str, float]
 
 
 class TrainingError(RuntimeError):
-    """A training that failed or took too long, with the end of its log."""
+    """A training that failed or hung, with the end of its log."""
 
 
 def run_training(
@@ -47,16 +49,17 @@ def run_training(
     inputs: Path | None = None,
     workers: int = 2,
     steps: int = 2,
-    timeout: float = 300,
+    patience: float = PATIENCE,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Step]:
     """Train by GRPO and return verl's metrics of each step; `step["step"]` is its number, from 1.
 
     `inputs` is a folder that `make_inputs` has filled; without it a default one is made in `folder`. `overrides` are
     options of verl, `key=value`, that come after ours below, and `environment` is set in all processes.
-    The training takes at most `timeout` seconds. `on_step` is called as soon as a step is logged.
+    `on_step` is called as soon as a step is logged.
 
-    Raises `TrainingError` if the training fails or runs out of time.
+    Raises `TrainingError` if the training fails, or makes no progress for `patience` seconds: Ray runs its workers at
+    niceness 15, so beside other work a training may take many times as long as alone, and is no worse for it.
     """
     folder = folder.resolve()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -82,7 +85,8 @@ def run_training(
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        wait_for(process, reader, timeout, log)
+        wait_for(process, log, patience, also=reader.read)
+        reader.read()
     finally:
         end_all(mark)
         shutil.rmtree(ray_folder, ignore_errors=True)
@@ -204,8 +208,8 @@ class MetricsReader:
         self.position = 0
         self.steps: list[Step] = []
 
-    def read(self) -> None:
-        """Take in the lines that are complete and new."""
+    def read(self) -> bool:
+        """Take in the lines that are complete and new; whether there are any."""
         text = self.path.read_bytes()
         end = text.rfind(b"\n") + 1
         for line in map(json.loads, text[self.position : end].splitlines()):
@@ -213,20 +217,47 @@ class MetricsReader:
             self.steps.append(step)
             if self.on_step:
                 self.on_step(step)
-        self.position = end
+        found, self.position = end > self.position, end
+        return found
 
 
-def wait_for(process: subprocess.Popen, reader: MetricsReader, timeout: float, log: Path) -> None:
-    """Wait until the training is over, reading its metrics meanwhile."""
-    deadline = time.monotonic() + timeout
+class LogReader:
+    """Reads a log while it is being written, and tells lines of a new kind from those that repeat.
+
+    Ray and verl write lines again and again while they wait, with other numbers in them: those are no progress.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+        self.kinds: set[bytes] = set()
+
+    def read(self) -> bool:
+        """Take in the lines that are complete and new; whether one of them is of a new kind."""
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            text = file.read()
+        end = text.rfind(b"\n") + 1
+        self.position += end
+        kinds = {re.sub(rb"[0-9a-f]*[0-9][0-9a-f]*", b"0", line) for line in text[:end].splitlines()} - self.kinds
+        self.kinds |= kinds
+        return bool(kinds)
+
+
+def wait_for(process: subprocess.Popen, log: Path, patience: float, also: Callable[[], bool] = bool) -> None:
+    """Wait until a process is over that writes to `log`.
+
+    `also` tells of progress that is not in the log. Raises `TrainingError` if the process fails, or if there is no
+    progress for `patience` seconds.
+    """
+    lines, moved = LogReader(log), time.monotonic()
     while process.poll() is None:
-        if time.monotonic() > deadline:
-            raise failure(f"The training took longer than {timeout:.0f} s", log)
+        if lines.read() | also():
+            moved = time.monotonic()
+        elif time.monotonic() - moved > patience:
+            raise failure(f"There was no progress for {patience:.0f} s", log)
         time.sleep(0.2)
-        reader.read()
-    reader.read()
     if process.returncode:
-        raise failure(f"The training stopped with exit code {process.returncode}", log)
+        raise failure(f"It stopped with exit code {process.returncode}", log)
 
 
 def failure(what: str, log: Path, lines: int = 25) -> TrainingError:
@@ -237,7 +268,18 @@ def failure(what: str, log: Path, lines: int = 25) -> TrainingError:
 
 def end_all(mark: str) -> None:
     """End what is left of a run: Ray leaves processes behind when its driver does not end as it should."""
-    left = {member for process in psutil.process_iter() for member in family(process, mark)}
+    end({member for process in psutil.process_iter() for member in family(process, mark)})
+
+
+def end_family(process: subprocess.Popen) -> None:
+    """End a process and its descendants, if they are still there."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        end({parent, *parent.children(recursive=True)})
+
+
+def end(left: set[psutil.Process]) -> None:
+    """End these processes."""
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()

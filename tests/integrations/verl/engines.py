@@ -422,6 +422,8 @@ def run(rank: int, world: int, meeting: str, cases: list[dict[str, Any]], folder
             found.append({"error": f"{type(error).__name__}: {error}"})
             if world > 1:
                 raise
+        if rank == 0:
+            print("done:", case, flush=True)
     if rank == 0:
         Path(results).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("verl")
 
+from verl_on_cpu.run import PATIENCE, end_family, wait_for
+
 from tests.integrations.verl.engines import Case
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,8 +72,12 @@ def results(cases: list[Case], processes: int, folder: Path) -> list[dict]:
     given, found = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps([vars(case) for case in cases]))
     command = [sys.executable, "-m", "tests.integrations.verl.engines", str(given), str(found), str(processes)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    log = folder / "log.txt"
+    with log.open("wb") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+        try:
+            wait_for(process, log, PATIENCE)  # each case writes a line
+        finally:
+            end_family(process)
     return json.loads(found.read_text())
 
 

@@ -49,9 +49,7 @@ def train(tmp_path_factory):
     def run(overrides: tuple[str, ...], workers: int) -> list[dict]:
         common = [f"actor_rollout_ref.rollout.n={RESPONSES}", "data.max_response_length=12"]
         name = f"run{len(list(folder.iterdir()))}"
-        return run_training(
-            folder / name, [*common, *overrides], inputs=inputs, workers=workers, steps=STEPS, timeout=400
-        )
+        return run_training(folder / name, [*common, *overrides], inputs=inputs, workers=workers, steps=STEPS)
 
     return lambda *overrides, workers: run(tuple(overrides), workers)
 
