@@ -140,6 +140,17 @@ def test_autocast_narrows_the_inputs_and_nothing_that_happens_inside(features: F
     assert_all_close(actual, expected, 0.0)
 
 
+def test_a_traced_call_does_not_ask_what_dynamo_of_old_torch_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.amp.is_autocast_available` breaks the graph on torch 2.8 to 2.11; which devices have autocast is a constant."""
+
+    def untraceable(kind: str) -> bool:
+        raise AssertionError("asked during a call")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    q, k, v = inputs(LAYOUT, Features())
+    assert shared_prefix_attention(q, k, v, LAYOUT).shape == q.shape
+
+
 @both
 def test_inference_mode_and_frozen_inputs_work(features: Features) -> None:
     q, k, v, sinks = inputs(LAYOUT, features)

@@ -1,0 +1,39 @@
+"""What a layer of `merged_lse` launches on CUDA: kernels beside the flash kernels are few, and none gets an empty entry."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("kernels_per_layer", FOLDER / "kernels.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("case", "forward", "backward", "empty"),
+    [
+        ("one group", 3, 14, 0),  # two flash calls and a merge; two backwards, the level's lse, three additions
+        ("four groups", 3, 14, 6),
+        ("a part of a group, its prompt given", 3, 17, 0),  # and dk, dv of all keys: made, and filled in part
+        ("rows that share nothing", 1, 5, 0),
+    ],
+)
+def test_kernels_of_a_layer_are_counted(kernels: Any, case: str, forward: int, backward: int, empty: int) -> None:
+    of_forward, of_backward, entries = kernels.count(kernels.CASES[case])
+    assert (of_forward.total(), of_backward.total(), entries) == (forward, backward, empty)
