@@ -1,4 +1,5 @@
-"""Processes that form a group, for what happens only between processes. Slow to start, so start them once a module."""
+"""Processes that form a group, for what happens only between processes. Slow to start: the fixture `processes` of
+tests/conftest.py starts them once."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 SIZES = (2, 4)
-SECONDS = 120  # a process that waits for another one longer than this fails
+SECONDS = 1200  # a process that waits for another one longer than this fails: stuck, not slow on a busy machine
 _groups: dict[int, dist.ProcessGroup] = {}
 
 

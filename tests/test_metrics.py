@@ -122,14 +122,8 @@ def _count_and_add_up(group: Any) -> tuple[dict[str, float], dict[str, int], lis
 
 
 @pytest.mark.slow
-def test_counts_add_up_over_processes_and_a_reason_on_any_of_them_is_told_once(tmp_path):
-    from tests.processes import Processes
-
-    processes = Processes(tmp_path)
-    try:
-        results = processes.run(2, _count_and_add_up)
-    finally:
-        processes.close()
+def test_counts_add_up_over_processes_and_a_reason_on_any_of_them_is_told_once(processes):
+    results = processes.run(2, _count_and_add_up)
     for metrics, fallbacks, _ in results:
         assert metrics["prefix_grouper/token_ratio"] == 50 / 80
         assert metrics["prefix_grouper/fallbacks"] == 0.25

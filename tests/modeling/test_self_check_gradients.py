@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from prefix_grouper_plugins.modeling import attention, packed_inputs
 from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, gradient_difference, local_gradients
 from prefix_grouper_plugins.modeling.self_check.tolerances import TOLERANCES
 from tests import tiny
-from tests.processes import Processes
 
 GROUPS = {9: [4, 7, 2, 5], 3: [6, 2, 8, 3]}
 PROMPT_LENGTHS = [prompt for prompt, responses in GROUPS.items() for _ in responses]
@@ -226,13 +224,6 @@ def test_a_small_gradient_where_there_should_be_none_is_refused():
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> Iterator[Processes]:
-    started = Processes(tmp_path_factory.mktemp("processes"))
-    yield started
-    started.close()
 
 
 def step_of_shards(group: Any, factors: list[float]) -> tuple[float, str]:

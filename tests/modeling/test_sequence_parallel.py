@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +14,13 @@ from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper, shared_p
 from prefix_grouper_plugins.modeling import ShardedLayout, layout_inputs, packed_inputs
 from prefix_grouper_plugins.modeling.sequence_parallel import sequence_parallel_attention
 from tests import tiny
-from tests.processes import SIZES, Processes
+from tests.processes import SIZES
 
 pytestmark = pytest.mark.slow  # four processes take their time to start
 
 ROWS = tiny.rows({9: [4, 7, 1], 3: [6, 2], 1: [5]})
 LAYOUT = PrefixLayout.from_rows(ROWS)
 PADDED = LAYOUT.pad_to(-(-LAYOUT.num_tokens // max(SIZES)) * max(SIZES))
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> Iterator[Processes]:
-    started = Processes(tmp_path_factory.mktemp("processes"))
-    yield started
-    started.close()
 
 
 def piece(x: Tensor, group: dist.ProcessGroup) -> Tensor:

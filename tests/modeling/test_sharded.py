@@ -6,7 +6,6 @@ FSDP walks through the arguments of a forward, to move and cast them, and puts c
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper, self_che
 from prefix_grouper_plugins.modeling import packed_inputs
 from tests import tiny
 from tests.modeling import families
-from tests.processes import Processes
 
 pytestmark = pytest.mark.slow  # processes take their time to start
 
@@ -30,13 +28,6 @@ LAYOUT_ROWS = tiny.rows({9: [4, 7, 1], 3: [6, 2]})
 LAYOUT = PrefixLayout.from_rows(LAYOUT_ROWS)
 # stablelm carries the layout by its mask alone; the last three hold mixers that run on whole rows.
 MODELS = ["qwen3", "stablelm", "falcon", "qwen3_5_text", "mamba"]
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> Iterator[Processes]:
-    started = Processes(tmp_path_factory.mktemp("processes"))
-    yield started
-    started.close()
 
 
 def build(model_type: str, checkpointing: bool) -> Any:

@@ -16,7 +16,6 @@ from prefix_grouper_plugins import enable_prefix_grouper
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
 from tests import tiny
-from tests.processes import Processes
 
 
 def gradient_of(model: Any, masked: bool) -> float:
@@ -56,11 +55,7 @@ def step(group: Any, version: int) -> tuple[float, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
-def test_under_fsdp_a_process_with_nothing_to_score_keeps_in_step_and_adds_zero(tmp_path, version):
-    processes = Processes(tmp_path)
-    try:
-        (nothing, first), (also_nothing, second) = processes.run(2, step, version)
-    finally:
-        processes.close()
+def test_under_fsdp_a_process_with_nothing_to_score_keeps_in_step_and_adds_zero(processes, version):
+    (nothing, first), (also_nothing, second) = processes.run(2, step, version)
     assert nothing == also_nothing == 0
     assert first > 0 and second > 0, "rank 1 holds its shard of the gradient of rank 0"
