@@ -49,6 +49,7 @@ from prefix_grouper_plugins.modeling.self_check import (
     why_not_yet,
 )
 from prefix_grouper_plugins.modeling.self_check.changes import forget, has_changed, remember
+from prefix_grouper_plugins.modeling.self_check.first_batch import compare_first_batch
 from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
 
 
@@ -90,6 +91,7 @@ class SharingGate:
         self._on_unsupported, self._refusal = on_unsupported, refusal
         self._is_main = is_main
         self._left_padding = False
+        self._first_batches: set[str] = set()  # classes whose first batch has been compared
         self._said: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------ check and enable
@@ -160,6 +162,45 @@ class SharingGate:
             self.refuse(reasons)
         elif self._is_main:
             logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
+
+    def needs_first_batch(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of a class that no test has compared, and its first batch has not been run both ways yet."""
+        if self.reason is not None or not self._self_check or not any(report.unverified for report in self.reports):
+            return False
+        return type(transformers_model(model)).__name__ not in self._first_batches
+
+    def first_batch(
+        self,
+        model: nn.Module,
+        ordinary: Callable[[Any], torch.Tensor],
+        packed: Callable[[Any], torch.Tensor],
+        mask: torch.Tensor,
+    ) -> None:
+        """Run the first micro-batch both ways, before the first optimizer step; where they differ, refuse on all processes.
+
+        Every process calls it at the same point. Arguments as in
+        :func:`~prefix_grouper_plugins.modeling.self_check.first_batch.compare_first_batch`.
+
+        Raises:
+            UnsupportedModelError: they differ by more than rounding explains, and ``on_unsupported`` is ``"error"``.
+        """
+        self._first_batches.add(type(transformers_model(model)).__name__)
+        result = on_all_ranks(compare_first_batch(model, ordinary, packed, mask, mask.device), mask.device)
+        if result.reason is not None:
+            self.refuse([str(result)])
+        elif self._is_main:
+            said = (
+                f"differ by {result.outputs:.1e} in log-probs"
+                if result.passed
+                else f"could not be compared: {result.not_covered}"
+            )
+            logger.log(
+                logging.INFO if result.passed else logging.WARNING,
+                "prefix grouper: the first batch of %s, ordinary and shared (%.2f s): %s",
+                result.model,
+                result.seconds,
+                said,
+            )
 
     def refuse(self, reasons: Sequence[str]) -> None:
         """Share nothing from here on: every model becomes what it was.

@@ -269,6 +269,9 @@ class PrefixGrouperMixin:
         if self._shares and self.gate.needs_self_check(model):  # the model was to be sharded first
             self._self_check(model)
         reason = self._why_not_share(model, input_ids.shape[1], given)
+        if reason is None and torch.is_grad_enabled() and self.gate.needs_first_batch(model):
+            self._compare_first_batch(model, input_ids, attention_mask, logits_to_keep, given)
+            reason = self.gate.reason
         if reason is not None:
             if self._shares:
                 self.sharing.count_fallback(reason, attention_mask.sum(1).tolist(), during=self._pass(model))
@@ -294,6 +297,19 @@ class PrefixGrouperMixin:
             torch.stack(router_losses).mean() if router_losses[0] is not None else None,
         )
         return result[: self._return_arity()]
+
+    def _compare_first_batch(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, given: dict[str, Any]
+    ) -> None:
+        """For a model class that no test has compared. Every process comes here with its first update."""
+        stock = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
+        rows = Rows(input_ids, attention_mask, logits_to_keep, RowsOfImages(given, len(input_ids)))
+        self.gate.first_batch(
+            model,
+            lambda inner: stock(inner, input_ids, attention_mask, logits_to_keep, **given)[0],
+            lambda inner: self._packed_forward.score(inner, rows, entropy=False, aux_loss=False)[0][0],
+            attention_mask[:, -logits_to_keep:],
+        )
 
     def _return_arity(self) -> int:
         """3 where the stock method takes ``compute_aux_loss`` and returns the router loss (TRL >= 1.7), else 2."""

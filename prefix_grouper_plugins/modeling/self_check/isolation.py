@@ -81,7 +81,7 @@ def mode(base: nn.Module, training: bool) -> Iterator[None]:
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in base.modules())
     with ExitStack() as stack:
         if training and not compiled:
-            stack.enter_context(_WithoutDropout())
+            stack.enter_context(without_dropout())
         yield
 
 
@@ -97,7 +97,9 @@ def _following(module: nn.Module, root: bool = True) -> Iterator[nn.Module]:
 _DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 
 
-class _WithoutDropout(TorchFunctionMode):
+class without_dropout(TorchFunctionMode):
+    """A context in which dropout returns its input, whether a module applies it or a function."""
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
