@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.layout import PrefixLayout
@@ -226,3 +228,21 @@ def emulated_flash_backward(
             for grad, part, rows in zip(grads, parts, (slice(q0, q1), slice(k0, k1), slice(k0, k1)), strict=True):
                 grad[rows] = part[0].transpose(0, 1)
     return grads
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operator makes, and the most keys in one that has K's or V's shape."""
+
+    def __init__(self, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.numel = self.tokens = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+                if x.dim() >= 2 and x.shape[-1] == self.head_dim:
+                    self.tokens = max(self.tokens, x.numel() // (self.kv_heads * self.head_dim))
+        return result

@@ -26,10 +26,10 @@ from prefix_grouper_plugins.attention.registry import fallbacks
 from prefix_grouper_plugins.forest import forest_of, visible_pairs
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention import interpreter
-from tests.attention.backends.test_plans import LargestTensor
 from tests.attention.forests import (
     PAIRS,
     Features,
+    LargestTensor,
     assert_all_close,
     emulated_flash_backward,
     emulated_flash_forward,

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.backends import blockwise, merged_lse
+from prefix_grouper_plugins.attention.request import Options
+from prefix_grouper_plugins.forest import forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention.forests import (
     PAIRS,
     Features,
+    LargestTensor,
     assert_all_close,
     attend,
     features_of,
@@ -170,3 +173,15 @@ def test_auto_takes_flash_partials_where_they_can_serve() -> None:
         for features in (Features(), Features(window=3), Features(softcap=2.0), Features(window=100)):
             attend(layout, features, "auto")(*inputs(layout, features), None)
     assert calls == ["merged_lse", "blockwise", "blockwise", "merged_lse"]
+
+
+@pytest.mark.parametrize("backend", [blockwise, merged_lse], ids=["blockwise", "merged_lse"])
+def test_no_square_tensor_and_no_repeated_keys_are_made(backend: Any) -> None:
+    layout = PrefixLayout.from_groups([1501], [[100] * 8])  # 2300 tokens; repeated rows would be 12,800
+    forest, tokens = forest_of(layout.segments), layout.num_tokens
+    q, k, v = (torch.randn(tokens, 2, 24) for _ in range(3))
+    with LargestTensor(2, 24) as largest, torch.no_grad():
+        out, lse = backend.forward(q, k, v, forest, Options(0.2))
+        backend.backward(out, q, k, v, out, lse, forest, Options(0.2))
+    assert largest.numel < tokens * tokens / 2
+    assert largest.tokens <= tokens

@@ -1,0 +1,57 @@
+"""The triangles and rectangles of merged_lse on the CPU."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefix_grouper_plugins import forest as plan
+from prefix_grouper_plugins.attention.backends.dense import visibility_mask
+from prefix_grouper_plugins.attention.backends.merged_lse import cpu
+from prefix_grouper_plugins.layout import PrefixLayout
+from tests.attention.forests import (
+    Features,
+    assert_all_close,
+    attend,
+    inputs,
+    layouts,
+    output_and_gradients,
+)
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts(), longest=st.integers(2, 40))
+def test_triangles_and_rectangles_of_the_cpu_cover_each_visible_pair_once(layout: PrefixLayout, longest: int) -> None:
+    visible = visibility_mask(layout.segments)
+    seen = torch.zeros_like(visible, dtype=torch.int32)
+    triangles, rectangles = cpu.plan(plan.forest_of(layout.segments), longest)
+    assert [t.start for t in triangles] == [0, *(t.end for t in triangles[:-1])] and triangles[-1].end == len(visible)
+    for start, end in triangles:
+        assert 0 < end - start <= longest
+        seen[start:end, start:end] += torch.ones(end - start, end - start, dtype=torch.int32).tril()
+    for q0, q1, k0, k1 in rectangles:
+        assert q1 > q0 and k1 > k0
+        seen[q0:q1, k0:k1] += 1
+    assert torch.equal(seen, visible.int())
+
+
+@settings(max_examples=30, deadline=None)
+@given(layout=layouts(), longest=st.integers(2, 40))
+def test_halved_triangles_give_the_dense_output_and_gradients(layout: PrefixLayout, longest: int) -> None:
+    features = Features(heads=4, kv_heads=2)
+    tensors = inputs(layout, features)
+    with mock.patch.dict(cpu.LONGEST_TRIANGLE, {8: longest}):
+        halved = output_and_gradients(attend(layout, features, "merged_lse"), tensors)
+    assert_all_close(halved, output_and_gradients(attend(layout, features, "dense"), tensors))
+
+
+def test_a_triangle_is_halved_where_the_kernel_has_its_blocks() -> None:
+    layout = PrefixLayout.from_groups([64], [[500] * 8])
+    triangles, rectangles = cpu.plan(plan.forest_of(layout.segments), 128)
+    assert [t.end - t.start for t in triangles[:5]] == [63, 128, 128, 128, 116]
+    assert rectangles[:2] == ((63, 63 + 8 * 500, 0, 63), (63 + 256, 63 + 500, 63, 63 + 256))
