@@ -22,7 +22,7 @@ class GroupedBatch:
     Rows whose completion is empty are left out: they have nothing to score.
 
     Args:
-        prompt_ids: ``LongTensor[B, P]``, left-padded.
+        prompt_ids: ``[B, P]``, left-padded, of any integer dtype.
         prompt_mask: ``[B, P]``, 1 on real tokens.
         completion_ids: ``LongTensor[B, C]``, right-padded.
         completion_mask: ``[B, C]``, 1 on real tokens.
@@ -43,7 +43,8 @@ class GroupedBatch:
 
     Raises:
         ValueError: masks of other shapes than the ids, another number of prompts than completions, an empty prompt,
-            padding on the wrong side or in the middle, or (without ``forward_last``) only empty completions.
+            padding on the wrong side or in the middle, what is no integer id or has NaN in its mask, tensors on several
+            devices or on the meta device, or (without ``forward_last``) only empty completions.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class GroupedBatch:
         padded_positions: bool = False,
         forward_last: bool = False,
     ) -> None:
+        check_tensors(prompt_ids, prompt_mask, completion_ids, completion_mask)
         device = prompt_ids.device
-        prompts, prompt_mask = prompt_ids.cpu(), prompt_mask.cpu() != 0
-        completions, completion_mask = completion_ids.cpu(), completion_mask.cpu() != 0
+        prompts, prompt_mask = prompt_ids.cpu().long(), prompt_mask.cpu() != 0
+        completions, completion_mask = completion_ids.cpu().long(), completion_mask.cpu() != 0
         _check_batch(prompts, prompt_mask, completions, completion_mask, keys)
         prompt_lengths, lengths = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
         self.kept = kept = [i for i, length in enumerate(lengths) if length or forward_last]
@@ -121,6 +123,32 @@ class GroupedBatch:
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the completion tokens ``[N]`` to ``[B, C]``, zero where there is no token. Differentiable."""
         return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
+
+
+def check_tensors(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> None:
+    """Refuse what is no block of integer ids and its mask, all on one device that holds numbers.
+
+    Raises:
+        ValueError: see :class:`GroupedBatch`.
+    """
+    blocks = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+    blocks |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
+    for name, block in blocks.items():
+        if not isinstance(block, Tensor) or block.dim() != 2:
+            found = f"shape {tuple(block.shape)}" if isinstance(block, Tensor) else f"type {type(block).__name__}"
+            raise ValueError(f"{name} has {found}: a tensor with a row for each completion is needed, [B, length]")
+        if block.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, which holds no numbers: move the batch to the model's device"
+            )
+        if name.endswith("_ids") and (block.is_floating_point() or block.is_complex() or block.dtype == torch.bool):
+            raise ValueError(f"{name} is of {block.dtype}: token ids are integers, torch.int64 say")
+        if name.endswith("_mask") and block.is_floating_point() and bool(block.isnan().any()):
+            raise ValueError(f"{name} has NaN in it, which says neither token nor padding: use 1 and 0")
+    devices = {name: block.device for name, block in blocks.items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"the batch lies on several devices ({where}): move all of it to the model's")
 
 
 def _check_batch(

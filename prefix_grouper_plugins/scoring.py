@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.batch import GroupedBatch, check_tensors
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     is_enabled,
@@ -77,6 +77,7 @@ def prefix_grouped_logps(
         raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
+    check_tensors(prompt_ids, prompt_mask, completion_ids, completion_mask)
     if not completion_mask.any():
         return _nothing_to_score(model, completion_ids.shape, compute_entropy)
     blocks = (prompt_ids, prompt_mask, completion_ids, completion_mask)

@@ -535,3 +535,30 @@ def test_a_config_that_asks_for_router_logits_changes_nothing():
         for asked in (False, True)
     ]  # fmt: skip
     assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("blocks", [(0,), (2,), (0, 2)])
+def test_ids_of_any_integer_dtype_give_the_same(dtype: torch.dtype, blocks: tuple[int, ...]) -> None:
+    model = enable_prefix_grouper(tiny.model())
+    narrow = [block.to(dtype) if i in blocks else block for i, block in enumerate(BATCH)]
+    assert torch.equal(prefix_grouped_logps(model, *narrow)[0], prefix_grouped_logps(model, *BATCH)[0])
+
+
+def test_blocks_that_are_no_batch_are_refused_with_the_block_and_the_remedy() -> None:
+    model = enable_prefix_grouper(tiny.model())
+    ids, mask, completion_ids, completion_mask = BATCH
+
+    def refused(*blocks: Any) -> str:
+        with pytest.raises(ValueError, match=r"_(ids|mask) (is|has) ") as error:
+            prefix_grouped_logps(model, *blocks)
+        return str(error.value)
+
+    nan = completion_mask.float()
+    nan[0, 0] = torch.nan
+    assert "completion_mask has NaN in it" in refused(ids, mask, completion_ids, nan)
+    assert "prompt_ids is on the meta device" in refused(*(block.to("meta") for block in BATCH))
+    assert "completion_mask is on the meta device" in refused(ids, mask, completion_ids, completion_mask.to("meta"))
+    assert "prompt_ids is of torch.float32" in refused(ids.float(), mask, completion_ids, completion_mask)
+    assert "prompt_ids has type list" in refused(ids.tolist(), mask, completion_ids, completion_mask)
+    assert "completion_ids has shape (1, " in refused(ids, mask, completion_ids[None], completion_mask)

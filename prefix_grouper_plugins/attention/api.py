@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.dense import dense_attention
@@ -66,6 +67,8 @@ def shared_prefix_attention(
     """
     query, key, value = (_autocast(x) for x in (query, key, value))
     _check_tensors(query, key, value, layout)
+    if backend != "dense" and forward_ad._current_level >= 0:
+        _check_no_tangent(query, key, value, sinks)
     _check_options(query, sliding_window, softcap, sinks, backend)
     if scale is None:
         scale = query.shape[2] ** -0.5
@@ -81,6 +84,15 @@ def shared_prefix_attention(
     if softcap is not None or sinks is not None:
         raise ValueError(f"softcap={softcap} and sinks={sinks} do not go together with blocks: set both to None")
     return attend_within_blocks(out, query, key, value, layout, scale=float(scale), window=sliding_window)
+
+
+def _check_no_tangent(*tensors: Tensor | None) -> None:
+    """The operator has no rule for forward-mode AD, and torch would take its output for a constant."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(
+            "shared_prefix_attention has no forward-mode derivative (torch.func.jvp, dual numbers): differentiate in reverse "
+            "mode, with torch.autograd.grad say"
+        )
 
 
 def _autocast(x: Tensor) -> Tensor:

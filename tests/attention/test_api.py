@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import BACKENDS
@@ -70,3 +71,22 @@ def test_available_backends_tells_the_reason(arguments: tuple[Any, ...], reason:
 def test_available_backends_knows_window_and_softcap() -> None:
     assert "sliding_window=4" in str(available_backends("cpu", torch.float32, 64, sliding_window=4)["merged_lse"])
     assert "softcap=30.0" in str(available_backends("cpu", torch.float32, 64, softcap=30.0)["merged_lse"])
+
+
+def test_forward_mode_derivatives_are_refused_instead_of_zero_and_dense_has_them() -> None:
+    layout = PrefixLayout.from_groups([8], [[3, 4]])
+    x, tangent = torch.randn(2, layout.num_tokens, 2, 8, dtype=torch.float64)
+
+    def attention(x: torch.Tensor, backend: str) -> torch.Tensor:
+        return shared_prefix_attention(x, x, x, layout, backend=backend)
+
+    with pytest.raises(ValueError, match=r"no forward-mode derivative.*in reverse mode"):
+        torch.func.jvp(lambda x: attention(x, "auto"), (x,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="no forward-mode derivative"):
+        attention(forward_ad.make_dual(x, tangent), "auto")
+    with forward_ad.dual_level():  # tensors without a tangent are as ever
+        assert torch.equal(attention(x, "auto"), attention(x.clone(), "auto"))
+    by_difference = (attention(x + 1e-6 * tangent, "auto") - attention(x - 1e-6 * tangent, "auto")) / 2e-6
+    with forward_ad.dual_level():
+        by_rule = forward_ad.unpack_dual(attention(forward_ad.make_dual(x, tangent), "dense")).tangent
+    torch.testing.assert_close(by_rule, by_difference, rtol=1e-6, atol=1e-7)

@@ -63,8 +63,8 @@ def left_padding_reasons(anatomy: Anatomy) -> list[str]:
     biased = [type(module).__name__ for _, module in anatomy.mixers if puts_bias_on_padding(module)]
     if biased:
         return [
-            f"{kind}: {biased[0]} adds a bias to what it mixes, padding on the left included, so a padded batch computes "
-            "something else than single rows"
+            f"{kind}: {biased[0]} adds a bias to what it mixes, padding on the left included, so a padded batch does "
+            "not compute what single rows compute"
         ]
     if getattr(anatomy.base.config, "rotary_value", False):
         return [f"{kind} with `rotary_value=True` turns its values by columns, so padding on the left changes them"]
