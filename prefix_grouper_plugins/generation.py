@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.metrics import Counts
-from prefix_grouper_plugins.modeling.support.report import transformers_model
+from prefix_grouper_plugins.modeling.anatomy import transformers_model
 
 # Layers of transformers' caches that hold one entry for each row, in tensors that may grow.
 _REPEATABLE_LAYERS = {
