@@ -71,9 +71,11 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
         ...     model.generate(input_ids=ids.repeat_interleave(8, 0), attention_mask=mask, do_sample=True)
     """
     base: Any = transformers_model(model)
+    # Index of each row among the distinct ones, the prefill, and the inputs of all rows.
     pending: list[tuple[Tensor, Prefill, dict[str, Any]]] = []
 
     def select(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        pending.clear()  # of a forward that raised
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if args or ids is None or ids.shape[0] < 2 or ids.shape[1] < 2 or not kwargs.get("use_cache", True):
             return None
@@ -93,7 +95,7 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
         if not pending:
             return None
         index, prefill, of_all_rows = pending.pop()
-        cache = of_all_rows["past_key_values"]
+        cache: Any = of_all_rows["past_key_values"]
         if cache is None or getattr(output, "past_key_values", None) is not cache:
             raise RuntimeError(
                 f"{type(module).__name__} was given a cache and does not return it, so its rows cannot be repeated: "

@@ -23,11 +23,12 @@ import flops  # noqa: E402
 import growth  # noqa: E402
 import methods  # noqa: E402
 import plot  # noqa: E402
+import training  # noqa: E402
 from harness import RESULTS, peak_mib, read_csv, read_facts  # noqa: E402
 
 from prefix_grouper_plugins import bench, shared_prefix_attention  # noqa: E402
 
-SCRIPTS = ("actor_update", "attention", "flops", "growth", "plot")
+SCRIPTS = ("actor_update", "attention", "flops", "growth", "plot", "training")
 CASE = bench.Case(12, 5, 3, 4, 2, 8, dtype=torch.float64)
 
 
@@ -131,6 +132,13 @@ def test_row_by_row_attention_is_causal_attention_over_each_row() -> None:
         scores = torch.einsum("qhd,khd->hqk", q, k) * 8**-0.5
         scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(), -math.inf)
         torch.testing.assert_close(row, torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+
+
+def test_trainings_of_the_benchmark_learn_the_same_weights() -> None:
+    _, stock = training.run("stock", 24, 4, 4, 2)
+    for way in training.WAYS[1:]:
+        _, weights = training.run(way, 24, 4, 4, 2)
+        assert max(float((weights[name] - stock[name]).abs().max()) for name in stock) <= 5e-5  # float32, Adam
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
