@@ -379,17 +379,6 @@ def _check_what_has_changed(base: Any, args: Any, kwargs: dict[str, Any], checks
 _check_what_has_changed.belongs_to_enabling = True  # type: ignore[attr-defined]
 
 
-def run_self_check(model: nn.Module, device: torch.device | None = None) -> SelfCheck:
-    """The self-check of ``model``, for which nothing waits any longer. verl's engine calls it until it goes through the gate."""
-    _stop_waiting(transformers_model(model))
-    return self_check(model, device)
-
-
-def reasons_after(report: SupportReport, result: SelfCheck) -> tuple[str, ...]:
-    """:func:`_why_not_after`, for verl's engine until it goes through the gate."""
-    return _why_not_after(result, report.unverified)
-
-
 # ---------------------------------------------------------------------------------------------------------- in one line
 
 

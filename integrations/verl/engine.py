@@ -8,8 +8,7 @@ packed row the next token does not always stand next.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -52,27 +51,40 @@ from prefix_grouper_plugins.metrics import (
     Counts,
     SharingCounts,
     SharingMeter,
-    logger,
 )
 from prefix_grouper_plugins.modeling import (
     Anatomy,
     ShardedLayout,
-    UnsupportedModelError,
-    check_support,
-    disable_prefix_grouper,
     layout_inputs,
-    on_all_ranks,
     transformers_model,
     without_router_loss,
 )
 from prefix_grouper_plugins.modeling.model_types import known_of
 from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, local_gradients
-from prefix_grouper_plugins.sharing import enable_prefix_grouper, reasons_after, run_self_check
+from prefix_grouper_plugins.sharing import SharingGate
 
 _NO_SELF_CHECK_UNDER_ULYSSES = (
     "no self-check: Ulysses cuts rows into pieces, and the few tokens of the check are too short for that; "
     "prefix_grouper.verify=true compares the first update"
 )
+
+
+def gate_of(options: PrefixGrouperOptions, ulysses: bool, is_main: bool = True) -> SharingGate:
+    """The gate of an engine with ``options``. Under Ulysses no process has whole rows for a self-check."""
+
+    def refusal(reasons: str) -> str:
+        return (
+            f"{reasons}. To train without sharing, leave model_engine=prefix_grouper out or set "
+            "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
+        )
+
+    return SharingGate(
+        backend=options.backend,
+        self_check=options.self_check and not ulysses,
+        on_unsupported=options.on_unsupported,
+        refusal=refusal,
+        is_main=is_main,
+    )
 
 
 class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
@@ -83,6 +95,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     defaults of its settings hold.
 
     Attributes:
+        gate (`SharingGate`): whether the model is shared, and why not.
         sharing (`SharingMeter`): all forwards so far, on this rank.
         forwarded (`Counts`): the last :meth:`forward_backward_batch`, over all data-parallel ranks.
 
@@ -103,13 +116,12 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             # verl has chosen this class by now, and from here on reads the strategy to tell FSDP2 from FSDP1.
             object.__setattr__(engine_config, "strategy", self.options.sharding)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
-        self.sharing = SharingMeter(warn=self.rank == 0)
+        self.gate = gate_of(self.options, self.use_ulysses_sp, is_main=self.rank == 0)
+        self.sharing = self.gate.meter
         self.forwarded = Counts()
         self._pass = UPDATE
-        self._warned: set[str] = set()
+        self._announced = False
         self._cut: set[str] = set()  # passes whose groups are cut, of which one line of the log tells
-        self._reason_of_model: str | None = None
-        self._to_self_check = False
         self._without_adapter = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._model_type = self.model_config.hf_config.model_type
@@ -126,44 +138,31 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """Enable sharing on the finished model, adapters included, before verl wraps it."""
-        report = check_support(module)
         if self.options.self_check and self.use_ulysses_sp:
-            self._warn_once(_NO_SELF_CHECK_UNDER_ULYSSES)
-        self._to_self_check = self.options.self_check and not self.use_ulysses_sp
-        unverified = () if self._to_self_check else report.unverified
-        reasons = [*lost_attention(module), *report.reasons, *unverified, *self._why_not_by_this_engine(module)]
-        if reasons:
-            self._cannot_share(reasons)
-        else:
-            enable_prefix_grouper(
-                module, backend=self.options.backend, self_check="later" if self._to_self_check else False
-            )
-        for note in report.notes:
-            self._warn_once(note)
+            self.gate.warn(_NO_SELF_CHECK_UNDER_ULYSSES)
+        self.gate.enable([module], [*lost_attention(module), *self._why_not_by_this_engine(module)])
+        for note in self.gate.reports[0].notes:
+            self.gate.warn(note)
         return super()._build_fsdp_module(module)
 
-    def _cannot_share(self, reasons: Sequence[str]) -> None:
-        """Stop, or take the ordinary path from here on."""
-        if self.options.on_unsupported != "fallback":
-            raise UnsupportedModelError(
-                f"{'; '.join(reasons)}. To train without sharing, leave model_engine=prefix_grouper out or set "
-                "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
-            )
-        self._to_self_check = False
-        self._reason_of_model = "; ".join(reasons)
-
-    def _compare_packed_with_rows(self) -> None:
-        """Compare a tiny packed forward with its rows, before the first batch: on all ranks, as FSDP demands."""
-        self._to_self_check = False
+    def _self_check(self) -> None:
+        """Before the first batch, on all ranks, as FSDP demands, and under autocast, as verl's forwards are."""
         device, dtype = torch.device(get_device_name()), self._autocast_dtype
-        autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)  # as verl does
+        autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
         with autocast, numbered_rows(self.module):
-            result = on_all_ranks(run_self_check(self.module, device), device)
-        if reasons := reasons_after(check_support(self.module), result):
-            disable_prefix_grouper(self.module)
-            self._cannot_share(reasons)
-        elif self.rank == 0:
-            logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
+            self.gate.self_check(self.module, device)
+
+    def _announce(self, data: TensorDict) -> None:
+        """One line with the first batch that says what this engine shares."""
+        if self._announced or self.gate.reason is not None:
+            return
+        self._announced = True
+        if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
+            size = f"{int(data['max_token_len_per_gpu'])} tokens, each prompt counted once"
+        else:
+            size = f"{int(data['micro_batch_size_per_gpu'])} rows"
+        role = "reference policy" if self.engine_config.forward_only else "actor"
+        self.gate.announce(f"the {role}'s micro-batches hold up to {size}, regroup={self.options.regroup}")
 
     def _why_not_by_this_engine(self, module: nn.Module) -> list[str]:
         """Why this engine cannot share on a model that can be shared elsewhere."""
@@ -202,8 +201,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
         Adds ``prefix_grouper/*`` to the metrics.
         """
-        if self._to_self_check:
-            self._compare_packed_with_rows()
+        if self.gate.needs_self_check(self.module):
+            self._self_check()
+        self._announce(data)
         self._name_sharding(loss_function)
         self._pass = self._pass_of(forward_only)
         if self._to_verify and not forward_only:
@@ -282,7 +282,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         knows_global_batch = tu.get_non_tensor_data(data, "global_batch_size", None) is not None
         reason = why_rows_stay(loss_function, knows_global_batch=knows_global_batch)
         if reason is not None:
-            self._warn_once(f"{reason}, so rows stay where verl puts them and share less")
+            self.gate.warn(f"{reason}, so rows stay where verl puts them and share less")
         return reason is None
 
     def may_change_steps(self, loss_function: Callable[..., Any] | None) -> bool:
@@ -290,11 +290,6 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if self.options.regroup == "auto":
             return why_rows_stay(loss_function) is None
         return self.options.regroup == "group"
-
-    def _warn_once(self, what: str) -> None:
-        if self.rank == 0 and what not in self._warned:
-            logger.warning("prefix grouper: %s", what)
-        self._warned.add(what)
 
     def _plan(self, data: TensorDict, dp_group: Any) -> list[list[int]] | None:
         """Row indices of each micro-batch, as many on every data-parallel rank; None where some rank cannot share."""
@@ -306,13 +301,13 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         plan = plan_on_all_ranks(sizes, longest, limits, dp_group)
         if sizes and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
             self._cut.add(self._pass)
-            self._warn_once(f"{self._pass}: {notice}")
+            self.gate.warn(f"{self._pass}: {notice}")
         return plan
 
     def _why_not_share(self, data: TensorDict) -> str | None:
         """Why rows of ``data`` go the ordinary way, None where they are shared."""
-        if self._reason_of_model is not None:
-            return self._reason_of_model
+        if self.gate.reason is not None:
+            return self.gate.reason
         if tu.get_non_tensor_data(data, "distillation_use_topk", False):
             return "top-k distillation reads logits at every row's own positions"
         if isinstance(data["temperature"], Tensor):
@@ -338,7 +333,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             self.sharing.count_fallback(reason, lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
         if packed.some_share_nothing:
-            self._warn_once("rows with an image in the response, or at the very end of the prompt, share nothing")
+            self.gate.warn("rows with an image in the response, or at the very end of the prompt, share nothing")
         self.sharing.count_packed(packed.counts, during=self._pass)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
         layout = packed.layout.pad_to(packed.num_tokens + output_args.get("pad_size", 0))
@@ -389,18 +384,18 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
         """Compare the gradients of this update on the ordinary path and on the shared one."""
         sharing, self.sharing = self.sharing, SharingMeter(warn=False)
-        reason, self._reason_of_model = self._reason_of_model, "the ordinary half of the verification"
+        reason, self.gate.reason = self.gate.reason, "the ordinary half of the verification"
         try:
             self._run(data, loss_function, forward_only=False)
-            self._reason_of_model = reason
+            self.gate.reason = reason
             ordinary = local_gradients(self.module)
             self.optimizer_zero_grad()
             self._run(data, loss_function, forward_only=False)
             difference = check_gradients(self.module, ordinary, self._autocast_dtype)
         finally:
-            self._reason_of_model, self.sharing = reason, sharing
+            self.gate.reason, self.sharing = reason, sharing
             self.optimizer_zero_grad()
         if difference == 0:  # every advantage is zero, so this update would prove nothing
             return
         self._to_verify = False
-        self._warn_once(f"verified: the gradients of this update, shared and ordinary, differ by {difference:.1e}")
+        self.gate.warn(f"verified: the gradients of this update, shared and ordinary, differ by {difference:.1e}")

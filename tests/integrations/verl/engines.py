@@ -366,9 +366,11 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         shared = build(case, path, shared=True)
         if case.wrong_positions:
             count_packed_positions(shared.module)
-        if shared._to_self_check and case.images:  # whose passes are not those that are counted below
+        if (
+            shared.gate.needs_self_check(shared.module) and case.images
+        ):  # whose passes are not those that are counted below
             with shared.eval_mode():
-                shared._compare_packed_with_rows()
+                shared._self_check()
         with vision.watched_tower(shared.module) as patches:
             found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
         got = scores(shared, make_batch(case, mine, len(rows)))

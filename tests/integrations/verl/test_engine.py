@@ -17,6 +17,7 @@ from verl.workers.config import FSDPActorConfig
 
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine
 from prefix_grouper_plugins.integrations.verl.micro_batch import mend_positions
+from prefix_grouper_plugins.sharing import SharingGate
 from tests.integrations.verl.engines import Case, make_batch, make_rows
 from tests.integrations.verl.test_equality import assert_equal, results
 
@@ -40,17 +41,17 @@ def bare_engine(**attributes) -> PrefixGrouperEngine:
 
 def test_a_verification_that_stops_leaves_the_engine_as_it_was():
     cleared = []
-    engine = bare_engine(sharing="a meter", _reason_of_model=None, _to_verify=True)
+    engine = bare_engine(sharing="a meter", gate=SharingGate(), _to_verify=True)
 
     def run_out_of_memory(data, loss_function, forward_only):
-        assert engine._reason_of_model is not None, "the ordinary half comes first"
+        assert engine.gate.reason is not None, "the ordinary half comes first"
         raise torch.OutOfMemoryError
 
     engine._run = run_out_of_memory
     engine.optimizer_zero_grad = lambda: cleared.append(True)
     with pytest.raises(torch.OutOfMemoryError):
         engine._verify(None, None)
-    assert engine._reason_of_model is None, "or every later update would take the ordinary path"
+    assert engine.gate.reason is None, "or every later update would take the ordinary path"
     assert engine.sharing == "a meter"
     assert cleared and engine._to_verify
 

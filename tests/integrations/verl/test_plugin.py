@@ -150,10 +150,12 @@ def test_failures_are_raised_for_those_who_ask(monkeypatch):
 def test_layers_that_need_whole_rows_are_refused_under_ulysses_before_training():
     from prefix_grouper_plugins import UnsupportedModelError
     from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, PrefixGrouperOptions
+    from prefix_grouper_plugins.integrations.verl.engine import gate_of
     from tests.modeling import families
 
     engine = object.__new__(PrefixGrouperEngine)
-    engine.options, engine.use_ulysses_sp, engine.rank, engine._warned = PrefixGrouperOptions(), True, 0, set()
+    engine.options, engine.use_ulysses_sp = PrefixGrouperOptions(), True
+    engine.gate = gate_of(engine.options, ulysses=True)
     with pytest.raises(UnsupportedModelError, match=r"cannot be shared under Ulysses.*on_unsupported=fallback"):
         engine._build_fsdp_module(families.build("falcon"))
 

@@ -21,6 +21,7 @@ from verl_on_cpu.tiny import make_tokenizer
 
 from prefix_grouper_plugins import UnsupportedModelError
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.engine import gate_of
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, row_sizes
 from prefix_grouper_plugins.integrations.verl.vision import images, model_patches
 from tests.integrations.verl.engines import Case, make_batch, make_rows
@@ -277,8 +278,8 @@ def test_positions_of_rows_of_one_length_are_mended_before_verl_selects_rows():
 def refusal(kind: str, ulysses: bool = False) -> str:
     """What an engine says that is given a tiny model of the type ``kind``."""
     engine = object.__new__(PrefixGrouperEngine)
-    engine.options, engine.rank, engine._warned, engine._model_type = PrefixGrouperOptions(), 0, set(), kind
-    engine.use_ulysses_sp = ulysses
+    engine.options, engine._model_type, engine.use_ulysses_sp = PrefixGrouperOptions(), kind, ulysses
+    engine.gate = gate_of(engine.options, ulysses)
     with pytest.raises(UnsupportedModelError) as error:
         engine._build_fsdp_module(make_model(kind, make_tokenizer(), tied=False))
     return str(error.value)
