@@ -154,3 +154,17 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "shared_prefix_attention has a first derivative only: take backend='dense' for double backward, or leave "
+        "create_graph=True out"
+    )
+
+
+attention_backward_op.register_autograd(_no_second_derivative)
