@@ -42,7 +42,7 @@ HALF: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("forward", 256): (Tiles(64, 32, 8, 3), Tiles(64, 32, 8, 2)),
     ("dq", 64): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
     ("dq", 128): (Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2)),
-    ("dq", 256): (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
+    ("dq", 256): (Tiles(32, 32, 4, 2),),
     ("dkdv", 64): (Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 3), Tiles(64, 64, 8, 2)),
     ("dkdv", 128): (Tiles(32, 64, 8, 3), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)),
     ("dkdv", 256): (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
