@@ -137,14 +137,14 @@ class Comparison:
         found = self._differences(packed, ordinary)
         if excess(found, self.dtype, None) is None:
             return replace(result, passed=True), packed
+        if (reason := self._randomness(ordinary)) is not None:  # else what it keeps or draws would count as rounding
+            return replace(result, passed=False, reason=reason), packed
         noise = self._noise(ordinary)
         chaos = max((v for k, v in noise.items() if "parameter" not in k), default=0.0) if noise else 0.0
         if chaos > CHAOS:
             why = f"rounding in {self.dtype} alone changes what this model computes by {chaos:.0%}"
             return replace(result, not_covered=why), packed
         reason = excess(found, self.dtype, noise)
-        if reason is not None and (own := self._randomness(ordinary)) is not None:
-            reason = own
         return replace(result, passed=reason is None, reason=reason), packed
 
     def _reach_of_other_rows(self, packed: Pass, ordinary: Pass, noise: list[dict[str, float] | None]) -> str | None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 _SIMPLE = (bool, int, float, str, Tensor, type(None))
 _CONTAINERS = (list, dict, set, deque)
@@ -87,7 +88,7 @@ def mode(base: nn.Module, training: bool) -> Iterator[None]:
 
 def _following(module: nn.Module, root: bool = True) -> Iterator[nn.Module]:
     """The modules that do what :meth:`nn.Module.train` says."""
-    if not root and type(module).train is not nn.Module.train:
+    if not root and type(module).train not in (nn.Module.train, PreTrainedModel.train):
         return
     yield module
     for child in module.children():
