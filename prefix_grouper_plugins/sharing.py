@@ -125,7 +125,7 @@ class SharingGate:
             _stop_waiting(anatomy.base)
             if self._self_check:
                 _wait_for_packed_forward(anatomy.base, report.unverified)
-            _watch(anatomy.base, self._self_check, left_padding)
+            _watch(anatomy, self._self_check, left_padding)
 
     def needs_self_check(self, model: nn.Module) -> bool:
         """Whether ``model``, bare or wrapped, has to go through :meth:`self_check` before its next packed forward."""
@@ -344,10 +344,11 @@ def _self_check_first(base: Any, args: Any, kwargs: dict[str, Any], unverified: 
     )
 
 
-def _watch(base: Any, checks: bool, left_padding: bool) -> None:
-    """See to it that ``base`` is checked again before a packed forward if it has changed since."""
+def _watch(anatomy: Anatomy, checks: bool, left_padding: bool) -> None:
+    """See to it that a model is checked again before a packed forward if it has changed since."""
+    base = anatomy.base
     forget(base)
-    remember(base)
+    remember(base, anatomy.base_modules)
     hook = functools.partial(_check_what_has_changed, checks=checks, left_padding=left_padding)
     base.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -95,6 +95,7 @@ class Anatomy:
         base: the transformers model in it, or None.
         text: the part of a multimodal model that mixes tokens; of any other model `base` itself.
         modules: all modules under `model` with their names, each once.
+        base_modules: `base` and all modules under it.
         models, text_models: the transformers models at and under `base` and `text`.
         configs: the distinct configs under `text` that name an attention implementation.
         attention_layers: modules under `text` that look their attention up in transformers' ``AttentionInterface``.
@@ -119,6 +120,7 @@ class Anatomy:
         self.base: Any = None
         self.text: Any = None
         self.modules: list[tuple[str, nn.Module]] = []
+        self.base_modules: list[nn.Module] = []
         self.models: list[PreTrainedModel] = []
         self.text_models: list[PreTrainedModel] = []
         self.attention_layers: list[Layer] = []
@@ -197,6 +199,9 @@ class Anatomy:
                 self._walk(inner, child, (*around, module), in_text=in_text, seen=seen)
         if limits:
             self.modules_with_row_limit.append((module, limits))
+        if module is self.base:
+            first = next(i for i, (_, other) in enumerate(self.modules) if other is module)
+            self.base_modules = [other for _, other in self.modules[first:]]
 
     def _meet(self, name: str, module: nn.Module, around: tuple[nn.Module, ...], in_text: bool) -> None:
         self.modules.append((name, module))

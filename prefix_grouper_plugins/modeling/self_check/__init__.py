@@ -77,7 +77,7 @@ def self_check(
     if result.passed or result.reason is not None:
         _CHECKED[base] = (_state(anatomy), left_padding, result)
     if result.passed:
-        remember(base)
+        remember(base, anatomy.base_modules)
     return result
 
 
@@ -88,7 +88,9 @@ def checked_before(anatomy: Anatomy, *, left_padding: bool = False) -> SelfCheck
 
 
 def _state(anatomy: Anatomy) -> tuple[int, tuple[str, ...]]:
-    return fingerprint(anatomy.base), tuple(str(config._attn_implementation) for config in anatomy.configs)
+    return fingerprint(anatomy.base, anatomy.base_modules), tuple(
+        str(config._attn_implementation) for config in anatomy.configs
+    )
 
 
 _Known = tuple[tuple[Any, ...], bool, SelfCheck]

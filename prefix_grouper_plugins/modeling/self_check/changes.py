@@ -21,10 +21,10 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictiona
 _CHECKING: ContextVar[bool] = ContextVar("prefix_grouper_checking", default=False)
 
 
-def fingerprint(base: nn.Module) -> int:
-    """A number for the modules under ``base``: their classes, forwards, hooks and adapters, not their weights."""
+def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> int:
+    """A number for ``modules``, those at and under ``base``: their classes, forwards, hooks and adapters, not their weights."""
     parts: list[Any] = []
-    for module in base.modules():
+    for module in base.modules() if modules is None else modules:
         cls = type(module)
         if cls.__module__.startswith(_MACHINERY) and "_prefix_grouper_base" not in vars(cls):
             continue
@@ -55,9 +55,9 @@ def _codes(functions: Iterable[Any]) -> list[Any]:
     return found
 
 
-def remember(base: nn.Module) -> None:
+def remember(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
     """From now on ``base`` counts as known as it is."""
-    _KNOWN.setdefault(base, set()).add(fingerprint(base))
+    _KNOWN.setdefault(base, set()).add(fingerprint(base, modules))
 
 
 def forget(base: nn.Module) -> None:
