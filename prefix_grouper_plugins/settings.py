@@ -95,14 +95,6 @@ TRL_REGROUP = Setting(
     "step of the same generation batch; 'none' leaves the shuffle alone.",
     ("exact", "group", "none"),
 )
-REBATCH = Setting(
-    "rebatch",
-    False,
-    "When per_device_train_batch_size is smaller than num_generations, make micro-batches larger and "
-    "gradient_accumulation_steps smaller by the same factor, so that whole groups fit in one. The optimization is the "
-    "same; memory per step is that of the larger micro-batch with its prompts shared.",
-    kind=bool,
-)
 GENERATION = Setting(
     "generation",
     True,
@@ -110,7 +102,7 @@ GENERATION = Setting(
     "sampled. Caches that cannot be repeated, and images, are prefilled row by row; the log says why.",
     kind=bool,
 )
-TRL_SETTINGS = (USE, BACKEND, TRL_REGROUP, REBATCH, GENERATION, ON_UNSUPPORTED, SELF_CHECK)
+TRL_SETTINGS = (USE, BACKEND, TRL_REGROUP, GENERATION, ON_UNSUPPORTED, SELF_CHECK)
 
 # Of verl's engine config, below `fsdp_config.prefix_grouper`.
 SHARDING = Setting(

@@ -17,9 +17,11 @@ from torch import Tensor
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
 from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
+from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import numbers_padded_columns, packed_inputs
 from prefix_grouper_plugins.modeling.images import ImageRows
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 
 _HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 
@@ -47,6 +49,10 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> Rows:
         return Rows(self.input_ids[rows], self.attention_mask[rows], self.num_scored, self.images[rows])
+
+    def take(self, rows: list[int]) -> Rows:
+        """Rows without images, by number."""
+        return Rows(self.input_ids[rows], self.attention_mask[rows], self.num_scored, RowsOfImages({}, len(rows)))
 
     def chunks(self, size: int | None) -> Iterator[Rows]:
         """The stock method's chunks, so that every process makes the same number of forwards."""
@@ -96,6 +102,32 @@ class PackedForward:
             groups=batch.num_groups,
         )
         return (batch.scatter(logps), None if entropies is None else batch.scatter(entropies), loss), counts
+
+    def score_part(
+        self, model: Any, rows: Rows, cache: PromptCache | None, is_last: bool, *, entropy: bool
+    ) -> tuple[tuple[Tensor, Tensor | None], Counts, PromptCache]:
+        """:meth:`score` of rows of one prompt, against the prompt in ``cache``.
+
+        Args:
+            model, rows, entropy: as in :meth:`score`; each row has a completion, none has images.
+            cache: of the prompt; None where it has to be forwarded first.
+            is_last: whether these are the prompt's last rows, so that their backward goes on through it.
+
+        Returns:
+            log-probs and entropies ``[B, C]``, what was forwarded, and the prompt's cache.
+        """
+        whole = self._batch(model, rows.blocks, None, forward_last=False)
+        part = whole.behind_prompt()
+        counts = Counts(part.layout.num_queries, part.num_row_tokens, rows=part.num_rows)
+        if cache is None:
+            cache, length = PromptCache(), part.layout.num_given
+            prompt = PrefixLayout.from_groups([length], [[1]], device=part.input_ids.device)
+            with self._trainer.accelerator.autocast():
+                cache.run(model, prompt, whole.input_ids[:length], whole.position_ids[:length])
+            counts = counts + Counts(tokens_forwarded=length, groups=1)
+        cache.prepare(part.layout, last=is_last)
+        logps, entropies = self._forward(model, part, None, entropy)
+        return (part.scatter(logps), None if entropies is None else part.scatter(entropies)), counts, cache
 
     def _nothing_to_score(self, model: Any, rows: Rows, entropy: bool) -> tuple[Scores, Counts]:
         """Zeros, for rows whose completions are all masked, that hang on a forward of one token.

@@ -10,7 +10,6 @@ The flag and its companions may stand before or after the script, or in the YAML
     --use_prefix_grouper [true|false]           share the prompts of a group
     --prefix_grouper_backend BACKEND            attention backend: auto (default), merged_lse, triton, flex, blockwise
     --prefix_grouper_regroup MODE               exact (default), group or none
-    --prefix_grouper_rebatch [true|false]       larger micro-batches, fewer accumulation steps, until a group fits
     --prefix_grouper_on_unsupported ACTION      error (default) or fallback
     --prefix_grouper_generation [true|false]    without vLLM, prefill each distinct prompt once (default true)
     --prefix_grouper_self_check [true|false]    check on a few tokens that the model can share (default true)

@@ -10,7 +10,7 @@ what the run does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,14 +22,15 @@ from torch import Tensor
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
-from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
+from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows, Scores
 from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages
 from prefix_grouper_plugins.integrations.trl.images import why_not_share as why_not_share_images
 from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front, why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
+from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
-from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE
+from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
 from prefix_grouper_plugins.modeling import row_limit, transformers_model, without_prefix_grouper
 from prefix_grouper_plugins.settings import TRL_OPTIONS
 from prefix_grouper_plugins.sharing import SharingGate
@@ -56,8 +57,7 @@ class PrefixGrouperMixin:
     Raises:
         UnsupportedModelError: on construction, when the model or a setting cannot be shared exactly and
             ``prefix_grouper_on_unsupported`` is ``error``.
-        ValueError: on construction or when training begins, ``prefix_grouper_rebatch`` could change the result. When a
-            class is made, the mixin stands behind the trainer that it should change.
+        ValueError: when a class is made, the mixin stands behind the trainer that it should change.
     """
 
     # Of the trainer behind.
@@ -68,6 +68,7 @@ class PrefixGrouperMixin:
     num_generations: int
     add_callback: Callable[..., None]
     _metrics: Any
+    _step: int
 
     built = 0  # trainers made in this process; the launcher warns when a script made none
     loss_is_sum_over_rows = False
@@ -95,6 +96,7 @@ class PrefixGrouperMixin:
         self.sharing = self.gate.meter
         self._shares = bool(self._option("use_prefix_grouper"))
         self._packed_forward = PackedForward(self)
+        self._reuse = PromptReuse(self, self._packed_forward)
         self._dummy_image_row = DummyImageRow(
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
         )
@@ -123,25 +125,12 @@ class PrefixGrouperMixin:
             if self.gate.needs_self_check(model) and self.accelerator.distributed_type not in _SHARDED:
                 self._self_check(model)
         if self.gate.reason is None:
-            self.check_rebatching()
             self.warn_of_limits()
 
     def _self_check(self, model: Any) -> None:
         """Every process calls it at the same point."""
         with self.accelerator.autocast():
             self.gate.self_check(model, self.accelerator.device)
-
-    def check_rebatching(self) -> None:
-        """
-        Raises:
-            ValueError: the config has made micro-batches larger, which may change what this trainer's loss is.
-        """
-        rows = getattr(self.args, "rows_before_rebatching", None)
-        if rows is not None and (why := why_rows_stay(self)) is not None:
-            raise ValueError(
-                f"prefix_grouper_rebatch has made micro-batches of {self.args.per_device_train_batch_size} rows from those of "
-                f"{rows}, which could change the result: {why}. Set per_device_train_batch_size yourself"
-            )
 
     def warn_of_limits(self) -> list[str]:
         """Warn of what keeps rows from sharing or results from being equal, each once; return it."""
@@ -159,11 +148,12 @@ class PrefixGrouperMixin:
             self.args.steps_per_generation,
         )
         if rows < group:
+            if (why := self._reuse.why_not(self.model)) is None:
+                return []
             shared = "nothing is shared in the update" if rows == 1 else f"only {rows} of {group} rows share a prompt"
-            by_itself = "" if self._option("prefix_grouper_rebatch") else ", or set prefix_grouper_rebatch=true"
             return [
-                f"per_device_train_batch_size={rows} is smaller than num_generations={group}, so {shared}: raise it to "
-                f"{group} and lower gradient_accumulation_steps{by_itself}"
+                f"per_device_train_batch_size={rows} is smaller than num_generations={group}, so {shared} ({why}): raise it "
+                f"to {group} and lower gradient_accumulation_steps"
             ]
         scattered = slices > 1 and self._window() < slices and rows * slices > group
         if scattered and self._option("prefix_grouper_regroup") == "none":
@@ -191,7 +181,12 @@ class PrefixGrouperMixin:
         rows, group = self.args.per_device_train_batch_size, self.num_generations
         window = self._window()
         moved = f"rows are regrouped over {window} micro-batches" if window > 1 else "rows stay in their micro-batch"
-        return f"micro-batches of {rows} rows hold up to {min(rows, group)} of the {group} rows of a prompt, {moved}"
+        together = (
+            f"micro-batches of {rows} rows hold up to {min(rows, group)} of the {group} rows of a prompt, {moved}"
+        )
+        if rows % group == 0 or self._reuse.why_not(self.model) is not None:
+            return together
+        return f"{together}, and up to {min(rows * self._reuse.window(), group)} rows reuse one forward of the prompt"
 
     # -------------------------------------------------------------------------------------------------------- batches
 
@@ -218,9 +213,18 @@ class PrefixGrouperMixin:
         """Stock inputs. Old-policy and reference passes run in here, the update does not."""
         self._makes_inputs = True
         try:
-            return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
+            inputs = super()._prepare_inputs(generation_batch)  # type: ignore[misc]
         finally:
             self._makes_inputs = False
+        if self._shares and self.gate.reason is None and self.model.training and self._buffered_inputs is not None:
+            self._reuse.enter(self._buffered_inputs, self._step % self.args.steps_per_generation)
+        return inputs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stock training step. No optimizer step may follow before each prompt that was shared has its gradient."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._reuse.leave()
+        return loss  # type: ignore[no-any-return]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Stock generation, each distinct prompt prefilled once.
@@ -286,10 +290,14 @@ class PrefixGrouperMixin:
             )
         rows = Rows(input_ids, attention_mask, logits_to_keep, RowsOfImages(given, len(input_ids)))
         aux_loss, scores = given.get("compute_aux_loss", False), []
-        for chunk in rows.chunks(batch_size):
-            score, counts = self._packed_forward.score(model, chunk, entropy=compute_entropy, aux_loss=aux_loss)
-            self.sharing.count_packed(counts, during=self._pass(model))
-            scores.append(score)
+        chunks = list(rows.chunks(batch_size))
+        for chunk, found in zip(chunks, self._reused(model, chunks, compute_entropy, given), strict=True):
+            if found is None:
+                score, counts = self._packed_forward.score(model, chunk, entropy=compute_entropy, aux_loss=aux_loss)
+                found = score, [counts]
+            for counts in found[1]:
+                self.sharing.count_packed(counts, during=self._pass(model))
+            scores.append(found[0])
         logps, entropies, router_losses = zip(*scores, strict=True)
         result = (
             torch.cat(logps),
@@ -310,6 +318,16 @@ class PrefixGrouperMixin:
             lambda inner: self._packed_forward.score(inner, rows, entropy=False, aux_loss=False)[0][0],
             attention_mask[:, -logits_to_keep:],
         )
+
+    def _reused(
+        self, model: Any, chunks: list[Rows], entropy: bool, given: dict[str, Any]
+    ) -> Iterable[tuple[Scores, list[Counts]] | None]:
+        """Scores of those ``chunks`` that share a prompt with other chunks or micro-batches; None for the others."""
+        if any(name != "compute_aux_loss" or value for name, value in given.items()):
+            return [None] * len(chunks)
+        if self._makes_inputs or not self.model.training:
+            return self._reuse.score_chunks(model, chunks, entropy=entropy)
+        return [self._reuse.score_update(model, chunk, entropy=entropy) for chunk in chunks]
 
     def _return_arity(self) -> int:
         """3 where the stock method takes ``compute_aux_loss`` and returns the router loss (TRL >= 1.7), else 2."""

@@ -35,7 +35,6 @@ class SharingWatch(TrainerCallback):
             )
         if trainer.gate.reason is not None:
             return
-        trainer.check_rebatching()
         limits = trainer.warn_of_limits()
         line = trainer.gate.announce(trainer.expected_sharing(), limits)
         state.log_history.append({"prefix_grouper": line, "epoch": state.epoch or 0.0, "step": state.global_step})

@@ -142,9 +142,9 @@ def test_a_part_of_another_prompt_is_refused():
     cache.run(model, PrefixLayout.from_rows([ROWS[0][:5]]), ROWS[0][:4])
     with pytest.raises(ValueError, match="8 given tokens and the prompt 4"):
         cache.prepare(batch_of(ROWS[:2]).behind_prompt().layout, last=True)
-    with pytest.raises(RuntimeError, match="did not run in PromptCache.run"):
-        part = batch_of(ROWS[:2]).behind_prompt()
-        part.layout.cache = PromptCache()
+    part = batch_of(ROWS[:2]).behind_prompt()
+    part.layout.cache = PromptCache()
+    with pytest.raises(RuntimeError, match=r"did not run in PromptCache\.run"):
         model(**packed_inputs(part.layout, part.input_ids))
 
 

@@ -15,11 +15,13 @@ from tests.integrations.trl import vision
 from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
 
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
+REUSE: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 6}
 
 
 def text(mode: str) -> dict[str, Any]:
     checkpointing = mode == "checkpointing"
-    return {**SETTINGS, "beta": 0.04, "lora": checkpointing, "gradient_checkpointing": checkpointing}
+    sizes = SETTINGS if mode in ("full", "checkpointing") else REUSE
+    return {**sizes, "beta": 0.04, "lora": checkpointing, "gradient_checkpointing": checkpointing}
 
 
 def images() -> dict[str, Any]:
@@ -94,7 +96,7 @@ def main() -> None:
     if mode == "images":
         assert trainer.sharing.rows_per_group > 2.5, trainer.sharing.rows_per_group  # a dummy row is a group
     else:
-        assert trainer.sharing.rows_per_group == 4, trainer.sharing.rows_per_group
+        assert trainer.sharing.rows_per_group == settings["num_generations"], trainer.sharing.rows_per_group
     difference = largest_difference(stock, shared)
     assert difference <= (1e-6 if mode == "images" else 1e-12), difference  # rotary angles are computed in float32
     assert not trainer.sharing.fallbacks, trainer.sharing.fallbacks

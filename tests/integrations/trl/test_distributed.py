@@ -19,7 +19,7 @@ def run(folder, path, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["full", "checkpointing"])
+@pytest.mark.parametrize("mode", ["full", "checkpointing", "groups over several micro-batches"])
 def test_two_processes_learn_the_stock_weights(tmp_path, mode):
     run(tmp_path, tiny.saved_model(tmp_path / "model", "qwen3"), mode)
 

@@ -222,7 +222,10 @@ def test_our_options_are_taken_out_of_the_command_line(argv, options, rest):
         (["s.py", "--prefix_grouper_backend"], "--prefix_grouper_backend needs a value"),
         (["-m"], "-m needs the name of a module"),
         ([__file__, "--use_prefix_grouper=maybe"], "--use_prefix_grouper is 'maybe': it takes true or false"),
-        ([__file__, "--prefix_grouper_rebatch=maybe"], "--prefix_grouper_rebatch is 'maybe': it takes true or false"),
+        (
+            [__file__, "--prefix_grouper_self_check=maybe"],
+            "--prefix_grouper_self_check is 'maybe': it takes true or false",
+        ),
         (
             [__file__, "--prefix-grouper-regroup", "all"],
             "--prefix_grouper_regroup is 'all': choose one of exact, group",

@@ -151,33 +151,6 @@ def test_a_loss_that_is_declared_a_sum_over_rows_is_regrouped(monkeypatch, qwen)
     assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4, 4]
 
 
-@pytest.mark.parametrize("base", [OwnLoss, ChangedLossType, OnTheObject, OwnInputs], ids=lambda cls: cls.__name__)
-def test_rebatching_is_refused_for_them(qwen, base):
-    settings = {**SCATTERED, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
-    with pytest.raises(ValueError, match=r"micro-batches of 4 rows from those of 2.*: .*(not TRL's own|bnpo)"):
-        make_trainer(qwen, shared=True, trainer_class=shared(base), prefix_grouper_rebatch=True, **settings)
-
-
-def test_rebatching_is_refused_too_where_the_loss_changes_after_the_trainer_was_built(qwen):
-    settings = {**SCATTERED, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
-    trainer = make_trainer(qwen, shared=True, prefix_grouper_rebatch=True, **settings)
-    trainer.loss_type = "bnpo"
-    with pytest.raises(ValueError, match=r"could change the result: loss_type='bnpo'"):
-        trainer.train()
-
-
-def test_a_router_loss_refuses_rebatching(tmp_path):
-    path = tiny.saved_model(
-        tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.1
-    )
-    trainer = make_trainer(path, shared=True, **SCATTERED)
-    if not getattr(trainer, "aux_loss_enabled", False):
-        pytest.skip("this TRL adds no router loss")
-    settings = {**SCATTERED, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
-    with pytest.raises(ValueError, match="the router loss is made of means over a micro-batch"):
-        make_trainer(path, shared=True, prefix_grouper_rebatch=True, **settings)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("trl.experimental.gmpo") is None, reason="this TRL has no GMPO")
 def test_gmpo_of_trl_stays_shared(monkeypatch, qwen):
     from trl.experimental.gmpo import GMPOConfig, GMPOTrainer

@@ -1,0 +1,206 @@
+"""The prompt once per optimizer step: groups larger than a micro-batch learn the stock weights, at whole groups' cost."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from trl import RLOOConfig, RLOOTrainer
+
+from prefix_grouper_plugins.integrations.trl import (
+    PrefixGrouperGRPOTrainer,
+    PrefixGrouperRLOOConfig,
+    PrefixGrouperRLOOTrainer,
+)
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
+from tests import tiny
+from tests.integrations.trl.training import largest_difference, logged, make_trainer, train, use_float64_head
+
+MODELS = {"qwen3": {}, "llama": {}, "mistral": {"sliding_window": 7}}
+# per_device_train_batch_size, gradient_accumulation_steps, num_generations; in (4, 3, 6) one holds two groups' ends
+GEOMETRIES = [(1, 8, 8), (2, 8, 8), (1, 4, 4), (4, 8, 16), (3, 4, 6), (8, 4, 8), (4, 3, 6)]
+LOSSES = ["grpo", "dapo", "dr_grpo", "cispo", "gspo"]
+FULL_GRID = list(product(GEOMETRIES, LOSSES, MODELS, (False, True), (False, True)))
+
+
+def covering_cases():
+    """Every geometry, with two losses each; model, LoRA and checkpointing take turns."""
+    kinds = list(product(MODELS, (False, True), (False, True)))
+    for i, geometry in enumerate(GEOMETRIES):
+        for j in range(2):
+            yield geometry, LOSSES[(2 * i + j) % 5], *kinds[(5 * (2 * i + j)) % len(kinds)]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return {name: tiny.saved_model(tmp_path_factory.mktemp(name), name, **more) for name, more in MODELS.items()}
+
+
+def geometry_of(rows, accumulation, group):
+    return {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": accumulation,
+        "num_generations": group,
+    }
+
+
+def compare(monkeypatch, path, geometry, loss, **more):
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(*geometry), "beta": 0.04, "loss_type": loss, **more}
+    if loss == "gspo":
+        settings |= {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+    stock, stock_trainer = train(path, shared=False, **settings)
+    shared, trainer = train(path, shared=True, **settings)
+    assert logged(trainer, "reward") == logged(stock_trainer, "reward")
+    assert largest_difference(stock, shared) <= 1e-12
+    for name in ("loss", "grad_norm", "num_tokens", "completions/mean_length"):
+        assert logged(trainer, name) == pytest.approx(logged(stock_trainer, name), rel=1e-3, abs=1e-6), name
+    assert not trainer.sharing.fallbacks
+    return trainer
+
+
+@pytest.mark.parametrize(("geometry", "loss", "model", "lora", "checkpointing"), covering_cases())
+def test_groups_over_several_micro_batches_learn_the_stock_weights(
+    monkeypatch, paths, geometry, loss, model, lora, checkpointing
+):
+    trainer = compare(monkeypatch, paths[model], geometry, loss, lora=lora, gradient_checkpointing=checkpointing)
+    group = geometry[2]
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [group] * 6
+    assert logged(trainer, "prefix_grouper/ref_log_prob_rows_per_group") == [group] * 6
+    assert not trainer.limits()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("geometry", "loss", "model", "lora", "checkpointing"), FULL_GRID)
+def test_the_full_grid(monkeypatch, paths, geometry, loss, model, lora, checkpointing):
+    compare(monkeypatch, paths[model], geometry, loss, lora=lora, gradient_checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_iterations": 2},
+        {"mask_truncated_completions": True},
+        {"gradient_accumulation_steps": 4, "steps_per_generation": 8},
+        {"max_grad_norm": 0.05},
+        {"max_steps": -1, "num_train_epochs": 1, "train_dataset": tiny.prompts(6, longest=12)},
+    ],
+    ids=lambda more: "-".join(more),
+)
+def test_other_settings_learn_the_stock_weights(monkeypatch, paths, more):
+    trainer = compare(monkeypatch, paths["qwen3"], (1, 8, 8), "dapo", **more)
+    if "mask_truncated_completions" not in more:  # which leaves rows out
+        expected = more.get("gradient_accumulation_steps", 8)
+        assert set(logged(trainer, "prefix_grouper/rows_per_group")) == {expected}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_small_micro_batches_forward_as_few_tokens_as_whole_groups(monkeypatch, paths, batch_size):
+    use_float64_head(monkeypatch)
+    ratios = []
+    for rows, accumulation in ((batch_size, 8), (8 * batch_size, 1)):
+        _, trainer = train(paths["llama"], shared=True, **geometry_of(rows, accumulation, 8), max_steps=1)
+        ratios.append(logged(trainer, "prefix_grouper/token_ratio"))
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-12)
+
+
+def test_rloo_reuses_prompts(monkeypatch, paths):
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(2, 4, 4), "beta": 0.05}
+    stock, _ = train(paths["llama"], shared=False, trainer_class=RLOOTrainer, config_class=RLOOConfig, **settings)
+    classes = {"trainer_class": PrefixGrouperRLOOTrainer, "config_class": PrefixGrouperRLOOConfig}
+    shared, trainer = train(paths["llama"], shared=True, **classes, **settings)
+    assert largest_difference(stock, shared) <= 1e-12
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [4] * 6
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_experts_and_sinks_reuse_prompts(monkeypatch, tmp_path, model_type):
+    """Routers compute in float32; rows of stock alone differ as much."""
+    from tests.modeling import families
+
+    path = str(tmp_path)
+    families.build(model_type).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(1, 4, 4), "max_steps": 2, "learning_rate": 1e-4}
+    settings["model_init_kwargs"] = {"dtype": torch.float64, "attn_implementation": "eager"}
+    trainer = make_trainer(path, shared=True, **settings)
+    if getattr(trainer, "aux_loss_enabled", False):
+        assert "router loss" in trainer._reuse.why_not(trainer.model)
+        return
+    stock, _ = train(path, shared=False, **settings)
+    shared, trainer = train(path, shared=True, **settings)
+    assert largest_difference(stock, shared) <= 1e-5
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"loss_type": "bnpo"}, "loss_type='bnpo'"),
+        ({"prefix_grouper_regroup": "none"}, "leaves TRL's shuffle alone"),
+        ({"gradient_accumulation_steps": 1, "steps_per_generation": 8}, "no common factor"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "set use_reentrant=False",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_where_prompts_are_not_reused_the_reason_is_said_and_the_weights_are_stock(
+    monkeypatch, paths, caplog, settings, reason
+):
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(2, 8, 8), "max_steps": 2, **settings}
+    stock, _ = train(paths["qwen3"], shared=False, **settings)
+    shared, trainer = train(paths["qwen3"], shared=True, **settings)
+    assert largest_difference(stock, shared) <= 1e-12
+    assert any(reason in limit for limit in trainer.limits())
+    assert (
+        sum(reason in record.getMessage() and "smaller than" in record.getMessage() for record in caplog.records) >= 1
+    )
+    assert trainer.sharing.passes["update"].rows_per_group <= 2
+
+
+def test_a_prompt_without_its_gradient_stops_training(monkeypatch, paths):
+    use_float64_head(monkeypatch)
+    monkeypatch.setattr(PromptCache, "is_closed", property(lambda self: False))
+    with pytest.raises(RuntimeError, match="have not got their gradient"):
+        train(paths["llama"], shared=True, **geometry_of(1, 4, 4))
+
+
+class SkipsTheLast(PrefixGrouperGRPOTrainer):
+    """Forgets to score the last micro-batch of a step, so no backward goes through the prompt."""
+
+    loss_is_sum_over_rows = True
+
+    def _compute_loss(self, model, inputs):
+        if self.accelerator.sync_gradients:
+            return next(model.parameters()).sum() * 0
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_micro_batch_that_is_not_scored_stops_training(monkeypatch, paths):
+    use_float64_head(monkeypatch)
+    with pytest.raises(RuntimeError, match="prefix_grouper_regroup='none'"):
+        train(paths["llama"], shared=True, trainer_class=SkipsTheLast, **geometry_of(1, 4, 4))
+
+
+def test_training_that_is_resumed_learns_the_stock_weights(monkeypatch, paths, tmp_path):
+    """In the middle of a generation batch: 8 micro-batches of it make two optimizer steps."""
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(1, 4, 4), "steps_per_generation": 8, "save_strategy": "steps", "save_steps": 1}
+    weights = []
+    for shared in (False, True):
+        folder = tmp_path / str(shared)
+        make = {"shared": shared, "output_dir": folder, **settings}
+        train(paths["qwen3"], **{**make, "max_steps": 1})
+        trainer = make_trainer(paths["qwen3"], **{**make, "max_steps": 3})
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+    assert largest_difference(*weights) <= 1e-12
