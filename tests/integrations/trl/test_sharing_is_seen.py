@@ -69,8 +69,14 @@ def test_a_stock_config_shares_with_default_settings(llama):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, "nothing is shared in the update"),
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, "only 4 of 8 rows share a prompt"),
+        (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "loss_type": "bnpo"},
+            "nothing is shared in the update",
+        ),
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "loss_type": "bnpo"},
+            "only 4 of 8 rows share a prompt",
+        ),
         ({"loss_type": "bnpo"}, "prefix_grouper_regroup='group' moves them all the same"),
         ({"prefix_grouper_regroup": "none"}, "stay scattered over the 2 micro-batches"),
     ],
