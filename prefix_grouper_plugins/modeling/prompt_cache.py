@@ -43,7 +43,8 @@ class _Given:
     """
 
     def __init__(self, live: Tensor) -> None:
-        self.live, self.gradient = live, None
+        self.live = live
+        self.gradient: Tensor | None = None
         self._buffer = live.detach()
 
     def in_front_of(self, new: Tensor) -> Tensor:

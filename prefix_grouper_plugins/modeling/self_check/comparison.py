@@ -137,15 +137,16 @@ class Comparison:
         found = self._differences(packed, ordinary)
         if excess(found, self.dtype, None) is None:
             return replace(result, passed=True), packed
-        if (reason := self._randomness(ordinary)) is not None:  # else what it keeps or draws would count as rounding
-            return replace(result, passed=False, reason=reason), packed
+        random = self._randomness(ordinary)
+        if random is not None:  # else what it keeps or draws would count as rounding
+            return replace(result, passed=False, reason=random), packed
         noise = self._noise(ordinary)
         chaos = max((v for k, v in noise.items() if "parameter" not in k), default=0.0) if noise else 0.0
         if chaos > CHAOS:
             why = f"rounding in {self.dtype} alone changes what this model computes by {chaos:.0%}"
             return replace(result, not_covered=why), packed
-        reason = excess(found, self.dtype, noise)
-        return replace(result, passed=reason is None, reason=reason), packed
+        beyond = excess(found, self.dtype, noise)
+        return replace(result, passed=beyond is None, reason=beyond), packed
 
     def _reach_of_other_rows(self, packed: Pass, ordinary: Pass, noise: list[dict[str, float] | None]) -> str | None:
         """Whether a row's outputs change when all tokens of other rows become extreme: what a gradient does not show."""
@@ -240,7 +241,8 @@ class Comparison:
 
     def _rows_alone(self) -> Pass:
         """Row by row; with gradients where they are enabled."""
-        outputs, gradients, parameters = [], [], {}
+        outputs, gradients = [], []
+        parameters: dict[str, Tensor] = {}
         for i, row in enumerate(self.rows):
             output, leaf = self._forward(row.roll(-1)[None], input_ids=row[None], use_cache=False)
             outputs.append(output[0].detach())

@@ -58,7 +58,7 @@ def _restore(module: nn.Module, before: dict[str, Any]) -> None:
         if isinstance(own[name], _SIMPLE) or type(own[name]) in _CONTAINERS:
             del own[name]
     for name, value in before.items():
-        now = own.get(name)
+        now: Any = own.get(name)
         if type(value) in _CONTAINERS and type(now) is type(value):  # others may hold the same object
             now.clear()
             now.update(value) if isinstance(now, (dict, set)) else now.extend(value)

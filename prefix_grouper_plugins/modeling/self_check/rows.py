@@ -35,7 +35,7 @@ def longest_row(configs: Sequence[Any], limit: int | None, reach: int) -> int:
 
 def special_tokens(configs: Sequence[Any]) -> list[int]:
     """Ids of the special tokens that occur inside of ordinary rows, each once."""
-    found: dict[int, None] = {}
+    found: dict[Any, None] = {}
     for name in _INSIDE:
         for config in configs:
             value = getattr(config, name, None)
@@ -74,7 +74,7 @@ def tree_of_rows(
         torch.cat([begun, text(max(longest - len(begun), 6), special)]),
         torch.cat([begun, text(9)]),
         torch.cat([prompts[0], text(5, special[:1])]),
-        torch.cat([prompts[1], text(max(longest - len(prompts[1]), 8), special[:1] * 2)]),
+        torch.cat([prompts[1], text(max(longest - len(prompts[1]), 8), list(special[:1]) * 2)]),
         torch.cat([prompts[1], text(5)]),
     ]
     return rows, [len(prompts[0])] * 3 + [len(prompts[1])] * 2
