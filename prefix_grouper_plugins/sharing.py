@@ -48,7 +48,7 @@ from prefix_grouper_plugins.modeling.self_check import (
     self_check,
     why_not_yet,
 )
-from prefix_grouper_plugins.modeling.self_check.changes import forget, has_changed, remember
+from prefix_grouper_plugins.modeling.self_check.changes import forget, has_changed, is_checking, remember
 from prefix_grouper_plugins.modeling.self_check.first_batch import compare_first_batch
 from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
 
@@ -328,6 +328,8 @@ def _stop_waiting(base: Any) -> tuple[str, ...]:
 
 def _self_check_first(base: Any, args: Any, kwargs: dict[str, Any], unverified: tuple[str, ...]) -> None:
     """Forward pre-hook: check a model that could not be checked when it was enabled, before its first packed forward."""
+    if is_checking():  # a self-check that the caller makes by hand
+        return
     if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
         return
     gate = SharingGate()

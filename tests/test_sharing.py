@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper
+from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper, self_check
 from prefix_grouper_plugins.modeling import is_enabled, packed_inputs
 from prefix_grouper_plugins.sharing import SharingGate, self_check_pending
 from tests import tiny
@@ -89,6 +89,14 @@ def test_a_model_that_waits_can_be_copied_and_its_copy_waits_for_itself(copied):
     other = copied(model)
     packed(other)
     assert self_check_pending(model) and not self_check_pending(other)
+    packed(model)
+    assert not self_check_pending(model)
+
+
+@pytest.mark.parametrize("left_padding", [False, True])
+def test_a_model_that_waits_can_be_checked_by_hand(left_padding):
+    model = enable_prefix_grouper(tiny.model("llama"), self_check="later")
+    assert self_check(model, left_padding=left_padding).passed
     packed(model)
     assert not self_check_pending(model)
 

@@ -68,7 +68,12 @@ def forget(base: nn.Module) -> None:
 def has_changed(base: nn.Module) -> bool:
     """Whether ``base`` is another than all that :func:`remember` has seen of it. Never while it is being checked."""
     known = _KNOWN.get(base)
-    return known is not None and not _CHECKING.get() and fingerprint(base) not in known
+    return known is not None and not is_checking() and fingerprint(base) not in known
+
+
+def is_checking() -> bool:
+    """Whether a self-check runs in this thread: forwards of the model are its own."""
+    return _CHECKING.get()
 
 
 def while_checking(run: Callable[[], Any]) -> Any:
