@@ -13,7 +13,7 @@ from prefix_grouper_plugins import PrefixLayout, check_support, disable_prefix_g
 from prefix_grouper_plugins import prefix_grouped_logps as grouped_logps
 from prefix_grouper_plugins.modeling import packed_inputs, row_limit
 from tests import tiny
-from tests.modeling.test_interface import (
+from tests.modeling.test_attention import (
     LAYOUT,
     ROWS,
     assert_packed_equals_single_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Adapters that tests/modeling/test_peft.py compares: they change weights, or what a layer does with single tokens.
+# Adapters that tests/modeling/support/test_adapters.py compares: they change weights, or what a layer does with single tokens.
 VERIFIED_ADAPTERS = frozenset(
     """
     ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT OSF

@@ -18,7 +18,7 @@ from prefix_grouper_plugins.modeling.mixers import state_forking
 from prefix_grouper_plugins.modeling.mixers.state_forking import Scan, scan_of
 from tests import tiny
 from tests.modeling import families
-from tests.modeling.test_mixers import small_rows
+from tests.modeling.mixers.test_on_rows import small_rows
 
 KINDS = ["qwen3_next", "qwen3_5_text", "olmo_hybrid", "kimi_linear", "mamba2", "falcon_h1", "zamba2", "lfm2"]
 WIDTHS, CHUNKS = [1, 2, 4, 6], [1, 2, 5]

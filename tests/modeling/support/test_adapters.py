@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
 from prefix_grouper_plugins.modeling.support.adapters import VERIFIED_ADAPTERS
 from tests import tiny
-from tests.modeling.test_interface import (
+from tests.modeling.test_attention import (
     LAYOUT,
     assert_packed_equals_single_rows,
     assert_same_gradients,
@@ -117,7 +117,7 @@ def test_the_adapters_compared_here_are_those_that_are_called_verified_and_those
         if f"{name.lower()}config" in classes
     }
     assert compared <= VERIFIED_ADAPTERS and len(VERIFIED_ADAPTERS) == len(ADAPTERS)
-    text = (Path(__file__).parents[2] / "docs/quickstart-trl.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/quickstart-trl.md").read_text()
     listed = re.search(r"<!-- adapters -->(.*)<!-- /adapters -->", text, re.S)[1]  # type: ignore[index]
     assert set(re.findall(r"\w+", listed)) == VERIFIED_ADAPTERS
 

@@ -20,7 +20,7 @@ from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.support import report as support
 from tests import tiny
 from tests.modeling import families
-from tests.modeling.test_interface import lora
+from tests.modeling.test_attention import lora
 
 # --- what is refused, and why ----------------------------------------------------------------------------------------
 
