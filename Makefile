@@ -14,7 +14,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu support-table docs lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu support-table trust docs lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -68,6 +68,11 @@ bench-gpu: $(VENV)/ready ## the GPU benchmarks, then pictures and tables (about 
 
 support-table: $(VENV)/ready ## build every model type tiny, compare and time it, then the tables of docs/models.md (about 6 minutes)
 	@$(ENVIRONMENT) $(BIN)/python -m tests.modeling.support_table
+
+trust: $(VENV)/ready ## random inputs, long runs, and trainings that are killed and resumed (long)
+	$(ENVIRONMENT) $(BIN)/python -m tests.trust.fuzz --batches 20000 --forests 2000 --plans 20000 --arguments 20000
+	$(ENVIRONMENT) $(BIN)/python -m tests.trust.long_run --steps 2000
+	$(ENVIRONMENT) $(BIN)/python -m tests.trust.kill_and_resume --kills 20
 
 docs: $(VENV)/ready ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
