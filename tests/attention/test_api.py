@@ -10,7 +10,6 @@ import torch.autograd.forward_ad as forward_ad
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
 from prefix_grouper_plugins.attention.registry import BACKENDS
-from prefix_grouper_plugins.forest import forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
 
 LAYOUT = PrefixLayout.from_groups([6], [[3, 4]])
@@ -46,11 +45,6 @@ def call(q: Any = (T, 4, 8), k: Any = (T, 2, 8), v: Any = (T, 2, 8), **options: 
 def test_wrong_arguments_are_refused_with_value_and_remedy(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**arguments)
-
-
-def test_segments_off_the_cpu_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"segments are on meta: keep layout\.segments on the CPU"):
-        forest_of(torch.empty(2, 4, dtype=torch.int32, device="meta"))
 
 
 @pytest.mark.parametrize(

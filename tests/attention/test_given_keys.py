@@ -18,12 +18,11 @@ from torch import Tensor, library
 
 from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.backends import blockwise
-from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.attention.backends.merged_lse import cuda
 from prefix_grouper_plugins.attention.bidirectional import blocks_of
 from prefix_grouper_plugins.attention.op import attention_op
 from prefix_grouper_plugins.attention.registry import fallbacks
-from prefix_grouper_plugins.forest import forest_of, visible_pairs
+from prefix_grouper_plugins.forest import forest_of
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention import interpreter
 from tests.attention.forests import (
@@ -165,16 +164,6 @@ def test_flex_is_that_of_the_whole_row(on_cpu: Any) -> None:
     for layout, num_given in cases:
         assert_given_equals_whole_row(layout, num_given, ALL, "flex")
     assert not fallbacks
-
-
-@settings(max_examples=60, deadline=None)
-@given(case=given_layouts(), window=st.none() | st.integers(1, 60))
-def test_visible_pairs_are_those_of_the_mask(case: tuple[PrefixLayout, int], window: int | None) -> None:
-    layout, num_given = case
-    mask = visibility_mask(layout.segments, window, num_given)
-    assert mask.shape == (layout.num_tokens - num_given, layout.num_tokens)
-    assert torch.equal(mask, visibility_mask(layout.segments, window)[num_given:])
-    assert visible_pairs(layout.segments, window, num_given) == int(mask.sum())
 
 
 def test_blocks_of_given_tokens_have_no_queries_and_others_keep_theirs() -> None:

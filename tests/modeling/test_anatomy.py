@@ -17,7 +17,7 @@ from prefix_grouper_plugins.modeling.rope import RowLimit
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck
 from tests import tiny
 from tests.modeling import families, multimodal_families
-from tests.modeling.test_attention import lora
+from tests.modeling.comparing import lora
 
 
 class CountedChildren(dict[str, Any]):

@@ -13,14 +13,7 @@ from prefix_grouper_plugins import PrefixLayout, check_support, disable_prefix_g
 from prefix_grouper_plugins import prefix_grouped_logps as grouped_logps
 from prefix_grouper_plugins.modeling import packed_inputs, row_limit
 from tests import tiny
-from tests.modeling.test_attention import (
-    LAYOUT,
-    ROWS,
-    assert_packed_equals_single_rows,
-    exact,
-    packed,
-    single_rows,
-)
+from tests.modeling.comparing import LAYOUT, ROWS, assert_packed_equals_single_rows, exact, packed, single_rows
 
 LONGEST = max(map(len, ROWS))
 FACTORS = {"short_factor": [1.0, 1.3, 1.6, 2.0], "long_factor": [2.0, 3.0, 4.0, 6.0]}

@@ -9,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
-from transformers.models.falcon.modeling_falcon import FalconFlashAttention2
 
 from prefix_grouper_plugins import (
     PrefixLayout,
@@ -21,7 +19,6 @@ from prefix_grouper_plugins import (
 )
 from prefix_grouper_plugins.modeling import ShardedLayout, carrier, is_enabled, layout_inputs, packed_inputs
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
-from prefix_grouper_plugins.modeling.mixers import table as known_mixers
 from tests import tiny
 from tests.modeling import families, test_families
 from tests.modeling.test_families import ROWS, gradients, packed, single_rows
@@ -147,27 +144,6 @@ def test_padding_of_the_layout_changes_nothing(model_type):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(
-    "changes",
-    [{"alibi": True}, {"alibi": True, "multi_query": False}, {"new_decoder_architecture": True, "num_kv_heads": 2}],
-)
-def test_every_kind_of_falcon_is_exact(changes, attention):
-    config = FalconConfig(vocab_size=24, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, **changes)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
-    assert_packed_is_exact(enable_prefix_grouper(model))
-
-
-def test_left_padded_rows_of_bloom_are_as_without_padding():
-    config = BloomConfig(vocab_size=24, hidden_size=32, n_head=4, n_layer=2, hidden_dropout=0.0, attention_dropout=0.0)
-    model = enable_prefix_grouper(AutoModelForCausalLM.from_config(config).eval())
-    padded = torch.cat([torch.zeros(4, dtype=torch.int64), ROWS[0]])
-    mask = torch.tensor([0] * 4 + [1] * len(ROWS[0]))
-    ordinary = model(input_ids=padded[None], attention_mask=mask[None]).logits[0, 4:-1]
-    torch.testing.assert_close(packed(model)[0], ordinary, rtol=1e-4, atol=1e-4)
-
-
 def test_positions_that_are_given_reach_the_mixer():
     model = enable_prefix_grouper(families.build("gptj"))
     layout = PrefixLayout.from_rows(ROWS)
@@ -230,12 +206,6 @@ def test_an_argument_that_nobody_has_looked_at_is_refused(monkeypatch):
         mixers.expand_run_collapse(module, module.forward, layout, (x,), {"surprise": x})
 
 
-def test_a_subclass_of_a_known_mixer_is_not_known():
-    """FlashAttention variants of old families take other masks than the class that they derive from."""
-    with torch.device("meta"):
-        assert mixers.mixer_of(FalconFlashAttention2(FalconConfig(), layer_idx=0)) is None
-
-
 # ------------------------------------------------------------------------------------------ planted faults are noticed
 
 
@@ -246,13 +216,6 @@ def test_a_state_that_leaks_into_the_next_completion_is_noticed(monkeypatch):
     monkeypatch.setattr(mixers, "expand_run_collapse", as_one_row)
     with pytest.raises(AssertionError, match="not close"):
         test_families.test_packed_logits_and_gradients_equal_those_of_single_rows("mamba")
-
-
-def test_a_dropped_mask_is_noticed(monkeypatch):
-    without = {**known_mixers._MIXERS, "gptj.GPTJAttention": known_mixers.Mixer("without a mask")}
-    monkeypatch.setattr(known_mixers, "_MIXERS", without)
-    with pytest.raises(AssertionError, match="not close"):
-        test_families.test_packed_logits_and_gradients_equal_those_of_single_rows("gptj")
 
 
 def test_a_value_taken_from_another_row_is_noticed(monkeypatch):

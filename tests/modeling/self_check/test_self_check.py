@@ -212,14 +212,6 @@ def test_a_packed_forward_that_fails_is_a_reason(monkeypatch):
         enable_prefix_grouper(tiny.model())
 
 
-def test_masks_that_nobody_knows_are_refused_before_any_self_check(monkeypatch):
-    """A few short rows could not show what they do to long ones."""
-    model = unseen()
-    model.config.attention_chunk_size = 8192
-    reason = "UnseenForCausalLM masks its attention in a way that is not known here: attention_chunk_size=8192"
-    assert check_support(model).reasons == (reason,)
-
-
 def test_a_layer_that_makes_a_mask_of_its_own_is_refused():
     model = enable_prefix_grouper(tiny.model())
     attention = model.model.layers[0].self_attn

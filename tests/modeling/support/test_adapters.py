@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
 from prefix_grouper_plugins.modeling.support.adapters import VERIFIED_ADAPTERS
 from tests import tiny
-from tests.modeling.test_attention import (
+from tests.modeling.comparing import (
     LAYOUT,
     assert_packed_equals_single_rows,
     assert_same_gradients,

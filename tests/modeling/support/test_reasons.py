@@ -1,7 +1,7 @@
-"""Settings that make a forward random in training are refused or told; none passes in silence.
+"""Which models and settings are refused and why, and that no setting that makes training random passes in silence.
 
-The self-check runs in evaluation mode and would not see them, nor would the comparisons of test_families.py, which turn all
-dropout off. So the fields of each config are turned on one by one.
+The self-check runs in evaluation mode and would not see random settings, nor would the comparisons of test_families.py,
+which turn all dropout off. So the fields of each config are turned on one by one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+)
 from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from tests import tiny
 from tests.modeling import families, multimodal_families
@@ -125,3 +133,101 @@ def test_noise_on_embeddings_is_refused():
     handle.remove()
     del model.get_input_embeddings().neftune_noise_alpha
     assert check_support(model).supported
+
+
+def unbuilt(model_type: str, auto: Any = AutoModelForCausalLM, **changes: Any):
+    """Without weights: the check reads the structure alone."""
+    with torch.device("meta"):
+        return auto.from_config(AutoConfig.for_model(model_type, **changes))
+
+
+def test_positions_by_the_padding_token_are_refused_where_a_trainer_pads():
+    assert "numbers positions by its own padding token" in check_support(families.build("xmod")).left_padding_reasons[0]
+    assert not check_support(families.build("bert")).left_padding_reasons
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto", "changes", "reason"),
+    [
+        ("t5", AutoModelForSeq2SeqLM, {"num_layers": 1}, "t5 is an encoder-decoder model"),
+        (
+            "paligemma",
+            AutoModelForImageTextToText,
+            {"text_config": {"num_hidden_layers": 1}, "vision_config": {"num_hidden_layers": 1}},
+            "paligemma is a multimodal model that no test has compared with single rows",
+        ),
+        ("big_bird", AutoModelForCausalLM, {"num_hidden_layers": 1}, "mixes tokens by code of its own|is causal from"),
+        ("deepseek_v32", AutoModelForCausalLM, {"num_hidden_layers": 1}, "layers of type indexed_attention"),
+        ("doge", AutoModelForCausalLM, {"num_hidden_layers": 1, "keep_window_size": 9}, "doge keeps the 9 keys"),
+        ("doge", AutoModelForCausalLM, {"num_hidden_layers": 1, "is_moe": True}, "mixes the router logits"),
+        ("phimoe", AutoModelForCausalLM, {"num_hidden_layers": 1}, "draws its experts at random"),
+        ("bloom", AutoModelForCausalLM, {"n_layer": 1, "attention_dropout": 0.1}, "attention dropout is 0.1"),
+        ("bert", AutoModel, {"num_hidden_layers": 1}, "attention is not causal"),
+        ("roberta", AutoModelForCausalLM, {"num_hidden_layers": 1, "is_decoder": False}, "attention is not causal"),
+        (
+            "bert",
+            AutoModelForCausalLM,
+            {"num_hidden_layers": 1, "is_decoder": True},
+            "attention dropout is 0.1",
+        ),
+        ("rembert", AutoModelForCausalLM, {"num_hidden_layers": 1}, "attention is not causal|is causal from"),
+        ("qwen3", AutoModelForCausalLM, {"attention_dropout": 0.1}, "attention dropout is 0.1: set `attention_dropout`"),
+        ("gpt2", AutoModelForCausalLM, {"n_layer": 1}, "attention dropout is 0.1: .*attn_pdrop"),
+        ("opt", AutoModelForCausalLM, {"num_hidden_layers": 1, "attention_dropout": 0.2}, "attention dropout is 0.2"),
+        (
+            "biogpt",
+            AutoModelForCausalLM,
+            {"num_hidden_layers": 1, "attention_probs_dropout_prob": 0.2},
+            "attention dropout is 0.2",
+        ),
+        (
+            "gpt2",
+            AutoModelForCausalLM,
+            {"n_layer": 1, "attn_pdrop": 0.0, "reorder_and_upcast_attn": True},
+            "bypasses the attention interface",
+        ),
+        (
+            "gemma3_text",
+            AutoModelForCausalLM,
+            {"num_hidden_layers": 1, "use_bidirectional_attention": True},
+            "attention is not causal",
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_could_go_wrong_are_refused_with_the_reason(model_type, auto, changes, reason):
+    model = unbuilt(model_type, auto, **changes)
+    before = [config._attn_implementation for config in Anatomy(model).configs]
+    with pytest.raises(UnsupportedModelError, match=reason):
+        enable_prefix_grouper(model)
+    assert [config._attn_implementation for config in Anatomy(model).configs] == before
+    assert not check_support(model).supported
+
+
+def test_angles_of_the_longest_row_that_no_known_module_computes_are_refused():
+    model = unbuilt("gemma3_text", num_hidden_layers=1)
+    model.config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
+    assert "rope_type 'dynamic'" in check_support(model).reasons[0]
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_sdpa_with_softcap_or_sinks_is_refused(model_type):
+    model = tiny.model(model_type)
+    assert check_support(model).supported
+    model.config._attn_implementation = "sdpa"  # transformers refuses to load it so, but not to be told so later
+    with pytest.raises(UnsupportedModelError, match=r'sdpa ignores softcap and attention sinks.*"eager"'):
+        enable_prefix_grouper(model)
+
+
+def test_a_layer_whose_attention_was_replaced_is_refused():
+    class Patched(nn.Module):
+        def forward(self, *args, **kwargs):
+            raise AssertionError
+
+    model = tiny.model("llama")
+    model.model.layers[1].self_attn = Patched()
+    assert check_support(model).reasons == ("only 2 of 3 layers mix tokens in a way that is known here",)
+
+
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Linear contains no transformers model"):
+        enable_prefix_grouper(nn.Linear(2, 2))

@@ -1,0 +1,163 @@
+"""Micro-batches: groups stay whole where they fit, and every row is in one within the limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefix_grouper_plugins import PrefixLayout
+from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens, plan_micro_batches, spread_micro_batches
+
+
+@st.composite
+def row_sizes(draw):
+    """Rows of up to six groups in any order; the rows of a group have one prompt."""
+    prompts = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    rows = st.tuples(st.integers(0, len(prompts) - 1), st.integers(1, 9))
+    return [RowSize(g, prompts[g], response) for g, response in draw(st.lists(rows, min_size=1, max_size=16))]
+
+
+@st.composite
+def planned(draw):
+    """Rows and limits that every single row respects."""
+    sizes = draw(row_sizes())
+    longest = max(size.prompt - 1 + size.response for size in sizes)
+    max_tokens = draw(st.none() | st.integers(longest, longest + 30))
+    return sizes, max_tokens, draw(st.none() | st.integers(1, 6))
+
+
+def forwarded(sizes):
+    """Packed tokens, counted by laying out real rows: distinct prompts, and responses that all begin differently."""
+    rows = [
+        torch.tensor([size.group] * size.prompt + [1000 + i] + [0] * (size.response - 1))
+        for i, size in enumerate(sizes)
+    ]
+    return PrefixLayout.from_rows(rows).num_tokens
+
+
+def assert_each_row_once(plan, sizes):
+    assert sorted(row for rows in plan for row in rows) == list(range(len(sizes)))
+    assert all(plan), "a micro-batch is empty"
+
+
+def assert_fullest_first(plan, sizes):
+    loads = [forwarded([sizes[row] for row in rows]) for rows in plan]
+    assert loads == sorted(loads, reverse=True)
+
+
+def parts_of_groups(plan, sizes):
+    """Pairs of a micro-batch and a group in it: each of them forwards one prompt."""
+    return {(i, sizes[row].group) for i, rows in enumerate(plan) for row in rows}
+
+
+@settings(deadline=None)
+@given(row_sizes())
+def test_packed_tokens_are_those_of_the_layout(sizes):
+    assert packed_tokens(sizes) == forwarded(sizes)
+
+
+@settings(deadline=None, max_examples=500)
+@given(planned())
+def test_every_row_is_in_one_micro_batch_within_the_limits(case):
+    sizes, max_tokens, max_rows = case
+    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    assert_each_row_once(plan, sizes)
+    assert_fullest_first(plan, sizes)
+    for rows in plan:
+        assert max_tokens is None or forwarded([sizes[row] for row in rows]) <= max_tokens
+        assert max_rows is None or len(rows) <= max_rows
+
+
+@settings(deadline=None, max_examples=500)
+@given(planned())
+def test_a_group_stays_whole_wherever_a_micro_batch_can_hold_it(case):
+    sizes, max_tokens, max_rows = case
+    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    parts = parts_of_groups(plan, sizes)
+    for group in {size.group for size in sizes}:
+        members = [size for size in sizes if size.group == group]
+        if forwarded(members) <= (max_tokens or 10**9) and len(members) <= (max_rows or 10**9):
+            assert sum(of == group for _, of in parts) == 1, f"group {group} is in several micro-batches"
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 30), st.none() | st.integers(4, 12))
+def test_groups_of_equal_size_take_the_fewest_micro_batches(groups, rows, slack, max_rows):
+    sizes = [RowSize(group, 5, 3) for _ in range(rows) for group in range(groups)]
+    load = 4 + 3 * rows
+    together = min((load + slack) // load, (max_rows or 10**9) // rows)
+    plan = plan_micro_batches(sizes, max_tokens=load + slack, max_rows=max_rows)
+    assert len(plan) == -(-groups // together)
+
+
+def test_small_groups_fill_what_large_ones_leave():
+    sizes = [RowSize(group, 2, load - 1) for group, load in enumerate([3, 5, 7, 5])]
+    assert plan_micro_batches(sizes, max_tokens=10) == [[2, 0], [1, 3]]
+
+
+def test_a_group_beyond_the_limits_is_filled_into_few_parts():
+    sizes = [RowSize("g", 11, 5)] * 10  # 10 tokens of prompt, 5 of each response
+    assert [len(rows) for rows in plan_micro_batches(sizes, max_tokens=30)] == [4, 4, 2]
+    assert [len(rows) for rows in plan_micro_batches(sizes, max_tokens=30, max_rows=3)] == [3, 3, 3, 1]
+    assert plan_micro_batches(sizes) == [list(range(10))]
+
+
+def test_rows_of_a_group_that_fit_together_come_together_whatever_stands_between_them():
+    sizes = [RowSize("g", 10, response) for response in (8, 20, 8)]
+    assert plan_micro_batches(sizes, max_tokens=29) == [[1], [0, 2]]  # 9 + 20 and 9 + 16
+
+
+def test_a_prompt_is_paid_for_once_and_a_row_may_fill_the_budget():
+    sizes = [RowSize(0, 100, 10), RowSize(0, 100, 20), RowSize(1, 50, 80)]
+    assert plan_micro_batches(sizes, max_tokens=129) == [[0, 1], [2]]  # 99 + 30 and 49 + 80
+    assert sorted(map(sorted, plan_micro_batches(sizes, max_tokens=258))) == [[0, 1, 2]]
+
+
+def test_no_rows_make_no_micro_batches():
+    assert plan_micro_batches([], max_tokens=8) == spread_micro_batches([], [], 0) == []
+
+
+def test_a_row_beyond_the_budget_is_named():
+    sizes = [RowSize("a", 4, 2), RowSize("b", 5, 6)]
+    message = r"row 1 has 5 \+ 6 tokens, a micro-batch may hold 9: raise the token budget"
+    with pytest.raises(ValueError, match=message):
+        plan_micro_batches(sizes, max_tokens=9)
+    assert len(plan_micro_batches(sizes, max_tokens=10)) == 2
+
+
+@settings(deadline=None, max_examples=500)
+@given(planned(), st.data())
+def test_spreading_reaches_the_count_and_splits_groups_last(case, data):
+    sizes, max_tokens, max_rows = case
+    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    before = [list(rows) for rows in plan]
+    count = data.draw(st.integers(len(plan), len(sizes)))
+    spread = spread_micro_batches(plan, sizes, count)
+    assert plan == before, "the plan was changed"
+    assert len(spread) == count
+    assert_each_row_once(spread, sizes)
+    assert_fullest_first(spread, sizes)
+    for rows in spread:
+        assert any(set(rows) <= set(whole) for whole in plan), "rows of different micro-batches were joined"
+    # A cut between groups adds no pair, so there are as many as before until each micro-batch holds one group.
+    assert len(parts_of_groups(spread, sizes)) == max(len(parts_of_groups(plan, sizes)), count)
+
+
+def test_the_fullest_micro_batch_is_halved_first():
+    sizes = [RowSize(0, 2, 1)] * 6 + [RowSize(1, 2, 9)] * 4
+    assert spread_micro_batches([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]], sizes, 3) == [[6, 7], [8, 9], [0, 1, 2, 3, 4, 5]]
+
+
+def test_two_groups_are_parted_before_a_fuller_group_is_split():
+    sizes = [RowSize(0, 9, 9)] * 4 + [RowSize(1, 3, 1), RowSize(2, 3, 1)]
+    spread = spread_micro_batches([[0, 1, 2, 3], [4, 5]], sizes, 3)
+    assert spread[0] == [0, 1, 2, 3] and sorted(spread[1:]) == [[4], [5]]
+
+
+@pytest.mark.parametrize(("plan", "count"), [([[0, 1]], 3), ([[0], [1]], 1), ([], 1)])
+def test_counts_that_cannot_be_reached_are_named(plan, count):
+    sizes = [RowSize(0, 2, 1)] * sum(map(len, plan))
+    message = f"{len(sizes)} rows in {len(plan)} micro-batches cannot be spread over {count}"
+    with pytest.raises(ValueError, match=message):
+        spread_micro_batches(plan, sizes, count)
