@@ -138,7 +138,7 @@ def test_attention_weights_and_noncausal_layers_are_refused():
     with pytest.raises(ValueError, match="attention weights are not available in a packed forward"):
         packed(model, output_attentions=True)
     model.model.layers[0].self_attn.is_causal = False
-    with pytest.raises(UnsupportedModelError, match="Qwen3Attention is not causal"):
+    with pytest.raises(UnsupportedModelError, match="attention is not causal"):
         packed(model)
 
 
