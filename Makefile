@@ -14,7 +14,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu support-table trust docs lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu support-table trust docs dist lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -76,6 +76,11 @@ trust: $(VENV)/ready ## random inputs, long runs, and trainings that are killed 
 
 docs: $(VENV)/ready ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/ready ## the wheel and the source archive, in dist/, checked by twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 lint: $(VENV)/ready ## style, formatting, types, and which way imports point
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
-from prefix_grouper_plugins import metrics
+from prefix_grouper_plugins import __version__, metrics
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
 from prefix_grouper_plugins.integrations.trl.launch import split_arguments
@@ -437,6 +437,13 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     index = (ROOT / "docs/index.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"({page.name})" in index
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["title"] == "prefix-grouper-plugins"
+    assert "2506.05433" in citation["references"][0]["url"]
 
 
 def test_paths_in_the_map_of_the_code_exist() -> None:
