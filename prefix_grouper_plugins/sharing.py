@@ -29,7 +29,7 @@ import functools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -91,7 +91,7 @@ class SharingGate:
         self._on_unsupported, self._refusal = on_unsupported, refusal
         self._is_main = is_main
         self._left_padding = False
-        self._first_batches: set[str] = set()  # classes whose first batch has been compared
+        self._first_batches: dict[str, bool] = {}  # classes whose first batch has been compared: with gradients?
         self._said: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------ check and enable
@@ -164,10 +164,14 @@ class SharingGate:
             logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
 
     def needs_first_batch(self, model: nn.Module) -> bool:
-        """Whether ``model`` is of a class that no test has compared, and its first batch has not been run both ways yet."""
+        """Whether ``model`` is of a class that no test has compared, and its first batch has not been run both ways yet.
+
+        A pass without gradients compares log-probs; the first pass with gradients compares both.
+        """
         if self.reason is not None or not self._self_check or not any(report.unverified for report in self.reports):
             return False
-        return type(transformers_model(model)).__name__ not in self._first_batches
+        compared = self._first_batches.get(type(transformers_model(model)).__name__)
+        return compared is None or (torch.is_grad_enabled() and not compared)
 
     def first_batch(
         self,
@@ -175,6 +179,7 @@ class SharingGate:
         ordinary: Callable[[Any], torch.Tensor],
         packed: Callable[[Any], torch.Tensor],
         mask: torch.Tensor,
+        backward: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
         """Run the first micro-batch both ways, before the first optimizer step; where they differ, refuse on all processes.
 
@@ -184,16 +189,18 @@ class SharingGate:
         Raises:
             UnsupportedModelError: they differ by more than rounding explains, and ``on_unsupported`` is ``"error"``.
         """
-        self._first_batches.add(type(transformers_model(model)).__name__)
-        result = on_all_ranks(compare_first_batch(model, ordinary, packed, mask, mask.device), mask.device)
+        self._first_batches[type(transformers_model(model)).__name__] = torch.is_grad_enabled()
+        result = on_all_ranks(compare_first_batch(model, ordinary, packed, mask, mask.device, backward), mask.device)
         if result.reason is not None:
             self.refuse([str(result)])
         elif self._is_main:
-            said = (
-                f"differ by {result.outputs:.1e} in log-probs"
-                if result.passed
-                else f"could not be compared: {result.not_covered}"
-            )
+            said = f"differ by {result.outputs:.1e} in log-probs"
+            if not result.passed:
+                said = f"could not be compared: {result.not_covered}"
+            elif result.not_covered is not None:
+                said += f"; not covered: {result.not_covered}"
+            elif torch.is_grad_enabled():
+                said += f", by {result.gradient:.1e} in gradients"
             logger.log(
                 logging.INFO if result.passed else logging.WARNING,
                 "prefix grouper: the first batch of %s, ordinary and shared (%.2f s): %s",

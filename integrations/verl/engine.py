@@ -25,7 +25,12 @@ from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
-from prefix_grouper_plugins.integrations.verl.planning import Limits, plan_on_all_ranks, why_groups_are_cut
+from prefix_grouper_plugins.integrations.verl.planning import (
+    Limits,
+    plan_on_all_ranks,
+    rows_within,
+    why_groups_are_cut,
+)
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures, show_what_is_decided
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
@@ -206,6 +211,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._announce(data)
         self._name_sharding(loss_function)
         self._pass = self._pass_of(forward_only)
+        with torch.set_grad_enabled(not forward_only):
+            if self.gate.needs_first_batch(self.module):
+                self._compare_first_batch(data, forward_only)
         if self._to_verify and not forward_only:
             self._verify(data, loss_function)
         self.sharing.take()
@@ -381,19 +389,70 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     # -------------------------------------------------------------------------------------------------- verification
 
+    @contextmanager
+    def _comparing(self, reason: str | None) -> Iterator[None]:
+        """Forwards in here are not counted; with a ``reason`` they take the ordinary path."""
+        sharing, self.sharing = self.sharing, SharingMeter(warn=False)
+        before, self.gate.reason = self.gate.reason, reason
+        try:
+            yield
+        finally:
+            self.gate.reason, self.sharing = before, sharing
+
+    def _compare_first_batch(self, data: TensorDict, forward_only: bool) -> None:
+        """For a model class that no test has compared: forward a first micro-batch on both paths.
+
+        Every rank comes here with its first update, and with the first log-prob pass before that, whose results the update
+        would use. Where some rank cannot share its rows, the comparison waits for the next batch.
+        """
+        mend_positions(data)
+        group = self.get_data_parallel_group()
+        plan = self._plan(data, group)
+        if plan is None:
+            return
+        limit = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size).max_tokens
+        rows = rows_within(plan[0], data["input_ids"].offsets().diff().tolist(), limit)
+        micro_batches = [tu.index_select_tensor_dict(data, rows)]
+        if self._waits_for_towers:
+            add_dummy_images(micro_batches, self._placeholders, group)
+        (micro_batch,) = micro_batches
+
+        def score(reason: str | None) -> Tensor:
+            found: list[Tensor] = []
+
+            def keep(model_output: dict[str, Tensor], **_: Any) -> tuple[Tensor, dict[str, Any]]:
+                found.append(model_output["log_probs"].values()[None])
+                return torch.zeros(()), {}
+
+            with self._comparing(reason):
+                self.forward_step(micro_batch, keep, forward_only=forward_only)
+            return found[0]
+
+        def backward(objective: Tensor) -> dict[str, Tensor]:
+            with self._gradient_sync_context(is_last_micro_batch=True):
+                objective.backward()
+            gradients = local_gradients(self.module)
+            self.optimizer_zero_grad()
+            return gradients
+
+        offsets = micro_batch["input_ids"].offsets().to(get_device_name())
+        mask = torch.ones(1, int(offsets[-1]), dtype=torch.bool, device=offsets.device)
+        mask[:, offsets[1:] - 1] = False  # nothing follows the last token of a row
+        self.gate.first_batch(
+            self.module, lambda _: score("the ordinary half of the comparison"), lambda _: score(None), mask, backward
+        )
+
     def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
         """Compare the gradients of this update on the ordinary path and on the shared one."""
-        sharing, self.sharing = self.sharing, SharingMeter(warn=False)
-        reason, self.gate.reason = self.gate.reason, "the ordinary half of the verification"
         try:
-            self._run(data, loss_function, forward_only=False)
-            self.gate.reason = reason
+            with self._comparing("the ordinary half of the verification"):
+                self._run(data, loss_function, forward_only=False)
             ordinary = local_gradients(self.module)
             self.optimizer_zero_grad()
-            self._run(data, loss_function, forward_only=False)
+            with self._comparing(self.gate.reason):
+                self._run(data, loss_function, forward_only=False)
             difference = check_gradients(self.module, ordinary, self._autocast_dtype)
         finally:
-            self.gate.reason, self.sharing = reason, sharing
             self.optimizer_zero_grad()
         if difference == 0:  # every advantage is zero, so this update would prove nothing
             return

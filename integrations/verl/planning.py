@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,15 @@ def plan_on_all_ranks(
             f"{limits.per_rank(needed)}, or make prompts and responses shorter"
         )
     return None if refused or sizes is None else spread_micro_batches(plan, sizes, count)
+
+
+def rows_within(rows: Sequence[int], lengths: Sequence[int], max_tokens: int | None) -> list[int]:
+    """The first of ``rows``, two at least, that hold ``max_tokens`` with every prompt counted in every row."""
+    if max_tokens is None:
+        return list(rows)
+    totals = itertools.accumulate(lengths[row] for row in rows)
+    fitting = sum(total <= max_tokens for total in totals)
+    return list(rows[: max(fitting, 2)])
 
 
 def why_groups_are_cut(sizes: Sequence[RowSize], limits: Limits) -> str | None:

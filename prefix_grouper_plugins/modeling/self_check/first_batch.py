@@ -2,13 +2,14 @@
 
 A few tokens cannot show everything: a capacity of experts, a chunk longer than the rows, a special token that only this
 class knows. So before the first optimizer step a trainer forwards its first micro-batch on the ordinary path and packed,
-and compares log-probs and gradients. The two graphs never exist together.
+and compares log-probs and gradients. The two graphs never exist together. Under ``torch.no_grad`` log-probs alone are
+compared.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,15 +29,22 @@ from prefix_grouper_plugins.modeling.self_check.measures import (
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck
 
 Scoring = Callable[[Any], Tensor]
+Backward = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 def compare_first_batch(
-    model: nn.Module, ordinary: Scoring, packed: Scoring, mask: Tensor, device: torch.device
+    model: nn.Module,
+    ordinary: Scoring,
+    packed: Scoring,
+    mask: Tensor,
+    device: torch.device,
+    backward: Backward | None = None,
 ) -> SelfCheck:
     """Compare log-probs and gradients of one micro-batch on both paths. Leaves gradients, modes and random states.
 
-    Dropout is off meanwhile. Gradients of sharded parameters, and under reentrant checkpointing, are not compared; the
-    result says so. A collective where parameters are sharded. Combine the result by :func:`.result.on_all_ranks`.
+    Dropout is off meanwhile. Without ``backward``, gradients of sharded parameters, and under reentrant checkpointing, are
+    not compared; the result says so. A collective where parameters are sharded: every process runs the same number of
+    forwards and backwards, whatever it finds. Combine the result by :func:`.result.on_all_ranks`.
 
     Args:
         model: as it is trained; under DDP the model inside is run, which waits for no other process.
@@ -44,19 +52,26 @@ def compare_first_batch(
         packed: likewise, on the shared path.
         mask: ``[B, C]``, 1 where a token counts.
         device: of the random states.
+        backward: runs the backward pass from a scalar and returns the gradients that this process holds, by name; none may
+            be left on the model. For callers whose parameters are sharded, by default ``torch.autograd.grad``.
     """
     anatomy = Anatomy(model)
     runs = model.module if isinstance(model, DistributedDataParallel) else model
     start = time.perf_counter()
     with torch.inference_mode(False), untouched(anatomy.base, device), without_dropout():
-        result = while_checking(lambda: _compared(anatomy, runs, ordinary, packed, mask != 0))
+        result = while_checking(lambda: _compared(anatomy, runs, ordinary, packed, mask != 0, backward))
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def _compared(anatomy: Anatomy, model: Any, ordinary: Scoring, packed: Scoring, mask: Tensor) -> SelfCheck:
+def _compared(
+    anatomy: Anatomy, model: Any, ordinary: Scoring, packed: Scoring, mask: Tensor, backward: Backward | None
+) -> SelfCheck:
     base = anatomy.base
     result = SelfCheck(type(base).__name__, tokens=int(mask.sum()), row_tokens=int(mask.sum()))
-    parameters = {} if anatomy.is_sharded else {n: p for n, p in base.named_parameters() if p.requires_grad}
+    only_scores = not torch.is_grad_enabled()
+    parameters = {n: p for n, p in base.named_parameters() if p.requires_grad}
+    if only_scores or (anatomy.is_sharded and backward is None):
+        parameters = {}
     signs = torch.randint(0, 2, mask.shape, generator=torch.Generator().manual_seed(0)).to(mask.device) * 2.0 - 1
 
     def run(score: Scoring) -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,6 +82,8 @@ def _compared(anatomy: Anatomy, model: Any, ordinary: Scoring, packed: Scoring, 
         if not parameters:
             return found, {}
         objective = (logps * signs)[mask].sum()
+        if backward is not None:
+            return found, {n: projected(g) for n, g in backward(objective).items() if g.numel()}
         gradients = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
         return found, {n: projected(g) for n, g in zip(parameters, gradients, strict=True) if g is not None}
 
@@ -84,10 +101,13 @@ def _compared(anatomy: Anatomy, model: Any, ordinary: Scoring, packed: Scoring, 
                 raise
             parameters = {}
             apart, expected, own = both()
-        missing = None if parameters else "gradients"
-        result = replace(result, outputs=apart["outputs (log-probs)"], not_covered=missing)
+        missing = None if parameters or only_scores else "gradients"
+        outputs = apart["outputs (log-probs)"]
+        gradient = max((value for name, value in apart.items() if not name.startswith("outputs")), default=0.0)
+        result = replace(result, outputs=outputs, gradient=gradient, not_covered=missing)
         dtype = _coarsest(base.dtype, mask.device)
-        if excess(apart, dtype, None) is None:
+        # Other processes may have found a difference, and a sharded model needs all of them for another forward.
+        if not anatomy.is_sharded and excess(apart, dtype, None) is None:
             return replace(result, passed=True)
         with rounding(base, dtype):
             again, rounded = run(ordinary)

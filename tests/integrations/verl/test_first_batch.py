@@ -1,0 +1,69 @@
+"""A model class that no test has compared: its first micro-batch runs both ways before the first optimizer step."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("verl")
+
+from prefix_grouper_plugins.integrations.verl.planning import rows_within
+from tests.integrations.verl.engines import Case
+from tests.integrations.verl.test_equality import assert_equal, results
+
+FALLBACK = {"on_unsupported": "fallback"}
+RIGHT = Case(own_class="right", token_budget=48)
+SCORED_FIRST = Case(own_class="right", log_probs_first=True)
+VERIFIED = Case()
+UNCHECKED = Case(own_class="right", options={"self_check": False})
+WRONG = {
+    "outputs (log-probs)": Case(own_class="outputs", options=FALLBACK),
+    "gradients of parameter": Case(own_class="gradients", options=FALLBACK),
+}
+STOPPED = [Case(own_class="outputs", log_probs_first=first) for first in (False, True)]
+
+
+def first_batches(result: dict) -> list[str]:
+    return [message for message in result["said"] if "the first batch of FSDPOwnQwen3" in message]
+
+
+def assert_fell_back(what: str, result: dict) -> None:
+    assert result["said"][0].startswith("prefix grouper: FSDPOwnQwen3 passed the self-check")
+    assert [f"on the first batch {what}" in reason for reason in result["fallbacks"]] == [True]
+    assert result["metrics"]["prefix_grouper/token_ratio"] == 1.0, "the update that the comparison comes before"
+
+
+@pytest.mark.slow
+def test_first_batches_in_one_process(tmp_path):
+    right, scored, verified, unchecked, *wrong = results(
+        [RIGHT, SCORED_FIRST, VERIFIED, UNCHECKED, *WRONG.values(), *STOPPED], 1, tmp_path
+    )
+    for case, result in ((RIGHT, right), (SCORED_FIRST, scored)):
+        assert_equal(case, result)
+        assert result["fallbacks"] == {}
+        assert result["metrics"]["prefix_grouper/token_ratio"] < 0.5
+    (line,) = first_batches(right)
+    assert "in log-probs" in line and "in gradients" in line and " s)" in line
+    assert ["in gradients" in line for line in first_batches(scored)] == [False, True]
+    assert first_batches(verified) == []
+    assert unchecked["error"].startswith("UnsupportedModelError: "), "without any check nobody knows"
+    for what, result in zip(WRONG, wrong, strict=False):
+        assert_fell_back(what, result)
+    for result in wrong[len(WRONG) :]:
+        assert "on the first batch outputs (log-probs) differ" in result["error"]
+        assert "on_unsupported=fallback" in result["error"]
+
+
+@pytest.mark.slow
+def test_first_batches_on_two_ranks(tmp_path):
+    right, *wrong = results([RIGHT, *WRONG.values()], 2, tmp_path)
+    assert_equal(RIGHT, right)
+    assert len(first_batches(right)) == 1
+    for what, result in zip(WRONG, wrong, strict=True):
+        assert_fell_back(what, result)
+
+
+def test_rows_are_compared_within_the_memory_that_ordinary_rows_take():
+    rows, lengths = [3, 1, 0, 2], [10, 20, 30, 40]
+    assert rows_within(rows, lengths, None) == rows
+    assert rows_within(rows, lengths, 70) == [3, 1, 0]
+    assert rows_within(rows, lengths, 5) == [3, 1], "one row shares with nothing"
