@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from prefix_grouper_plugins import check_support, disable_prefix_grouper, enable_prefix_grouper
-from prefix_grouper_plugins.modeling import self_check
+from prefix_grouper_plugins import PrefixLayout, check_support, disable_prefix_grouper, enable_prefix_grouper
+from prefix_grouper_plugins.modeling import packed_inputs, self_check
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, row_limit
 from prefix_grouper_plugins.modeling.rope import RowLimit
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck
@@ -125,6 +125,12 @@ def test_the_lowest_limit_of_several_kinds_of_layers_counts() -> None:
     assert row_limit(model) == (24, "longrope")
     ((module, limits),) = Anatomy(model).modules_with_row_limit
     assert module is model.model and min(limits) == (24, "longrope")
+    # What runs in front of a packed forward keeps to the same limit.
+    enable_prefix_grouper(model, self_check=False)
+    rows = tiny.rows({20: [9, 8]})
+    layout = PrefixLayout.from_rows(rows)
+    with pytest.raises(ValueError, match=r"a row reaches 29 tokens, and from 24 on rope_type 'longrope'"):
+        model(**packed_inputs(layout, layout.pack(rows)))
 
 
 @pytest.mark.parametrize(
