@@ -154,7 +154,8 @@ def _doge_reasons(config: Any) -> list[str]:
         )
     if config.is_moe:
         reasons.append("doge with `is_moe=True` mixes the router logits of different tokens")
-    # Until transformers 5.23 a row has no mask there unless a window or padding asks for one.
+    # Before transformers 5.23 a row has no mask there unless a window or padding asks for one. This may go when setup.cfg
+    # demands 5.23.
     if Version(transformers.__version__) < Version("5.23") and "sdpa" in (config._attn_implementation or ""):
         reasons.append('doge is not causal under sdpa with this transformers: use `attn_implementation="eager"`')
     return reasons

@@ -192,7 +192,7 @@ _MIXERS: dict[str, Mixer] = {
     "llama4.Llama4TextAttention": Mixer(
         "chunked attention", _llama4_mask, layer_types=frozenset({"chunked_attention"})
     ),
-    # transformers before 5.23; later they use the interface.
+    # The next four are of transformers before 5.23, later ones use the interface. They may go when setup.cfg demands 5.23.
     "diffllama.DiffLlamaSdpaAttention": _ADDITIVE,
     "moshi.MoshiSdpaAttention": _ADDITIVE,
     "nemotron.NemotronSdpaAttention": _ADDITIVE,
@@ -203,7 +203,8 @@ _MIXERS: dict[str, Mixer] = {
     "xlstm.xLSTMLayer": Mixer("mLSTM"),
 }
 
-if Version(transformers.__version__) < Version("5.23"):  # the class has the same name there, but uses the interface
+# The class of 5.23 has the same name, but uses the interface. This may go when setup.cfg demands 5.23.
+if Version(transformers.__version__) < Version("5.23"):
     _MIXERS["ctrl.MultiHeadAttention"] = Mixer("attention of its own", _ctrl_mask)
 
 

@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, and the choice among them: pinned by the user, else measured once and cached.
 
 The configurations were chosen by compiling them ahead of time for sm_80 and sm_90 with Triton 3.7: none of them spills
-registers or needs more shared memory than these GPUs have, with any feature (`tests/attention/test_triton_compiles.py`).
+registers or needs more shared memory than these GPUs have, with any feature (`tests/attention/backends/triton/test_compiles.py`).
 With Triton 3.4, and for sm_100 and sm_120, some spill up to 128 bytes of a thread. Triton's
 autotuner times them at the first call of `TIMED_FROM` tokens or more with a head dim, dtype and features, and keeps the
 result on disk for all lengths; shorter calls, on which all take about the same time, neither ask it nor decide for it.
