@@ -347,7 +347,7 @@ class PrefixGrouperMixin:
             return self.gate.reason
         limit = self._row_limit(model)
         if limit is not None and columns >= limit[0]:  # the stock path numbers padded columns too
-            return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} turns a whole batch"
+            return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} changes the angles of the whole batch"
         return why_not_share_images(model, given)
 
     def _row_limit(self, model: Any) -> tuple[int, str] | None:

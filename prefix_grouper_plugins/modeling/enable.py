@@ -96,8 +96,8 @@ def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     longest = limit.length if positions is None else int(positions.max()) + 2  # a row's last token is not forwarded
     if longest >= limit.length:
         raise ValueError(
-            f"a row reaches {longest} tokens, and from {limit.length} on rope_type {limit.kind!r} turns all rows of a batch by other "
-            "angles: keep rows shorter, or forward these without sharing"
+            f"a row reaches {longest} tokens, and from {limit.length} on rope_type {limit.kind!r} changes the angles of all "
+            "rows of a batch: keep rows shorter, or forward these without sharing"
         )
 
 

@@ -70,7 +70,7 @@ def test_the_kind_changes_the_logits(kind):
 def test_below_the_limit_packed_equals_single_rows_and_from_there_on_it_is_refused(kind):
     assert_packed_equals_single_rows(enable_prefix_grouper(build(kind, limit=LONGEST + 1)))
     model = enable_prefix_grouper(build(kind, limit=LONGEST))
-    message = f"a row reaches {LONGEST} tokens, and from {LONGEST} on rope_type '{kind}' turns all rows of a batch"
+    message = f"a row reaches {LONGEST} tokens, and from {LONGEST} on rope_type '{kind}' changes the angles of all rows of a batch"
     with pytest.raises(ValueError, match=message):
         packed(model)
 

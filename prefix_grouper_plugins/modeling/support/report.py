@@ -120,7 +120,7 @@ def _notes(anatomy: Anatomy) -> list[str]:
     notes = []
     if limit := anatomy.row_limit:
         notes.append(
-            f"rope_type {limit.kind!r} turns all rows of a batch by other angles once one of them reaches {limit.length} "
+            f"rope_type {limit.kind!r} changes the angles of all rows of a batch once one of them reaches {limit.length} "
             "tokens: such batches are not shared"
         )
     if rates := anatomy.dropout_rates:

@@ -158,7 +158,11 @@ def test_batches_that_reach_the_limit_of_longrope_go_the_stock_way(caplog, monke
         "some": (True, True),
         "none": (False, True),
     }[packed]
-    told = [line for line in warnings(caplog) if f"from {limit} on rope_type 'longrope' turns a whole batch" in line]
+    told = [
+        line
+        for line in warnings(caplog)
+        if f"from {limit} on rope_type 'longrope' changes the angles of the whole batch" in line
+    ]
     assert bool(told) == (packed != "all")
 
 
