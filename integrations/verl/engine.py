@@ -28,6 +28,7 @@ from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatc
 from prefix_grouper_plugins.integrations.verl.planning import (
     Limits,
     plan_on_all_ranks,
+    rows_together,
     rows_within,
     why_groups_are_cut,
 )
@@ -157,17 +158,23 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         with autocast, numbered_rows(self.module):
             self.gate.self_check(self.module, device)
 
-    def _announce(self, data: TensorDict) -> None:
-        """One line with the first batch that says what this engine shares."""
-        if self._announced or self.gate.reason is not None:
+    def _announce(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> None:
+        """One line with the first batch, the actor's first update, that says what this engine shares."""
+        only_scores = self.engine_config.forward_only
+        if self._announced or (forward_only and not only_scores) or self._why_not_share(data) is not None:
             return
         self._announced = True
-        if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
-            size = f"{int(data['max_token_len_per_gpu'])} tokens, each prompt counted once"
-        else:
-            size = f"{int(data['micro_batch_size_per_gpu'])} rows"
-        role = "reference policy" if self.engine_config.forward_only else "actor"
-        self.gate.announce(f"the {role}'s micro-batches hold up to {size}, regroup={self.options.regroup}")
+        sizes = row_sizes(data, self._placeholders)
+        limit = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size)
+        together, group = rows_together(sizes, limit)
+        stay = self._why_rows_stay(loss_function, data)
+        limits = [*self.gate.reports[0].notes, stay, why_groups_are_cut(sizes, limit)]
+        self.gate.announce(
+            f"the {'reference policy' if only_scores else 'actor'}'s micro-batches ({limit}) hold up to {together} of the "
+            f"{group} rows of a prompt, {'rows stay where verl puts them' if stay else 'rows are regrouped'} "
+            f"(regroup={self.options.regroup})",
+            [text for text in limits if text is not None],
+        )
 
     def _why_not_by_this_engine(self, module: nn.Module) -> list[str]:
         """Why this engine cannot share on a model that can be shared elsewhere."""
@@ -208,9 +215,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         """
         if self.gate.needs_self_check(self.module):
             self._self_check()
-        self._announce(data)
         self._name_sharding(loss_function)
         self._pass = self._pass_of(forward_only)
+        mend_positions(data)
+        self._announce(data, loss_function, forward_only)
         with torch.set_grad_enabled(not forward_only):
             if self.gate.needs_first_batch(self.module):
                 self._compare_first_batch(data, forward_only)
@@ -252,7 +260,6 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _run(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
         dynamic = tu.get_non_tensor_data(data, "use_dynamic_bsz", True)
-        mend_positions(data)
         try:
             with self._planning(loss_function):
                 return super().forward_backward_batch(data, loss_function, forward_only=forward_only)  # type: ignore[no-any-return]
@@ -283,15 +290,18 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _may_move_rows(self, loss_function: Callable[..., Any] | None, data: TensorDict) -> bool:
         """Whether rows may go to another micro-batch than verl would put them in."""
-        if self.options.regroup == "group":
-            return True
-        if self.options.regroup == "none":
-            return False
-        knows_global_batch = tu.get_non_tensor_data(data, "global_batch_size", None) is not None
-        reason = why_rows_stay(loss_function, knows_global_batch=knows_global_batch)
-        if reason is not None:
+        reason = self._why_rows_stay(loss_function, data)
+        if reason is not None and self.options.regroup != "none":
             self.gate.warn(f"{reason}, so rows stay where verl puts them and share less")
         return reason is None
+
+    def _why_rows_stay(self, loss_function: Callable[..., Any] | None, data: TensorDict) -> str | None:
+        if self.options.regroup == "group":
+            return None
+        if self.options.regroup == "none":
+            return "prefix_grouper.regroup=none"
+        knows_global_batch = tu.get_non_tensor_data(data, "global_batch_size", None) is not None
+        return why_rows_stay(loss_function, knows_global_batch=knows_global_batch)
 
     def may_change_steps(self, loss_function: Callable[..., Any] | None) -> bool:
         """Whether rows that verl would shuffle over the optimizer steps may come to others, group by group."""
@@ -405,7 +415,6 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         Every rank comes here with its first update, and with the first log-prob pass before that, whose results the update
         would use. Where some rank cannot share its rows, the comparison waits for the next batch.
         """
-        mend_positions(data)
         group = self.get_data_parallel_group()
         plan = self._plan(data, group)
         if plan is None:

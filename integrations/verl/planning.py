@@ -95,6 +95,18 @@ def plan_on_all_ranks(
     return None if refused or sizes is None else spread_micro_batches(plan, sizes, count)
 
 
+def rows_together(sizes: Sequence[RowSize], limits: Limits) -> tuple[int, int]:
+    """How many rows of the largest group one micro-batch may hold, and how many it has."""
+    largest = max(rows_by_group(sizes, range(len(sizes))), key=len, default=[])
+    if limits.max_rows is not None:
+        return min(limits.max_rows, len(largest)), len(largest)
+    assert limits.max_tokens is not None
+    fitting, group = 0, sorted((sizes[row] for row in largest), key=lambda size: size.response)
+    while fitting < len(group) and packed_tokens(group[: fitting + 1]) <= limits.max_tokens:
+        fitting += 1
+    return fitting, len(group)
+
+
 def rows_within(rows: Sequence[int], lengths: Sequence[int], max_tokens: int | None) -> list[int]:
     """The first of ``rows``, two at least, that hold ``max_tokens`` with every prompt counted in every row."""
     if max_tokens is None:

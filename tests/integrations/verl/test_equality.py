@@ -133,6 +133,9 @@ def test_rows_stay_in_their_micro_batches_where_the_loss_depends_on_them(tmp_pat
     assert_equal(together, whole)
     assert split["metrics"]["prefix_grouper/rows_per_group"] == 1
     assert whole["metrics"]["prefix_grouper/rows_per_group"] == 4
+    (line,) = [message for message in split["said"] if "prefix grouper is on" in message]
+    assert "hold up to 3 of the 4 rows of a prompt, rows stay where verl puts them (regroup=auto)" in line
+    assert "; limited: the policy loss geo_mean may depend" in line
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("verl")
 
-from prefix_grouper_plugins.integrations.verl.planning import rows_within
+from prefix_grouper_plugins.integrations.verl.planning import Limits, rows_together, rows_within
+from prefix_grouper_plugins.micro_batches import RowSize
 from tests.integrations.verl.engines import Case
 from tests.integrations.verl.test_equality import assert_equal, results
 
@@ -41,6 +42,10 @@ def test_first_batches_in_one_process(tmp_path):
         assert_equal(case, result)
         assert result["fallbacks"] == {}
         assert result["metrics"]["prefix_grouper/token_ratio"] < 0.5
+    (line,) = [message for message in right["said"] if "prefix grouper is on" in message]
+    assert line.endswith(
+        "ppo_max_token_len_per_gpu=48) hold up to 4 of the 4 rows of a prompt, rows are regrouped (regroup=auto)"
+    )
     (line,) = first_batches(right)
     assert "in log-probs" in line and "in gradients" in line and " s)" in line
     assert ["in gradients" in line for line in first_batches(scored)] == [False, True]
@@ -67,3 +72,11 @@ def test_rows_are_compared_within_the_memory_that_ordinary_rows_take():
     assert rows_within(rows, lengths, None) == rows
     assert rows_within(rows, lengths, 70) == [3, 1, 0]
     assert rows_within(rows, lengths, 5) == [3, 1], "one row shares with nothing"
+
+
+def test_how_many_rows_of_a_group_stand_together():
+    sizes = [RowSize("a", 20, 11), RowSize("a", 20, 31), RowSize("b", 20, 1), RowSize("a", 20, 21)]
+    assert rows_together(sizes, Limits("rows", max_rows=2)) == (2, 3)
+    assert rows_together(sizes, Limits("tokens", max_tokens=1000)) == (3, 3)
+    assert rows_together(sizes, Limits("tokens", max_tokens=51)) == (2, 3), "19 of the prompt, 11 and 21 of responses"
+    assert rows_together(sizes, Limits("tokens", max_tokens=50)) == (1, 3)
