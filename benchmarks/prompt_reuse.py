@@ -1,0 +1,168 @@
+"""What does the update of one group cost when micro-batches are smaller than the group?
+
+    python benchmarks/prompt_reuse.py      CPU, one thread: G = 8 by micro-batches of 1 ... 8 rows, then G = 2 ... 64 by 2
+
+One optimizer step of a policy-gradient loss on a small Qwen2 model, in micro-batches of ``rows`` rows, in three ways:
+
+    stock     each micro-batch as padded rows, as TRL forwards it
+    packed    each micro-batch as a packed row of its own: its rows share their prompt, the next micro-batch runs it again
+    reused    each micro-batch runs its completions against the prompt of the group, which was forwarded once
+
+Seconds are of the process, in turns; peak memory is that of a fresh process for each way, above the model and its gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from harness import RESULTS, in_a_fresh_process, number, peak_mib, use, write_csv
+from models import build
+from torch import Tensor, nn
+
+from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
+from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
+from prefix_grouper_plugins.cost import ModelShape
+from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
+
+SHAPE = ModelShape(256, 4, 8, 2, 32, 1024, 4096, tied_head=True)
+LENGTHS = ((1024, 64), (512, 512))  # prompt and response
+ROWS = (1, 2, 4, 8)  # of a micro-batch, with a group of 8
+GROUPS = (2, 4, 8, 16, 32, 64)  # with micro-batches of 2 rows
+MOST_STOCK_ROWS = 16  # stock takes no more memory for a larger group, only longer
+
+
+def group_of(prompt: int, response: int, group: int) -> tuple[Tensor, Tensor]:
+    """Prompts ``[G, P]``, all the same, and completions ``[G, R]``."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, SHAPE.vocab_size, (1, prompt), generator=generator)
+    return ids.expand(group, -1), torch.randint(1, SHAPE.vocab_size, (group, response), generator=generator)
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of log-probs, every row with an advantage of its own: ``logits [N, V]``, ``targets [N]``."""
+    logps = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    return (logps * torch.linspace(-1, 1, len(logps))).sum()
+
+
+def stock(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) -> None:
+    for prompt, completion in zip(prompts.split(rows), completions.split(rows), strict=True):
+        ids = torch.cat([prompt, completion], dim=1)
+        keep = completion.shape[1] + 1
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=keep, use_cache=False).logits
+        loss_of(logits[:, :-1].flatten(0, 1), completion.flatten()).backward()
+
+
+def packed(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) -> None:
+    for batch in _batches(prompts, completions, rows):
+        _backward(model, batch)
+
+
+def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) -> None:
+    cache, parts = PromptCache(), _batches(prompts, completions, rows)
+    prompt = PrefixLayout.from_rows([prompts[0]])
+    cache.run(model, prompt, prompts[0, :-1])
+    for number_of_part, batch in enumerate(parts, 1):
+        part = batch.behind_prompt()
+        cache.prepare(part.layout, last=number_of_part == len(parts))
+        _backward(model, part)
+
+
+def _batches(prompts: Tensor, completions: Tensor, rows: int) -> list[GroupedBatch]:
+    pairs = zip(prompts.split(rows), completions.split(rows), strict=True)
+    return [GroupedBatch(p, torch.ones_like(p), c, torch.ones_like(c)) for p, c in pairs]
+
+
+def _backward(model: nn.Module, batch: GroupedBatch) -> None:
+    inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+    logits = model(**inputs, logits_to_keep=batch.positions).logits[0]
+    loss_of(logits, batch.labels[batch.positions]).backward()
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor, int], None]] = {"stock": stock, "packed": packed, "reused": reused}
+
+
+def step_of(way: str, prompt: int, response: int, group: int, rows: int) -> Step:
+    """One update of a model of its own, whose gradients exist already, so that they do not count as memory of the step."""
+    torch.manual_seed(0)
+    model = build(SHAPE, "cpu", torch.float32)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    if way != "stock":
+        enable_prefix_grouper(model, self_check=False)
+    batch = group_of(prompt, response, group)
+
+    def step() -> None:
+        for weight in model.parameters():
+            weight.grad.zero_()  # type: ignore[union-attr]
+        WAYS[way](model, *batch, rows)
+
+    return step
+
+
+def memory(way: str, sizes: Sequence[int]) -> float:
+    """MiB at the peak of a step, in a fresh process."""
+    return float(in_a_fresh_process(["prompt_reuse.py", "--memory-of", way, *map(str, sizes)]))
+
+
+def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[dict[str, Any]]:
+    """A row of the table for each way."""
+    prompt, response, group, rows = sizes
+    ways = [way for way in WAYS if way != "stock" or group <= MOST_STOCK_ROWS]
+    timings = take_turns({way: step_of(way, *sizes) for way in ways}, repeats=repeats)
+    tokens = {
+        "stock": group * (prompt + response),
+        "packed": sum(prompt - 1 + response * len(part) for part in range_parts(group, rows)),
+        "reused": prompt - 1 + group * response,
+    }
+    found = []
+    for way in ways:
+        peak = memory(way, sizes)
+        row = {
+            "prompt": prompt, "response": response, "group": group, "rows": rows, "way": way,
+            "tokens": tokens[way], "token_ratio": number(tokens[way] / tokens["stock"], 3),
+            "seconds": number(median(t.cpu for t in timings[way])),
+            "times_as_fast": number(times_as_fast(timings[way], timings["stock"]), 3) if "stock" in ways else "",
+            "peak_mib": number(peak),
+        }  # fmt: skip
+        print(row, flush=True)
+        found.append(row)
+    return found
+
+
+def range_parts(group: int, rows: int) -> list[range]:
+    return [range(start, min(start + rows, group)) for start in range(0, group, rows)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of a micro-batch, with a group of 8")
+    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="with micro-batches of 2 rows")
+    parser.add_argument("--output", type=Path, default=RESULTS / "prompt-reuse-cpu.csv")
+    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    use("cpu")
+    if args.memory_of:
+        way, *sizes = args.memory_of
+        step = step_of(way, *map(int, sizes))
+        print(json.dumps(peak_mib(lambda: step, "cpu")))
+        return
+    cases = [(*lengths, 8, rows) for lengths in LENGTHS for rows in args.rows]
+    cases += [(*LENGTHS[0], group, 2) for group in args.groups if (*LENGTHS[0], group, 2) not in cases]
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        rows += measure(case, args.repeats)
+        write_csv(args.output, rows, "cpu", "seconds of the process, median of the turns; times_as_fast: against stock")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
