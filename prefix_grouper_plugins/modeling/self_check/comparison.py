@@ -18,7 +18,12 @@ from prefix_grouper_plugins.modeling.inputs import packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.self_check.isolation import mode, rounding, untouched
 from prefix_grouper_plugins.modeling.self_check.measures import Pass, difference, differences, excess, projected
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck
-from prefix_grouper_plugins.modeling.self_check.rows import longest_row, special_tokens, tree_of_rows
+from prefix_grouper_plugins.modeling.self_check.rows import (
+    PROMPTS_DIFFER_BY,
+    longest_row,
+    special_tokens,
+    tree_of_rows,
+)
 from prefix_grouper_plugins.modeling.self_check.tolerances import CHAOS, LEAK
 from prefix_grouper_plugins.modeling.support.report import numbers_padded_columns, without_router_loss
 
@@ -52,7 +57,9 @@ class Comparison:
         self.window = anatomy.largest_window
         self.limit = anatomy.row_limit
         reach = self.window if self.window is not None and self.window <= LONGEST_WINDOW else 0
-        self.longest = longest_row(configs[:2], None if self.limit is None else self.limit.length, reach)
+        # Columns of padding count towards the limit: the shorter prompt has as many as the prompts differ by.
+        limit = None if self.limit is None else self.limit.length - (PROMPTS_DIFFER_BY if left_padding else 0)
+        self.longest = longest_row(configs[:2], limit, reach)
         self.vocabulary = config.vocab_size
         if not self.sharded:
             self.vocabulary = min(self.vocabulary, self.embedding.weight.shape[0])

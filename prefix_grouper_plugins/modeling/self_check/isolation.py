@@ -83,6 +83,12 @@ def mode(base: nn.Module, training: bool) -> Iterator[None]:
     with ExitStack() as stack:
         if training and not compiled:
             stack.enter_context(without_dropout())
+        for module in base.modules():
+            for name in _DRAWN_RATES:
+                rates = vars(module).get(name)
+                if isinstance(rates, dict):
+                    stack.callback(rates.update, dict(rates))
+                    rates.update(dict.fromkeys(rates, 0.0))
         yield
 
 
@@ -95,6 +101,7 @@ def _following(module: nn.Module, root: bool = True) -> Iterator[nn.Module]:
         yield from _following(child, root=False)
 
 
+_DRAWN_RATES = ("module_dropout", "rank_dropout")  # PEFT's LyCORIS adapters draw for these themselves
 _DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 _LONGEST = 136  # the rows pass 64 and 128, sizes in which much code cuts a sequence
 _LARGEST_CHUNK = 512  # larger chunks of a config are left to the first batch
 _MARGIN = 8  # places that padding and positions which do not count from 0 need
+PROMPTS_DIFFER_BY = 3  # tokens
 _CHUNK = re.compile(r"chunk|block_size")
 _MOST_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 # Tokens that stand inside of ordinary rows: between the turns of a chat, or in front. Not placeholders of images.
@@ -68,7 +69,7 @@ def tree_of_rows(
         return made
 
     shared = text(reach + min(48, max(5, (longest - reach) // 3)), special)
-    prompts = torch.cat([shared, text(7)]), torch.cat([shared, text(4)])
+    prompts = torch.cat([shared, text(4 + PROMPTS_DIFFER_BY)]), torch.cat([shared, text(4)])
     begun = torch.cat([prompts[0], text(4)])
     rows = [
         torch.cat([begun, text(max(longest - len(begun), 6), special)]),
