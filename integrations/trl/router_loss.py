@@ -57,4 +57,5 @@ def load_balancing_loss(model: Any, captured: RouterLogits, weights: Tensor) -> 
     own = sys.modules[type(causal_lm).__module__]
     experts = getattr(causal_lm, "num_experts", None) or config.num_experts
     chosen = getattr(causal_lm, "num_experts_per_tok", None) or config.num_experts_per_tok
-    return own.load_balancing_loss_func(captured[0], experts, chosen, weights[None])
+    # The last: a model that has changed is checked again inside of its forward, before it runs.
+    return own.load_balancing_loss_func(captured[-1], experts, chosen, weights[None])

@@ -80,6 +80,7 @@ class Comparison:
         self.probe: Tensor | None = None
         self.dtype = base.dtype
         self.has_experts = anatomy.has_experts
+        self.scans = bool(anatomy.mixers)
 
     def run(self) -> SelfCheck:
         """Make the comparison, and leave the model as it was."""
@@ -152,7 +153,7 @@ class Comparison:
         if chaos > CHAOS:
             why = f"rounding in {self.dtype} alone changes what this model computes by {chaos:.0%}"
             return replace(result, not_covered=why), packed
-        beyond = excess(found, self.dtype, noise)
+        beyond = excess(found, self.dtype, noise, scans=self.scans)
         return replace(result, passed=beyond is None, reason=beyond), packed
 
     def _reach_of_other_rows(self, packed: Pass, ordinary: Pass, noise: list[dict[str, float] | None]) -> str | None:
@@ -215,7 +216,7 @@ class Comparison:
         apart = self._differences(found, expected, layout)
         if excess(apart, self.dtype, None) is None:
             return None
-        return excess(apart, self.dtype, self._noise_once(expected, noise, layout))
+        return excess(apart, self.dtype, self._noise_once(expected, noise, layout), scans=self.scans)
 
     def _noise_once(
         self, ordinary: Pass, noise: list[dict[str, float] | None], layout: PrefixLayout | None = None

@@ -31,6 +31,9 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(outputs=1e-2, gradients=2e-2, update=5e-2),
     torch.float16: Tolerance(outputs=2e-3, gradients=4e-3, update=1e-2),
 }
+# Gradients of parameters of recurrent layers: up to 6e-3 was seen in tiny models with drawn decays, in float32 and float64
+# alike, where their outputs and embedding gradients agree; a state that leaks into another row gives 1e-1 and more.
+OF_SCANS = 2e-2
 TIMES_NOISE = 4.0  # how much larger than measured rounding a difference may be: the two are samples, not bounds
 CHAOS = 0.25  # where rounding alone moves the outputs so far, a comparison says nothing
 LEAK = 1e-6  # of the largest gradient; kernels write zeros, not small numbers
