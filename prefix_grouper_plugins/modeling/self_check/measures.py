@@ -92,7 +92,6 @@ def excess(
     found: Mapping[str, float],
     dtype: torch.dtype,
     noise: Mapping[str, float] | None,
-    named: str = "rounding",
     *,
     scans: bool = False,
 ) -> str | None:
@@ -102,7 +101,6 @@ def excess(
         found: differences by name, see :func:`differences`.
         dtype: that of the forward.
         noise: the same differences between two ordinary passes, one of which was rounded otherwise.
-        named: what is said to explain so much.
         scans: whether the model has recurrent layers. Their kernels round in float32 inside of a scan, where measured noise
             does not reach, and the gradients of their decays feel it most.
     """
@@ -122,7 +120,7 @@ def excess(
     if not over:
         return None
     name, (value, limit) = next(iter(over.items()))
-    return f"{name} differ by {value:.1e}, {named} in {dtype} explains {limit:.0e}"
+    return f"{name} differ by {value:.1e}, rounding in {dtype} explains {limit:.0e}"
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
