@@ -84,7 +84,9 @@ class PromptReuse:
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} and "
                 f"steps_per_generation={args.steps_per_generation} have no common factor"
             )
-        return why_not_reuse(model)
+        base = transformers_model(model)  # asked before every micro-batch, so what enabling has found is used again
+        known = (anatomy for anatomy in trainer.gate.anatomies if anatomy.base is base)
+        return why_not_reuse(model, next(known, None))
 
     # ----------------------------------------------------------------------------------------------------- the update
 

@@ -194,9 +194,14 @@ def decoder(model: nn.Module) -> Any:
     return transformers_model(model).base_model
 
 
-def why_not_reuse(model: nn.Module) -> str | None:
-    """Why the prompts of ``model``, which takes packed rows, cannot be reused across forwards; None if they can."""
-    mixers = Anatomy(model).mixers
+def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | None:
+    """Why the prompts of ``model``, which takes packed rows, cannot be reused across forwards; None if they can.
+
+    Args:
+        model: the model, bare or wrapped.
+        anatomy: its parts, where the caller knows them already: finding them walks the whole module tree.
+    """
+    mixers = (Anatomy(model) if anatomy is None else anatomy).mixers
     if mixers:
         return f"{type(mixers[0][1]).__name__} mixes tokens past the attention interface and does not start from a given state"
     if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, model.modules())):
