@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper, self_check
+from prefix_grouper_plugins import PrefixLayout, UnsupportedModelError, enable_prefix_grouper, self_check
 from prefix_grouper_plugins.modeling import packed_inputs
 from tests import tiny
 from tests.modeling import families
@@ -88,7 +88,11 @@ def self_checks(group: dist.ProcessGroup, model_type: str, version: int) -> list
             wrapped = FullyShardedDataParallel(model, group, auto_wrap_policy=policy, device_id=torch.device("cpu"))
         result = self_check(wrapped)
         clean = all(p.grad is None for p in wrapped.parameters())
-        forward_and_backward(wrapped)  # nothing is in the way of what follows
+        if fault:  # what has failed is refused from then on
+            with pytest.raises(UnsupportedModelError, match="are not its rows"):
+                forward_and_backward(wrapped)
+        else:  # nothing is in the way of what follows
+            forward_and_backward(wrapped)
         found.append((result.passed, result.gradient, clean))
     return found
 
