@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from datasets import Dataset
 from trl import GRPOTrainer
 
