@@ -19,11 +19,11 @@ import torch
 from omegaconf import OmegaConf
 
 from prefix_grouper_plugins.integrations.verl.losses import why_actor_rows_stay, why_aggregation_keeps_rows
-from prefix_grouper_plugins.integrations.verl.order import forwarded_share, regrouped_order
 from prefix_grouper_plugins.integrations.verl.switch import ASK_WORKERS, is_asked_for, show_what_is_decided
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.micro_batches import RowSize
 from prefix_grouper_plugins.settings import VERL_REGROUP
+from prefix_grouper_plugins.step_order import forwarded_share, regrouped_order
 
 _PREFIX = "prefix_grouper/"
 _SAID = "_prefix_grouper_said"  # attribute of a trainer

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from prefix_grouper_plugins.integrations.verl import driver
 from prefix_grouper_plugins.integrations.verl.driver import new_order
 from prefix_grouper_plugins.micro_batches import RowSize
-from tests.integrations.verl.test_order import homes, rows, step_of
+from tests.test_step_order import homes, rows, step_of
 
 
 def config(strategy: str = "prefix_grouper", regroup: str = "exact", mini: int = 4, shuffle: bool = False, **loss):

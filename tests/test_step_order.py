@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
-
-pytest.importorskip("verl")
-
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_grouper_plugins.integrations.verl.order import forwarded_share, regrouped_order
 from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens, rows_by_group
+from prefix_grouper_plugins.step_order import forwarded_share, regrouped_order
 
 
 def rows(groups: int, members: int, seed: int = 0) -> list[RowSize]:
