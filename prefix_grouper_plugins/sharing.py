@@ -45,6 +45,7 @@ from prefix_grouper_plugins.modeling.self_check import (
     SelfCheck,
     checked_before,
     on_all_ranks,
+    on_any_rank,
     self_check,
     why_not_yet,
 )
@@ -177,20 +178,31 @@ class SharingGate:
         self,
         model: nn.Module,
         ordinary: Callable[[Any], torch.Tensor],
-        packed: Callable[[Any], torch.Tensor],
+        shared: Mapping[str, Callable[[Any], torch.Tensor]],
         mask: torch.Tensor,
         backward: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
-        """Run the first micro-batch both ways, before the first optimizer step; where they differ, refuse on all processes.
+        """Run the first micro-batch both ways, before its results are used; where they differ, refuse on all processes.
 
-        Every process calls it at the same point. Arguments as in
-        :func:`~prefix_grouper_plugins.modeling.self_check.first_batch.compare_first_batch`.
+        A collective: every process calls it at the same point, also one whose rows take the ordinary path. Where that is so
+        on all of them, the comparison waits for the next micro-batch.
+
+        Args:
+            model, ordinary, mask, backward: as in
+                :func:`~prefix_grouper_plugins.modeling.self_check.first_batch.compare_first_batch`.
+            shared: likewise; empty where the rows of this process take the ordinary path.
 
         Raises:
             UnsupportedModelError: they differ by more than rounding explains, and ``on_unsupported`` is ``"error"``.
         """
+        if not mask.any():
+            shared = {}
+        if not on_any_rank(bool(shared), mask.device):
+            return
         self._first_batches[type(transformers_model(model)).__name__] = torch.is_grad_enabled()
-        result = on_all_ranks(compare_first_batch(model, ordinary, packed, mask, mask.device, backward), mask.device)
+        # A sharded model needs every process for its forwards.
+        shared = shared or {"ordinary": ordinary}
+        result = on_all_ranks(compare_first_batch(model, ordinary, shared, mask, mask.device, backward), mask.device)
         if result.reason is not None:
             self.refuse([str(result)])
         elif self._is_main:

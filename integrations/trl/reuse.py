@@ -156,6 +156,17 @@ class PromptReuse:
             found.append(self._score(model, chunk, opened, later, entropy))
         return found
 
+    def score_apart(self, model: Any, rows: Rows, *, entropy: bool) -> Scores:
+        """Scores of rows whose prompts are all forwarded apart from their completions, as where micro-batches share them.
+
+        For comparisons. No prompt stays open, and one backward goes through prompts and completions.
+        """
+        keys = self._keys(rows)
+        own: list[Hashable] = [key for key in dict.fromkeys(keys) if isinstance(key, tuple)]
+        if not own:
+            return self._forward.score(model, rows, entropy=entropy, aux_loss=False)[0]
+        return self._score_pieces(model, rows, keys, own, {}, Counter(), [], entropy)[0]
+
     # -------------------------------------------------------------------------------------------------------- forward
 
     def _score(
@@ -170,6 +181,23 @@ class PromptReuse:
         shared = [key for key in dict.fromkeys(keys) if key is not None and (key in opened or later[key])]
         if not shared:
             return None
+        return self._score_pieces(model, rows, keys, shared, opened, later, self._closing, entropy)
+
+    def _score_pieces(
+        self,
+        model: Any,
+        rows: Rows,
+        keys: list[Hashable],
+        shared: list[Hashable],
+        opened: dict[Hashable, PromptCache],
+        later: Counter[Hashable],
+        closing: list[PromptCache],
+        entropy: bool,
+    ) -> tuple[Scores, list[Counts]]:
+        """Scores of rows whose prompts in ``shared`` go through caches: those that are ``opened``, or new ones.
+
+        A prompt without ``later`` rows goes from ``opened`` to ``closing``.
+        """
         logps: Tensor | None = None
         entropies: Tensor | None = None
         counts = []
@@ -182,7 +210,7 @@ class PromptReuse:
                 (values, more), count, cache = self._forward.score_part(model, piece, cache, is_last, entropy=entropy)
                 opened[key] = cache
                 if is_last:
-                    self._closing.append(opened.pop(key))
+                    closing.append(opened.pop(key))
             counts.append(count)
             place = torch.tensor(members, device=values.device)
             logps = _placed(logps, values, place, len(rows))

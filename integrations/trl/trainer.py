@@ -273,9 +273,10 @@ class PrefixGrouperMixin:
         if self._shares and self.gate.needs_self_check(model):  # the model was to be sharded first
             self._self_check(model)
         reason = self._why_not_share(model, input_ids.shape[1], given)
-        if reason is None and torch.is_grad_enabled() and self.gate.needs_first_batch(model):
-            self._compare_first_batch(model, input_ids, attention_mask, logits_to_keep, given)
-            reason = self.gate.reason
+        if self._shares and self.gate.needs_first_batch(model):
+            block = input_ids, attention_mask, logits_to_keep
+            self._compare_first_batch(model, block, batch_size, given, shares=reason is None)
+            reason = reason or self.gate.reason
         if reason is not None:
             if self._shares:
                 self.sharing.count_fallback(reason, attention_mask.sum(1).tolist(), during=self._pass(model))
@@ -307,23 +308,53 @@ class PrefixGrouperMixin:
         return result[: self._return_arity()]
 
     def _compare_first_batch(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, given: dict[str, Any]
+        self, model: Any, block: tuple[Tensor, Tensor, int], batch_size: int | None, given: dict[str, Any], shares: bool
     ) -> None:
-        """For a model class that no test has compared. Every process comes here with its first update."""
+        """For a model class that no test has compared: run one chunk of a batch on both paths.
+
+        Every process comes here with its first batches, be they those of the old policy or of the update, also where its own
+        rows take the stock path.
+
+        Args:
+            model, given: as in :meth:`_scores`.
+            block: ids, mask and the number of scored tokens.
+            batch_size: rows of a chunk.
+            shares: whether the rows of this process are shared.
+        """
         stock = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
-        rows = Rows(input_ids, attention_mask, logits_to_keep, RowsOfImages(given, len(input_ids)))
+        (ids, mask, scored), with_images = block, _has_images(given)
+        if batch_size is not None and not with_images:  # images are not cut so easily: there all chunks are compared
+            ids, mask = ids[:batch_size], mask[:batch_size]
+        shared: dict[str, Callable[[Any], Tensor]] = {}
+        if shares:
+            rows = Rows(ids, mask, scored, RowsOfImages(given, len(ids)))
+            shared = self._shared_paths(model, list(rows.chunks(batch_size)), reuse=not with_images)
         self.gate.first_batch(
             model,
-            lambda inner: stock(inner, input_ids, attention_mask, logits_to_keep, **given)[0],
-            lambda inner: self._packed_forward.score(inner, rows, entropy=False, aux_loss=False)[0][0],
-            attention_mask[:, -logits_to_keep:],
+            lambda inner: stock(inner, ids, mask, scored, batch_size=batch_size, **given)[0],
+            shared,
+            mask[:, -scored:],
         )
+
+    def _shared_paths(self, model: Any, chunks: list[Rows], reuse: bool) -> dict[str, Callable[[Any], Tensor]]:
+        """The ways in which rows of this trainer are forwarded, by name; each returns log-probs ``[B, C]``."""
+
+        def packed(inner: Any) -> Tensor:
+            scores = [self._packed_forward.score(inner, chunk, entropy=False, aux_loss=False)[0] for chunk in chunks]
+            return torch.cat([logps for logps, *_ in scores])
+
+        paths: dict[str, Callable[[Any], Tensor]] = {"packed": packed}
+        if reuse and self._reuse.why_not(model, update=torch.is_grad_enabled()) is None:
+            paths["prompts reused"] = lambda inner: torch.cat(
+                [self._reuse.score_apart(inner, chunk, entropy=False)[0] for chunk in chunks]
+            )
+        return paths
 
     def _reused(
         self, model: Any, chunks: list[Rows], entropy: bool, given: dict[str, Any]
     ) -> Iterable[tuple[Scores, list[Counts]] | None]:
         """Scores of those ``chunks`` that share a prompt with other chunks or micro-batches; None for the others."""
-        if any(name != "compute_aux_loss" or value for name, value in given.items()):
+        if _has_images(given) or given.get("compute_aux_loss"):
             return [None] * len(chunks)
         if self._makes_inputs or not self.model.training:
             return self._reuse.score_chunks(model, chunks, entropy=entropy)
@@ -384,6 +415,11 @@ def why_not_share_settings(trainer: Any) -> list[str]:
             "when they are packed: unset it"
         )
     return reasons
+
+
+def _has_images(given: dict[str, Any]) -> bool:
+    """Whether the arguments of the stock method that are not None hold images or token kinds."""
+    return any(name != "compute_aux_loss" for name in given)
 
 
 def _is_reference(model: Any) -> bool:

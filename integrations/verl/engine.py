@@ -342,13 +342,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
-        reason = self._why_not_share(micro_batch)
-        if reason is None:
-            packed = PackedMicroBatch(micro_batch, self._placeholders)
-            reason = packed.reason_not_to_share
-        if reason is not None:
+        reason, packed = self._packed(micro_batch)
+        if packed is None:
             lengths = micro_batch["input_ids"].offsets().diff().tolist()
-            self.sharing.count_fallback(reason, lengths, during=self._pass)
+            self.sharing.count_fallback(str(reason), lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
         if packed.some_share_nothing:
             self.gate.warn("rows with an image in the response, or at the very end of the prompt, share nothing")
@@ -371,6 +368,14 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         inputs.update(without_router_loss(self.module))  # verl's losses do not read it
         output_args["packed"] = packed
         return inputs, output_args
+
+    def _packed(self, micro_batch: TensorDict) -> tuple[str | None, PackedMicroBatch | None]:
+        """Why ``micro_batch`` takes the ordinary path, or else its packed row."""
+        if (reason := self._why_not_share(micro_batch)) is not None:
+            return reason, None
+        packed = PackedMicroBatch(micro_batch, self._placeholders)
+        reason = packed.reason_not_to_share
+        return (None, packed) if reason is None else (reason, None)
 
     def _ordinary_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, of rows with images that it may not be able to concatenate."""
@@ -413,18 +418,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         """For a model class that no test has compared: forward a first micro-batch on both paths.
 
         Every rank comes here with its first update, and with the first log-prob pass before that, whose results the update
-        would use. Where some rank cannot share its rows, the comparison waits for the next batch.
+        would use. A rank whose rows take the ordinary path runs that twice, as a sharded model needs all ranks.
         """
-        group = self.get_data_parallel_group()
-        plan = self._plan(data, group)
-        if plan is None:
-            return
-        limit = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size).max_tokens
-        rows = rows_within(plan[0], data["input_ids"].offsets().diff().tolist(), limit)
-        micro_batches = [tu.index_select_tensor_dict(data, rows)]
-        if self._waits_for_towers:
-            add_dummy_images(micro_batches, self._placeholders, group)
-        (micro_batch,) = micro_batches
+        micro_batch = self._one_micro_batch(data)
+        reason, _ = self._packed(micro_batch)
 
         def score(reason: str | None) -> Tensor:
             found: list[Tensor] = []
@@ -448,8 +445,23 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         mask = torch.ones(1, int(offsets[-1]), dtype=torch.bool, device=offsets.device)
         mask[:, offsets[1:] - 1] = False  # nothing follows the last token of a row
         self.gate.first_batch(
-            self.module, lambda _: score("the ordinary half of the comparison"), lambda _: score(None), mask, backward
+            self.module,
+            lambda _: score("the ordinary half of the comparison"),
+            {} if reason is not None else {"packed": lambda _: score(None)},
+            mask,
+            backward,
         )
+
+    def _one_micro_batch(self, data: TensorDict) -> TensorDict:
+        """Rows of ``data`` that the memory of one micro-batch suffices for on the ordinary path too. A collective."""
+        group, lengths = self.get_data_parallel_group(), data["input_ids"].offsets().diff().tolist()
+        plan = self._plan(data, group)
+        limits = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size)
+        rows = list(range(len(lengths)))[: limits.max_rows] if plan is None else plan[0]
+        micro_batches = [tu.index_select_tensor_dict(data, rows_within(rows, lengths, limits.max_tokens))]
+        if self._waits_for_towers:
+            add_dummy_images(micro_batches, self._placeholders, group)
+        return micro_batches[0]
 
     def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
         """Compare the gradients of this update on the ordinary path and on the shared one."""

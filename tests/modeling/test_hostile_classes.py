@@ -145,7 +145,7 @@ def verdict(mix: Mix) -> str:
     def packed(inner: Any) -> Tensor:
         return prefix_grouped_logps(inner, prompts, ones(prompts), completions, ones(completions))[0]
 
-    result = compare_first_batch(model, ordinary, packed, ones(completions), torch.device("cpu"))
+    result = compare_first_batch(model, ordinary, {"shared": packed}, ones(completions), torch.device("cpu"))
     if result.reason is not None:
         return "caught on the first batch"
     return "exact" if result.passed else f"WRONG: {result}"

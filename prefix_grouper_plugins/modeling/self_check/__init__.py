@@ -33,9 +33,9 @@ from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.enable import has_layers_enabled
 from prefix_grouper_plugins.modeling.self_check.changes import fingerprint, remember, while_checking
 from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
-from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, why_not_yet
+from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, on_any_rank, why_not_yet
 
-__all__ = ["SelfCheck", "checked_before", "on_all_ranks", "self_check", "why_not_yet"]
+__all__ = ["SelfCheck", "checked_before", "on_all_ranks", "on_any_rank", "self_check", "why_not_yet"]
 
 
 def self_check(

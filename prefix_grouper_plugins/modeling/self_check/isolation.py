@@ -43,6 +43,8 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer.copy_(content)
+        # Weights that autocast has cast under `no_grad` would be used again, without a gradient, by forwards that follow.
+        torch.clear_autocast_cache()
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from prefix_grouper_plugins.modeling.self_check.tolerances import OF_SCANS, TIME
 _KEPT_WHOLE = 1 << 16  # elements; larger gradients are kept as projections, so that a second model's worth never exists
 _PROJECTIONS = 4
 _OF_PARAMETER = "gradients of parameter "
+ALL_GRADIENTS = "all gradients together"
 _SMALL = (
     1e-2  # of a typical gradient; what is smaller is measured by that, as it may be rounding alone (biases of keys)
 )
@@ -79,13 +80,26 @@ def parameter_differences(found: Mapping[str, Tensor], expected: Mapping[str, Te
     sizes = {name: float(g.norm()) / g.numel() ** 0.5 for name, g in expected.items()}
     typical = statistics.median(size for size in sizes.values() if size) if any(sizes.values()) else 0.0
     result = {}
-    for name in found.keys() | expected.keys():
+    for name in dict.fromkeys([*expected, *found]):
         mine, own = found.get(name), expected.get(name)
         apart = mine - own if mine is not None and own is not None else (own if mine is None else mine)
         assert apart is not None
         size = max(sizes.get(name, 0.0), _SMALL * typical) * apart.numel() ** 0.5
         result[f"{_OF_PARAMETER}{name}"] = float(apart.norm()) / max(size, 1e-30)
     return result
+
+
+def total_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """L2 norm of the difference of all gradients over that of the ``expected`` ones; 0.0 where there are none."""
+    size = sum(float(gradient.norm()) ** 2 for gradient in expected.values()) ** 0.5
+    apart = 0.0
+    for name in dict.fromkeys([*expected, *found]):
+        mine, own = found.get(name), expected.get(name)
+        if mine is not None and own is not None:
+            apart += float((mine - own).norm()) ** 2
+        else:
+            apart += float((own if mine is None else mine).norm()) ** 2  # type: ignore[union-attr]
+    return apart**0.5 / max(size, 1e-30)
 
 
 def excess(
@@ -110,10 +124,11 @@ def excess(
     over = {}
     for name, value in found.items():
         limit = plain.outputs if name.startswith("outputs") else plain.gradients
+        limit = plain.update if name == ALL_GRADIENTS else limit
         if noise is not None:
             own = noise.get(name, 0.0)
             limit += TIMES_NOISE * (max(own, usual) if name.startswith(_OF_PARAMETER) else own)
-            if scans and name.startswith(_OF_PARAMETER):
+            if scans and (name.startswith(_OF_PARAMETER) or name == ALL_GRADIENTS):
                 limit = max(limit, OF_SCANS)
         if not value <= limit:  # catches NaN as well
             over[name] = (value, limit)

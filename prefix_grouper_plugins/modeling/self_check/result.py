@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
+
+Result = TypeVar("Result", bound="SelfCheck")
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,18 @@ class SelfCheck:
         return said if self.not_covered is None else f"{said}; not covered: {self.not_covered}"
 
 
-def on_all_ranks(result: SelfCheck, device: torch.device) -> SelfCheck:
-    """``result``, failed where it has failed on any process. A collective: every process calls it at the same point."""
+def on_any_rank(here: bool, device: torch.device) -> bool:
+    """Whether ``here`` is true on any process. A collective: every process calls it at the same point."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return result
-    failed = torch.tensor([result.reason is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failed and result.reason is None:
+        return here
+    flag = torch.tensor([here], dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def on_all_ranks(result: Result, device: torch.device) -> Result:
+    """``result``, failed where it has failed on any process. A collective: every process calls it at the same point."""
+    if on_any_rank(result.reason is not None, device) and result.reason is None:
         return replace(result, reason="another process found a difference")
     return result
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import os
 import sys
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from datasets import Dataset
+from transformers import Qwen3ForCausalLM
 from trl import GRPOTrainer
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer
@@ -82,12 +86,43 @@ def falls_back_on_rank_1(path: str) -> None:
     assert all(1.3 < mean < 2 for mean in logged(trainer, "prefix_grouper/rows_per_group")), "of both: 4 and 1 rows"
 
 
+def compares_the_first_batch_on_both_ranks(path: str) -> None:
+    """A class that no test has compared, whose first rows on rank 1 take the stock path: rank 0 would wait for it."""
+    own = type("OwnQwen3", (Qwen3ForCausalLM,), {})
+
+    class FallsBackAtFirst(PrefixGrouperGRPOTrainer):
+        calls = 0
+
+        def _why_not_share(self, *args: Any) -> str | None:
+            self.calls += 1
+            falls_back = self.accelerator.process_index == 1 and self.calls == 1
+            return "rank 1 cannot" if falls_back else super()._why_not_share(*args)
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("prefix_grouper_plugins")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    for iterations in (1, 2):  # the update comes first, and the log-probs of the old policy
+        said.clear()
+        model = own.from_pretrained(path, dtype=torch.float64)
+        settings = {**SETTINGS, "num_iterations": iterations, "model_init_kwargs": None}
+        _, trainer = train(model, shared=True, trainer_class=FallsBackAtFirst, max_steps=2, **settings)
+        compared = [line for line in said if "the first batch of OwnQwen3" in line]
+        assert len(compared) == (iterations if trainer.accelerator.is_main_process else 0), said
+        assert trainer.gate.reason is None and trainer.sharing.packed > 0
+    logger.removeHandler(handler)
+
+
 def main() -> None:
+    faulthandler.dump_traceback_later(300, exit=True)  # a rank that waits for the other one
     path, mode = sys.argv[1], sys.argv[2]
     use_float64_head(pytest.MonkeyPatch())
     if mode == "one process":
         nothing_to_score(path)
         falls_back_on_rank_1(path)
+        compares_the_first_batch_on_both_ranks(path)
         print(f"rank {os.environ['RANK']} equal")
         return
     settings = images() if mode == "images" else text(mode)

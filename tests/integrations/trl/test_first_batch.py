@@ -40,17 +40,14 @@ class OwnLlama(LlamaForCausalLM):
 
 
 def trainer_of(model: Any, **settings: Any) -> PrefixGrouperGRPOTrainer:
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "max_steps": 1}
     args = PrefixGrouperGRPOConfig(
         output_dir=tempfile.mkdtemp(),
         use_cpu=True,
         bf16=False,
         report_to=[],
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=6,
-        max_steps=1,
         save_strategy="no",
-        **settings,
+        **{**sizes, **settings},
     )
     return PrefixGrouperGRPOTrainer(
         model=model, reward_funcs=reward, args=args, train_dataset=tiny.prompts(), processing_class=tiny.tokenizer()
@@ -84,6 +81,46 @@ def test_what_the_self_check_could_not_see_is_stopped_before_the_first_step(tmp_
     else:
         trainer.train()
         assert "on the first batch" in trainer.gate.reason
+
+
+def test_log_probs_of_the_old_policy_are_compared_before_the_update_uses_them(tmp_path):
+    trainer = trainer_of(own_llama(tmp_path), prefix_grouper_on_unsupported="fallback", num_iterations=2)
+    Limited.limit = NO_ROW_OF_A_SELF_CHECK
+    trainer.train()
+    assert "on the first batch outputs (log-probs)" in trainer.gate.reason
+    old = trainer.sharing.passes["old_log_prob"]
+    assert old.packed == 0 and old.fallbacks == 1, "they were shared before anything had been compared"
+
+
+class FirstToken(LlamaModel):
+    """From the last layer's output on, every token gets what the first one of its forward has."""
+
+    on = False
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        if self.on:
+            output.last_hidden_state = output[0] + output[0][:, :1]
+        return output
+
+
+class FirstTokenLlama(LlamaForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = FirstToken(config)
+
+
+def test_micro_batches_of_one_row_compare_a_prompt_that_is_reused(monkeypatch, tmp_path):
+    """Packed alone, a row is itself; its completion behind a prompt that another forward has run is not."""
+    tiny.model("llama").save_pretrained(tmp_path)
+    trainer = trainer_of(
+        FirstTokenLlama.from_pretrained(tmp_path, dtype=torch.float32),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
+    monkeypatch.setattr(FirstToken, "on", True)
+    with pytest.raises(UnsupportedModelError, match=r"on the first batch outputs \(log-probs\) .* \(prompts reused\)"):
+        trainer.train()
 
 
 def test_verified_classes_and_switched_off_checks_are_not_compared(tmp_path):

@@ -55,6 +55,7 @@ class Case:
     actor: dict[str, Any] = field(default_factory=dict)  # more of the actor's config, by which its loss is computed
     saves_to_cpu: bool = False  # weights, as trainers with separate rollouts do
     log_probs_first: bool = False  # a log-prob pass comes before the update, as in training
+    ordinary_on_rank: int = -1  # whose rows cannot be shared, as each says its own temperature
     log_prob_rows: int = 0  # of a micro-batch in a log-prob pass, which another update follows
 
     def __str__(self) -> str:
@@ -408,6 +409,8 @@ def compare(case: Case, path: str) -> dict[str, Any]:
     from prefix_grouper_plugins.modeling import is_enabled
 
     rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == case.ordinary_on_rank:
+        case = replace(case, temperature=[case.temperature])
     rows = make_rows(case)
     dealt = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
     mine = rows if case.sequence_parallel > 1 else dealt  # ranks of one sequence hold the same rows

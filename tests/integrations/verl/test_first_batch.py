@@ -23,6 +23,10 @@ WRONG = {
 STOPPED = [Case(own_class="outputs", log_probs_first=first) for first in (False, True)]
 
 
+# Rank 0 would wait for rank 1, or use what nobody has compared.
+ORDINARY_ON_RANK_1 = Case(own_class="right", ordinary_on_rank=1, log_probs_first=True)
+
+
 def first_batches(result: dict) -> list[str]:
     return [message for message in result["said"] if "the first batch of FSDPOwnQwen3" in message]
 
@@ -60,9 +64,11 @@ def test_first_batches_in_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_first_batches_on_two_ranks(tmp_path):
-    right, *wrong = results([RIGHT, *WRONG.values()], 2, tmp_path)
+    right, ordinary, *wrong = results([RIGHT, ORDINARY_ON_RANK_1, *WRONG.values()], 2, tmp_path)
     assert_equal(RIGHT, right)
     assert len(first_batches(right)) == 1
+    assert_equal(ORDINARY_ON_RANK_1, ordinary)
+    assert ["in gradients" in line for line in first_batches(ordinary)] == [False, True]
     for what, result in zip(WRONG, wrong, strict=True):
         assert_fell_back(what, result)
 
