@@ -13,7 +13,7 @@ from tests.tiny import SIZES
 LAYERS = 3
 # Code that computes only in float32.
 SINGLE_PRECISION = {"xglm"}
-# Set only where the type's config has the field.
+# Set only where the type's config has the field. The defaults of some are as wide as a real model's, and slow.
 OPTIONAL: dict[str, Any] = {
     "sliding_window": 5,
     "head_dim": 8,
@@ -35,6 +35,28 @@ OPTIONAL: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 12,
     "ffn_hidden_size": 64,
+    "ffn_dim": 64,
+    "dff": 64,
+    "shared_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "intermediate_size_mlp": 64,
+    "router_hidden_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "mamba_d_state": 16,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "kv_channels": 8,
+    "adapter_rank": 8,
+    "embedding_size": 16,
+    "input_embedding_size": 16,
+    "output_embedding_size": 48,
+    "pronunciation_embed_dim": 8,
+    "pronunciation_vocab_size": 24,
+    "shape_embed_dim": 8,
+    "shape_vocab_size": 24,
     "n_embd": 32,
     "n_head": 4,
     "n_layer": LAYERS,
@@ -46,7 +68,12 @@ OPTIONAL: dict[str, Any] = {
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
-    "gemma4_text": {"vocab_size_per_layer_input": SIZES["vocab_size"]},
+    "gemma4_text": {
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+    },
+    "gemma4_unified_text": {"global_head_dim": 16},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": LAYERS, "window_size": 5},
