@@ -1,4 +1,9 @@
-"""Run by torchrun from test_distributed.py: trains stock and shared in the same processes and compares the weights."""
+"""Run by torchrun from test_distributed.py: trains stock and shared in the same processes and compares the weights.
+
+    python -m tests.integrations.trl.distributed_training TEXT_MODEL IMAGE_MODEL MODE...
+
+All modes run in the same processes, since each process takes seconds to import TRL.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import Qwen3ForCausalLM
 from trl import GRPOTrainer
@@ -19,6 +25,7 @@ from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer
 from tests.integrations.trl import vision
 from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
 
+MODE, EQUAL = "## mode: ", "both ranks have learned the stock weights"  # before and after what a mode writes to stderr
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 REUSE: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 6}
 
@@ -61,13 +68,13 @@ def masking_rank_1(base: type) -> Any:
 
 def nothing_to_score(path: str) -> None:
     """Rank 1 forwards one token where rank 0 forwards its rows, and DDP waits for every parameter on both."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
     settings = {**SETTINGS, "beta": 0.04, "max_steps": 3, "ddp_find_unused_parameters": False}
-    trained = {
-        shared: train(path, shared=shared, trainer_class=masking_rank_1(base), **settings)
-        for shared, base in ((False, GRPOTrainer), (True, PrefixGrouperGRPOTrainer))
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
+        trained = {
+            shared: train(path, shared=shared, trainer_class=masking_rank_1(base), **settings)
+            for shared, base in ((False, GRPOTrainer), (True, PrefixGrouperGRPOTrainer))
+        }
     (stock, stock_trainer), (shared, trainer) = trained[False], trained[True]
     assert largest_difference(stock, shared) <= 1e-12
     assert logged(trainer, "entropy") == pytest.approx(logged(stock_trainer, "entropy"), abs=1e-12)
@@ -113,18 +120,10 @@ def compares_the_first_batch_on_both_ranks(path: str) -> None:
         assert len(compared) == (iterations if trainer.accelerator.is_main_process else 0), said
         assert trainer.gate.reason is None and trainer.sharing.packed > 0
     logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
 
-def main() -> None:
-    faulthandler.dump_traceback_later(300, exit=True)  # a rank that waits for the other one
-    path, mode = sys.argv[1], sys.argv[2]
-    use_float64_head(pytest.MonkeyPatch())
-    if mode == "one process":
-        nothing_to_score(path)
-        falls_back_on_rank_1(path)
-        compares_the_first_batch_on_both_ranks(path)
-        print(f"rank {os.environ['RANK']} equal")
-        return
+def both_train(path: str, mode: str) -> None:
     settings = images() if mode == "images" else text(mode)
     stock, _ = train(path, shared=False, **settings)
     shared, trainer = train(path, shared=True, **settings)
@@ -136,7 +135,30 @@ def main() -> None:
     difference = largest_difference(stock, shared)
     assert difference <= (1e-6 if mode == "images" else 1e-12), difference  # rotary angles are computed in float32
     assert not trainer.sharing.fallbacks, trainer.sharing.fallbacks
-    print(f"rank {os.environ['RANK']} equal, {difference:.0e}")
+
+
+def say(text: str) -> None:
+    """Once, to stderr, after all that both processes wrote before and before all that they write from now on."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+    dist.barrier()
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(300, repeat=True)  # where a rank waits for the other one; gloo ends that
+    path, path_with_images, *modes = sys.argv[1:]
+    use_float64_head(pytest.MonkeyPatch())
+    PartialState()  # starts the group
+    for mode in modes:
+        say(f"{MODE}{mode}")
+        if mode == "one process":
+            nothing_to_score(path)
+            falls_back_on_rank_1(path)
+            compares_the_first_batch_on_both_ranks(path)
+        else:
+            both_train(path_with_images if mode == "images" else path, mode)
+        say(EQUAL)
 
 
 if __name__ == "__main__":

@@ -6,33 +6,38 @@ import pytest
 
 from tests import tiny
 from tests.integrations.trl import vision
+from tests.integrations.trl.distributed_training import EQUAL, MODE
 from tests.integrations.trl.training import run_python
 
+pytestmark = pytest.mark.slow
 
-def run(folder, path, mode):
-    """The errors' text of two processes that train both and compare."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_python(folder, *command, "-m", "tests.integrations.trl.distributed_training", path, mode)
-    assert "rank 0 equal" in done.stdout
-    assert "rank 1 equal" in done.stdout
-    return done.stderr
+OF_TEXT = ["full", "checkpointing", "groups over several micro-batches"]
+MODES = [*OF_TEXT, "one process", "images"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["full", "checkpointing", "groups over several micro-batches"])
-def test_two_processes_learn_the_stock_weights(tmp_path, mode):
-    run(tmp_path, tiny.saved_model(tmp_path / "model", "qwen3"), mode)
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """What two processes that train in every mode, and compare, have written to stderr in each mode."""
+    folder = tmp_path_factory.mktemp("distributed")
+    models = tiny.saved_model(folder / "text", "qwen3"), vision.saved_model(folder / "images", "qwen2_5_vl")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run_python(folder, *torchrun, "-m", "tests.integrations.trl.distributed_training", *models, *MODES)
+    parts = dict(part.split("\n", 1) for part in done.stderr.split(MODE)[1:])
+    assert list(parts) == MODES and all(f"{EQUAL}\n" in part for part in parts.values())
+    return parts
 
 
-@pytest.mark.slow
-def test_what_one_process_does_alone_keeps_the_other_in_step_and_reaches_the_log(tmp_path):
-    errors = run(tmp_path, tiny.saved_model(tmp_path / "model", "qwen3"), "one process")
-    assert errors.count("forwards of another process run without sharing: rank 1 cannot") == 1
-    assert errors.count("prefix grouper is on for") == 2, "one line for each of two trainings, not for each process"
+@pytest.mark.parametrize("mode", OF_TEXT)
+def test_two_processes_learn_the_stock_weights(errors, mode):
+    assert errors[mode].count("prefix grouper is on for") == 1
 
 
-@pytest.mark.slow
-def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(tmp_path):
+def test_what_one_process_does_alone_keeps_the_other_in_step_and_reaches_the_log(errors):
+    said = errors["one process"]
+    assert said.count("forwards of another process run without sharing: rank 1 cannot") == 1
+    assert said.count("prefix grouper is on for") == 2, "one line for each of two trainings, not for each process"
+
+
+def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(errors):
     """DDP would stop: "Expected to have finished reduction in the prior iteration"."""
-    errors = run(tmp_path, vision.saved_model(tmp_path / "model", "qwen2_5_vl"), "images")
-    assert errors.count("so it gets a dummy image, which changes no result") == 1
+    assert errors["images"].count("so it gets a dummy image, which changes no result") == 1

@@ -62,8 +62,6 @@ def _compare(monkeypatch, path, geometry, loss, lora, checkpointing, **more):
     shared, shared_trainer = train(path, shared=True, **settings)
     assert logged(shared_trainer, "reward") == logged(stock_trainer, "reward")
     assert largest_difference(stock, shared) <= 1e-12
-    initial = dict(make_trainer(path, shared=False, **settings).model.named_parameters())
-    assert any((stock[name] != initial[name]).any() for name in stock), "nothing was trained"
     return stock_trainer, shared_trainer
 
 

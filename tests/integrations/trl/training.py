@@ -90,9 +90,17 @@ def make_trainer(
 def train(path: str, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """Trained weights by name, and the trainer."""
     trainer = make_trainer(path, **options)
+    initial = trained_weights(trainer)
     torch.manual_seed(5)
     trainer.train()
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}, trainer
+    trained = trained_weights(trainer)
+    assert largest_difference(initial, trained) > 0, "nothing was trained"
+    return trained, trainer
+
+
+def trained_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """A copy of those that require a gradient, by name."""
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def run_python(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
