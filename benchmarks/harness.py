@@ -30,7 +30,12 @@ def use(device: str) -> None:
 
 
 def write_csv(
-    path: Path, rows: Iterable[Mapping[str, Any]], device: str, note: str = "", command: str | None = None
+    path: Path,
+    rows: Iterable[Mapping[str, Any]],
+    device: str,
+    note: str = "",
+    command: str | None = None,
+    quiet: bool = False,
 ) -> None:
     """Write ``rows``, headed by lines with the command, the machine, the versions, the date and how to read them."""
     rows = list(rows)
@@ -38,12 +43,15 @@ def write_csv(
         {"note": note} if note else {}
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    part = path.with_name(path.name + ".part")  # a process that ends in between leaves the file of before
+    with part.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"wrote {path}", flush=True)
+    part.replace(path)
+    if not quiet:
+        print(f"wrote {path}", flush=True)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

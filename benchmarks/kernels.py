@@ -32,6 +32,8 @@ CASES = {
     "one group": PrefixLayout.from_groups([40], [[10] * 8]),
     "four groups": PrefixLayout.from_groups([40] * 4, [[10] * 8] * 4),
     "a part of a group, its prompt given": PrefixLayout.from_groups([40], [[10] * 8]).given(39),
+    "a short prompt, its keys gathered": PrefixLayout.from_groups([8], [[30] * 8]),
+    "one response, its prompt given": PrefixLayout.from_groups([40], [[10]]).given(39),
     "rows that share nothing": PrefixLayout.from_groups([1], [[10] * 8]),
 }
 # Operators that return a view or memory that nobody has written to.
@@ -57,16 +59,17 @@ class Kernels(TorchDispatchMode):
 def count(layout: PrefixLayout) -> tuple[Counter[str], Counter[str], int]:
     """Kernels of the forward and of the backward by name, and entries of length 0 in all calls."""
     forest = forest_of(layout.segments, layout.num_given)
-    calls = cuda.varlen_calls(forest, torch.device("cpu"))
     q, k, v = (
         torch.randn(tokens, heads, 16, dtype=torch.bfloat16)
         for tokens, heads in ((forest.num_queries, 4), (forest.num_tokens, 2), (forest.num_tokens, 2))
     )
     forward, backward = Kernels(), Kernels()
     kernels = forward
+    lengths: list[Tensor] = []
 
-    def flash_forward(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
+    def flash_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
         kernels.counts["flash forward"] += 1
+        lengths.extend(rest[:2])
         return torch.empty_like(query), torch.empty(query.shape[1], query.shape[0]), query, query, query
 
     def flash_backward(do: Tensor, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -76,21 +79,25 @@ def count(layout: PrefixLayout) -> tuple[Counter[str], Counter[str], int]:
     def fused(name: str) -> Any:
         return mock.Mock(side_effect=lambda *arguments: kernels.counts.update([name]))
 
-    triton = mock.Mock(merge=fused("merge"), accumulate=fused("add"))
-    with mock.patch.object(merge, "_fused", return_value=triton):
+    triton = mock.Mock(merge=fused("merge"), accumulate=fused("add"), sum_copies=fused("sum of copies"))
+    with (
+        mock.patch.object(merge, "_fused", return_value=triton),
+        mock.patch.object(cuda, "flash_ops", return_value=(flash_forward, flash_backward)),
+    ):
+        cuda.forward(q, k, v, forest, 0.1)  # makes the tables, once for all layers
+        kernels.counts.clear()
+        lengths.clear()
         with forward:
-            out, lse = cuda.varlen_forward(flash_forward, q, k, v, calls, 0.1)
+            out, lse = cuda.forward(q, k, v, forest, 0.1)
             out = out.to(q.dtype)
         kernels = backward
         with backward:
-            for grad, x in zip(
-                cuda.varlen_backward(flash_backward, q, q, k, v, out, lse, calls, 0.1), (q, k, v), strict=True
-            ):
+            for grad, x in zip(cuda.backward(q, q, k, v, out, lse, forest, 0.1), (q, k, v), strict=True):
                 grad.to(x.dtype)
-    lengths = [cu.diff() for call in calls for cu in (call.cu_q, call.cu_k)]
     for kernel_counts in (forward.counts, backward.counts):
-        kernel_counts.pop("aten.empty_like", None)
-    return forward.counts, backward.counts, sum(int((x == 0).sum()) for x in lengths)
+        for name in ("aten.empty_like", "aten.split"):
+            kernel_counts.pop(name, None)
+    return forward.counts, backward.counts, sum(int((cu.diff() == 0).sum()) for cu in lengths)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -38,8 +38,8 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Attention over a packed forest of rows: query ``q`` sees key ``k`` iff ``k <= q < layout.subtree_end[k]``.
 
-    Every row of the forest gets what causal attention over the row alone would give it, and shared keys and values are
-    read in place, never copied. Differentiable once in query, key, value and sinks.
+    Every row of the forest gets what causal attention over the row alone would give it. Shared keys and values are read in
+    place; only the flash kernels on CUDA get copies of those of short prefixes, which is faster there. Differentiable once in query, key, value and sinks.
 
     Args:
         query (`Tensor[Q, H, D]`): packed queries, positions (rotary or other) already applied. ``Q == T``, but for a

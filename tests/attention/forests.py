@@ -169,6 +169,14 @@ def _heads(x: Tensor, start: int, end: int) -> Tensor:
     return x[start:end].transpose(0, 1).unsqueeze(0)
 
 
+def _visibility(is_causal: bool, like: Tensor, queries: int, keys: int) -> dict[str, Any]:
+    """Causal as the CUDA kernels have it: the last query sees the last key. The CPU kernel aligns the first ones."""
+    if not is_causal or queries == keys:
+        return {"is_causal": is_causal}
+    hidden = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).logical_not()
+    return {"is_causal": False, "attn_mask": like.new_zeros(queries, keys).masked_fill(hidden, -torch.inf)}
+
+
 def emulated_flash_forward(
     query: Tensor,
     key: Tensor,
@@ -190,10 +198,9 @@ def emulated_flash_forward(
     out = torch.full_like(query, gap_out)
     lse = query.new_full((query.shape[1], query.shape[0]), gap_lse)
     for q0, q1, k0, k1 in _entries(cum_seq_q, cum_seq_k, max_q, max_k):
-        assert not is_causal or q1 - q0 == k1 - k0, "causal alignment differs between kernels unless lengths agree"
         if q1 > q0 and k1 > k0:
             tensors = (_heads(query, q0, q1), _heads(key, k0, k1), _heads(value, k0, k1))
-            o, l_ = CPU_FORWARD(*tensors, 0.0, is_causal, scale=scale)
+            o, l_ = CPU_FORWARD(*tensors, 0.0, **_visibility(is_causal, query, q1 - q0, k1 - k0), scale=scale)
             out[q0:q1], lse[:, q0:q1] = o[0].transpose(0, 1), l_[0]
     empty = torch.empty(0)
     return out, lse, empty, empty, empty
@@ -224,7 +231,8 @@ def emulated_flash_backward(
         if q1 > q0 and k1 > k0:
             do, q, o = (_heads(x, q0, q1) for x in (grad_out, query, out))
             k, v = (_heads(x, k0, k1) for x in (key, value))
-            parts = CPU_BACKWARD(do, q, k, v, o, logsumexp[None, :, q0:q1], 0.0, is_causal, scale=scale)
+            seen = _visibility(is_causal, query, q1 - q0, k1 - k0)
+            parts = CPU_BACKWARD(do, q, k, v, o, logsumexp[None, :, q0:q1], 0.0, **seen, scale=scale)
             for grad, part, rows in zip(grads, parts, (slice(q0, q1), slice(k0, k1), slice(k0, k1)), strict=True):
                 grad[rows] = part[0].transpose(0, 1)
     return grads

@@ -31,6 +31,8 @@ def kernels() -> Any:
         ("one group", 3, 14, 0),  # two flash calls and a merge; two backwards, the level's lse, three additions
         ("four groups", 3, 14, 6),
         ("a part of a group, its prompt given", 3, 17, 0),  # and dk, dv of all keys: made, and filled in part
+        ("a short prompt, its keys gathered", 3, 9, 0),  # K and V gathered, and their gradients' copies summed
+        ("one response, its prompt given", 1, 5, 0),
         ("rows that share nothing", 1, 5, 0),
     ],
 )

@@ -1,5 +1,7 @@
 """The path of `merged_lse` on CUDA: one causal varlen call for all segments, and one for each inner level of the tree.
 
+Forests whose prefixes are short take one call over gathered keys instead (`gathered`).
+
 The calls get slices of the packed row, so nothing is gathered or copied. A level that has several inner segments has
 tokens between them that it does not touch; *gap* entries in the cumulative lengths (queries without keys, keys without
 queries) step over them. What a kernel writes into gaps is never used: FA2 and FA3 disagree about it. One group has no
@@ -20,6 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefix_grouper_plugins.attention.backends.merged_lse.gathered import (
+    gathered_backward,
+    gathered_call,
+    gathered_forward,
+    gathers,
+)
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import add, merge
 from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import Rectangle, rectangles
 from prefix_grouper_plugins.attention.device import accumulation_dtype, stream_of, upload
@@ -62,19 +70,29 @@ class VarlenCall(NamedTuple):
     keys: Rows
 
 
+def flash_ops() -> tuple[FlashOp, FlashOp]:
+    """The flash forward and backward of torch."""
+    return torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
-    """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward`."""
-    op = torch.ops.aten._flash_attention_forward.default
-    return varlen_forward(op, q, k, v, varlen_calls(forest, q.device, stream_of(q.device)), scale)
+    """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward` and `gathered_forward`."""
+    op, where = flash_ops()[0], (q.device, stream_of(q.device))
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    if gathers(forest, q.shape[1], k.shape[1]):
+        return gathered_forward(op, q, k, v, gathered_call(forest, *where), scale)
+    return varlen_forward(op, q, k, v, varlen_calls(forest, *where), scale)
 
 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, forest: Forest, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, see `varlen_backward`."""
-    op = torch.ops.aten._flash_attention_backward.default
-    calls = varlen_calls(forest, q.device, stream_of(q.device))
-    return varlen_backward(op, do, q, k, v, out, lse, calls, scale)
+    """Gradients of q, k and v, see `varlen_backward` and `gathered_backward`."""
+    op, where = flash_ops()[1], (q.device, stream_of(q.device))
+    tensors = tuple(_aligned(x) for x in (do, q, k, v, out))
+    if gathers(forest, q.shape[1], k.shape[1]):
+        return gathered_backward(op, *tensors, lse, gathered_call(forest, *where), scale)
+    return varlen_backward(op, *tensors, lse, varlen_calls(forest, *where), scale)
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)

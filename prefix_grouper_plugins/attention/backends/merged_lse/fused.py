@@ -1,4 +1,4 @@
-"""Triton kernels for `merged_lse`: merging partial outputs, and adding partial gradients, in one pass over memory each.
+"""Triton kernels for `merged_lse`: merging partial outputs, adding partial gradients, summing those of copies, in one pass each.
 
 Torch makes each of them out of several kernels with float32 copies between them; these read what a flash kernel wrote, in
 its dtype, compute in float32, and update the sums in place. Rows in gaps are left alone, whatever a kernel wrote there.
@@ -17,6 +17,8 @@ from prefix_grouper_plugins.attention.triton_tiles import load_tile, store_tile
 
 # Rows of a program.
 ROWS = tl.constexpr(32)
+# Elements of a row that a program of `sum_copies` adds up.
+COLUMNS = 1024
 
 
 def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, gaps: Tensor | None) -> None:
@@ -44,6 +46,21 @@ def accumulate(total: Tensor, partial: Tensor, gaps: Tensor | None) -> None:
         _accumulate_kernel[(triton.cdiv(rows, ROWS.value), heads)](
             total, partial, total if gaps is None else gaps.view(torch.uint8), *total.stride()[:2], *partial.stride()[:2], rows,
             DIM=dim, PADDED=triton.next_power_of_2(dim), GAPS=gaps is not None,
+        )  # fmt: skip
+
+
+def sum_copies(grad: Tensor, copies: Tensor, first_copy: Tensor, total: Tensor) -> None:
+    """Write the sum over its copies of each key's gradient, in the order of ``copies``.
+
+    Args:
+        grad: ``[C, H, D]``, contiguous; copies: ``IntTensor[C]``, its rows by key; first_copy: ``IntTensor[T + 1]``.
+        total: ``[T, H, D]``, contiguous.
+    """
+    width = total.shape[1] * total.shape[2]
+    block = min(COLUMNS, triton.next_power_of_2(width))
+    with torch.cuda.device_of(total):
+        _sum_copies_kernel[(len(total), triton.cdiv(width, block))](
+            grad, copies, first_copy, total, width, COLUMNS=block
         )  # fmt: skip
 
 
@@ -92,3 +109,15 @@ def _accumulate_kernel(
         in_gap = tl.load(gaps_pointer + rows, mask=rows < num_rows, other=1) != 0
         partial = tl.where(in_gap[:, None], 0.0, partial)
     store_tile(total_pointer, total + partial, first, num_rows, total_stride, ROWS, DIM, PADDED)
+
+
+@triton.jit
+def _sum_copies_kernel(grad_pointer, copies_pointer, first_pointer, total_pointer, width, COLUMNS: tl.constexpr):
+    key = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < width
+    total = tl.zeros([COLUMNS], tl.float32)
+    for place in range(tl.load(first_pointer + key), tl.load(first_pointer + key + 1)):
+        row = tl.load(copies_pointer + place).to(tl.int64)
+        total += tl.load(grad_pointer + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(total_pointer + key * width + columns, total.to(total_pointer.dtype.element_ty), mask=inside)

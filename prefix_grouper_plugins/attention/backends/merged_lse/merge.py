@@ -1,6 +1,6 @@
-"""Merging partial outputs by their log-sum-exp, and adding partial gradients, in place.
+"""Merging partial outputs by their log-sum-exp, adding partial gradients in place, and summing those of copies.
 
-Both compute in float32, or float64 for float64, whatever they read and write. With Triton each is one kernel.
+All compute in float32, or float64 for float64, whatever they read and write. With Triton each is one kernel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_grouper_plugins.attention.device import interpreted, why_not_triton
+from prefix_grouper_plugins.attention.device import accumulation_dtype, interpreted, why_not_triton
 
 
 def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, gaps: Tensor | None = None) -> None:
@@ -48,6 +48,28 @@ def add(total: Tensor, partial: Tensor, gaps: Tensor | None = None) -> None:
         fused.accumulate(total, partial, gaps)
     else:
         total += partial if gaps is None else partial.masked_fill(gaps[:, None, None], 0.0)
+
+
+def sum_copies(grad: Tensor, index: Tensor, copies: Tensor, first_copy: Tensor) -> Tensor:
+    """Gradient of each key, from those of its copies.
+
+    Args:
+        grad: ``[C, H_kv, D]``, of the copies.
+        index: ``IntTensor[C]``, the key behind each copy.
+        copies: ``IntTensor[C]``, rows of ``grad`` ordered by key; first_copy: ``IntTensor[T + 1]``, where those of each key
+            begin in it.
+
+    Returns:
+        ``[T, H_kv, D]`` in the dtype of ``grad``; zero for keys without copies.
+    """
+    shape = (len(first_copy) - 1, *grad.shape[1:])
+    fused = _fused(grad, grad)
+    if fused is not None:
+        total = grad.new_empty(shape)
+        fused.sum_copies(grad.contiguous(), copies, first_copy, total)
+        return total
+    sums = grad.new_zeros(shape, dtype=accumulation_dtype(grad.dtype))
+    return sums.index_add_(0, index, grad.to(sums.dtype)).to(grad.dtype)
 
 
 def _fused(x: Tensor, sums: Tensor) -> Any:

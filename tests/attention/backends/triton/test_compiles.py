@@ -29,6 +29,7 @@ SCALARS |= dict.fromkeys(("num_tokens", "num_rows", "num_given", "group", "windo
 # Pointers to something else than the elements of query, key and value.
 POINTERS = dict.fromkeys(("ends_pointer", "depth_pointer", "rows_pointer", "spans_pointer"), "*i32")
 POINTERS |= dict.fromkeys(("lse_pointer", "delta_pointer", "partial_lse_pointer"), "*fp32")
+POINTERS |= dict.fromkeys(("copies_pointer", "first_pointer"), "*i32")
 POINTERS |= dict.fromkeys(("dk_slots_pointer", "dv_slots_pointer", "slots_pointer", "total_pointer"), "*fp32")
 POINTERS["gaps_pointer"] = "*u8"
 
@@ -162,5 +163,6 @@ def test_the_kernels_that_only_add_compile_and_do_not_spill(arch: int) -> None:
         (triton_backward.add_slots_kernel, {**sizes, "TABLE_BLOCK": TABLE_BLOCK, "BLOCK_M": 64}),
         (triton_merge._merge_kernel, {**sizes, "GAPS": True}),
         (triton_merge._accumulate_kernel, {**sizes, "GAPS": True}),
+        (triton_merge._sum_copies_kernel, {"COLUMNS": 1024}),
     ):
         assert stack_bytes(compiled(kernel, arch, "bf16", constants).asm["cubin"]) == 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
 from prefix_grouper_plugins.attention import device as attention_device
 from prefix_grouper_plugins.attention.backends import triton as triton_backend
-from prefix_grouper_plugins.attention.backends.merged_lse import cuda, merge
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda, gathered, merge
 from prefix_grouper_plugins.attention.backends.triton import configs as triton_configs
 from prefix_grouper_plugins.attention.backends.triton import tables as triton_tables
 from prefix_grouper_plugins.attention.request import Request
@@ -227,6 +227,22 @@ def varlen_driver_equals_dense() -> None:
 @needs_interpreter
 def test_the_varlen_driver_with_fused_merges_equals_dense(interpreted: Call) -> None:
     interpreted(varlen_driver_equals_dense)
+
+
+def sum_of_copies_equals_torch() -> None:
+    """With a key that has no copies, and rows wider than a program."""
+    layout = layout_of([(9, [(3, []), (40, [(2, []), (5, [])])]), (7, [(2, []), (8, [])])])
+    for num_given in (0, 9):
+        call = gathered.gathered_call(forest_of(layout.segments, num_given), torch.device("cpu"))
+        grad = torch.randn(len(call.index), 3, 400)
+        assert merge._fused(grad, grad) is triton_merge()
+        expected = torch.zeros(layout.num_tokens, 3, 400).index_add_(0, call.index, grad)
+        torch.testing.assert_close(merge.sum_copies(grad, call.index, call.copies, call.first_copy), expected)
+
+
+@needs_interpreter
+def test_the_fused_sum_of_copies_equals_torch(interpreted: Call) -> None:
+    interpreted(sum_of_copies_equals_torch)
 
 
 @pytest.mark.parametrize(
