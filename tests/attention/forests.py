@@ -165,8 +165,9 @@ def _entries(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> list[tuple[i
     return list(zip(q, q[1:], k, k[1:], strict=False))
 
 
-def _heads(x: Tensor, start: int, end: int) -> Tensor:
-    return x[start:end].transpose(0, 1).unsqueeze(0)
+def _heads(x: Tensor, start: int, end: int, repeats: int = 1) -> Tensor:
+    """``[1, H, N, D]``, each head ``repeats`` times: the CPU kernel of torch 2.8 reads past keys of fewer heads."""
+    return x[start:end].repeat_interleave(repeats, 1).transpose(0, 1).unsqueeze(0)
 
 
 def _visibility(is_causal: bool, like: Tensor, queries: int, keys: int) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def emulated_flash_forward(
     lse = query.new_full((query.shape[1], query.shape[0]), gap_lse)
     for q0, q1, k0, k1 in _entries(cum_seq_q, cum_seq_k, max_q, max_k):
         if q1 > q0 and k1 > k0:
-            tensors = (_heads(query, q0, q1), _heads(key, k0, k1), _heads(value, k0, k1))
+            tensors = (_heads(query, q0, q1), *(_heads(x, k0, k1, query.shape[1] // x.shape[1]) for x in (key, value)))
             o, l_ = CPU_FORWARD(*tensors, 0.0, **_visibility(is_causal, query, q1 - q0, k1 - k0), scale=scale)
             out[q0:q1], lse[:, q0:q1] = o[0].transpose(0, 1), l_[0]
     empty = torch.empty(0)
@@ -230,11 +231,11 @@ def emulated_flash_backward(
     for q0, q1, k0, k1 in _entries(cum_seq_q, cum_seq_k, max_q, max_k):
         if q1 > q0 and k1 > k0:
             do, q, o = (_heads(x, q0, q1) for x in (grad_out, query, out))
-            k, v = (_heads(x, k0, k1) for x in (key, value))
+            k, v = (_heads(x, k0, k1, query.shape[1] // x.shape[1]) for x in (key, value))
             seen = _visibility(is_causal, query, q1 - q0, k1 - k0)
             parts = CPU_BACKWARD(do, q, k, v, o, logsumexp[None, :, q0:q1], 0.0, **seen, scale=scale)
             for grad, part, rows in zip(grads, parts, (slice(q0, q1), slice(k0, k1), slice(k0, k1)), strict=True):
-                grad[rows] = part[0].transpose(0, 1)
+                grad[rows] = part[0].transpose(0, 1).unflatten(1, (grad.shape[1], -1)).sum(2)
     return grads
 
 

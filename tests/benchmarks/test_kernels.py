@@ -39,3 +39,18 @@ def kernels() -> Any:
 def test_kernels_of_a_layer_are_counted(kernels: Any, case: str, forward: int, backward: int, empty: int) -> None:
     of_forward, of_backward, entries = kernels.count(kernels.CASES[case])
     assert (of_forward.total(), of_backward.total(), entries) == (forward, backward, empty)
+
+
+def test_the_roofline_in_the_docs_is_the_one_that_the_script_makes(tmp_path: Path) -> None:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import roofline
+
+        page = Path(__file__).parents[2] / "docs" / "cuda.md"
+        copy = tmp_path / "cuda.md"
+        copy.write_text(page.read_text())
+        roofline.main(["--page", str(copy), "--output", str(tmp_path / "roofline.csv")])
+    finally:
+        sys.path.remove(str(FOLDER))
+    assert copy.read_text() == page.read_text()
+    assert "| 8192, 1024, 8 | merged |" in page.read_text()

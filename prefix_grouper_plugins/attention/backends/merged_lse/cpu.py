@@ -64,6 +64,26 @@ def plan(forest: Forest, longest: int) -> _Plan:
     return _Plan(tuple(triangles), tuple(sorted(below + between, key=lambda call: (call.k0, -call.q1))))
 
 
+@lru_cache
+def kernel_groups_heads() -> bool:
+    """Whether torch's CPU flash kernel knows that query heads may share key heads. That of torch 2.8 does not.
+
+    It reads past the keys instead, without an error, so it is asked with keys behind which others lie.
+    """
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    query = torch.zeros(1, 2, 1, 8)
+    other = torch.tensor([1.0, 2.0])[None, :, None, None].expand(1, 2, 1, 8).contiguous()
+    out, _ = op(query, other[:, :1], other[:, :1], 0.0, False)  # one key: its value is the output
+    return bool((out == 1.0).all())
+
+
+def _for_each_head(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values for ``heads`` query heads, repeated where the kernel does not share them."""
+    if k.shape[1] == heads or kernel_groups_heads():
+        return k, v
+    return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // v.shape[1], 1)
+
+
 def _heads(x: Tensor, start: int, end: int) -> Tensor:
     """``[N, H, D]`` to a view ``[1, H, end - start, D]``."""
     return x[start:end].transpose(0, 1).unsqueeze(0)
@@ -73,6 +93,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tu
     """``out [Q, H, D]`` and ``lse [H, Q]`` in float32 or float64, of ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D]``."""
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     acc, given = accumulation_dtype(q.dtype), forest.num_given
+    k, v = _for_each_head(k, v, q.shape[1])
     out = torch.empty(q.shape, dtype=acc)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=acc)
     steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
@@ -99,7 +120,8 @@ def backward(
         q, k, v, forest, scale: as in `forward`.
     """
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    given = forest.num_given
+    given, kv_heads = forest.num_given, k.shape[1]
+    k, v = _for_each_head(k, v, q.shape[1])
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v))
     dk[:given], dv[:given] = 0, 0  # the only rows without a triangle
     steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
@@ -117,4 +139,6 @@ def backward(
         grads = op(do_, q_, _heads(k, k0, k1), _heads(v, k0, k1), out_, lse[None, :, rows], 0.0, False, scale=scale)
         for total, grad, at in zip((dq, dk, dv), grads, (rows, slice(k0, k1), slice(k0, k1)), strict=True):
             total[at] += grad[0].transpose(0, 1)
+    if k.shape[1] != kv_heads:  # repeated
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv

@@ -96,9 +96,14 @@ def traffic(forest: Forest) -> Traffic:
 
 
 def gathers(forest: Forest, heads: int, kv_heads: int) -> bool:
-    """Whether gathering keys moves fewer bytes than merging partial outputs; False where nothing is shared."""
+    """Whether gathering keys moves fewer bytes than merging partial outputs, in tensors of at most twice as many keys.
+
+    False where nothing is shared.
+    """
     counts = traffic(forest)
-    return bool(counts.reached) and counts.gathered_bytes(heads, kv_heads) < counts.merged_bytes(heads, kv_heads)
+    if not counts.reached or counts.copied > counts.tokens:
+        return False
+    return counts.gathered_bytes(heads, kv_heads) < counts.merged_bytes(heads, kv_heads)
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)

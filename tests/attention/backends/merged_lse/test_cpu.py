@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_grouper_plugins import forest as plan
+from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.attention.backends.merged_lse import cpu
 from prefix_grouper_plugins.layout import PrefixLayout
@@ -55,3 +57,35 @@ def test_a_triangle_is_halved_where_the_kernel_has_its_blocks() -> None:
     triangles, rectangles = cpu.plan(plan.forest_of(layout.segments), 128)
     assert [t.end - t.start for t in triangles[:5]] == [63, 128, 128, 128, 116]
     assert rectangles[:2] == ((63, 63 + 8 * 500, 0, 63), (63 + 256, 63 + 500, 63, 63 + 256))
+
+
+@pytest.mark.parametrize("num_given", [0, 29])
+def test_heads_are_repeated_for_a_kernel_that_does_not_group_them(
+    num_given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch 2.8 reads past the keys there, without an error; `make test-versions` runs the other tests on it."""
+    layout = PrefixLayout.from_groups([30], [[20, 15]])
+    layout.num_given = num_given
+    query, *keys = inputs(layout, Features(heads=6, kv_heads=2))
+    tensors = [query.detach()[num_given:].requires_grad_(), *keys]
+    expected = output_and_gradients(
+        lambda q, k, v, s: shared_prefix_attention(q, k, v, layout, backend="dense"), tensors
+    )
+    shapes: list[int] = []
+    real = cpu._heads
+    monkeypatch.setattr(cpu, "kernel_groups_heads", lambda: False)
+    monkeypatch.setattr(cpu, "_heads", lambda x, *rows: (shapes.append(x.shape[1]), real(x, *rows))[1])
+    actual = output_and_gradients(
+        lambda q, k, v, s: shared_prefix_attention(q, k, v, layout, backend="merged_lse"), tensors
+    )
+    assert set(shapes) == {6}
+    assert_all_close(actual, expected)
+
+
+def test_whether_the_kernel_groups_heads_is_found_by_asking_it() -> None:
+    query, keys = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
+    if cpu.kernel_groups_heads():
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        out, _ = op(query, keys, keys, 0.0, False)
+        repeated = keys.repeat_interleave(2, 1)
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated))
