@@ -88,7 +88,9 @@ def run_all(
             failed += not _run(work, table, log, min(left, work.seconds))
     statuses = [row["status"] for row in table.rows]
     left_out = sum(status.startswith("left out") for status in statuses)
-    print(f"{statuses.count(OK)} rows, {left_out} left out, {failed} of {len(works)} cases failed: {output}", flush=True)
+    print(
+        f"{statuses.count(OK)} rows, {left_out} left out, {failed} of {len(works)} cases failed: {output}", flush=True
+    )
     return failed
 
 
@@ -129,7 +131,9 @@ def _run(work: Work, table: Table, log: TextIO, seconds: float) -> bool:
     code = process.wait()
     timer.cancel()
     if stopped.is_set():
-        table.add({"case": work.name, "status": f"failed: stopped after {seconds:.0f} s; the last line was: {last[:200]}"})
+        table.add(
+            {"case": work.name, "status": f"failed: stopped after {seconds:.0f} s; the last line was: {last[:200]}"}
+        )
     elif code:
         table.add({"case": work.name, "status": f"failed: exit status {code}: {last[:300]}"})
     _say(log, f"    {time.monotonic() - started:.1f} s")

@@ -104,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(arguments)
     rows = [row_of(*case) for case in CASES]
-    write_csv(args.output, rows, "cpu", "a model of one layer, 28:4 heads of 128, bfloat16, on an H100; not run on a GPU")
+    write_csv(
+        args.output, rows, "cpu", "a model of one layer, 28:4 heads of 128, bfloat16, on an H100; not run on a GPU"
+    )
     text = table(rows)
     print(text)
     page = args.page.read_text(encoding="utf-8")

@@ -72,11 +72,17 @@ def test_the_gathered_call_gives_the_dense_output_and_gradients(case: tuple[Pref
 
 @pytest.mark.parametrize(
     ("prompt", "response", "group", "expected"),
-    [(500, 512, 8, True), (700, 512, 8, False), (8192, 1024, 8, False), (16384, 1024, 16, False), (1024, 256, 8, False), (256, 512, 8, True), (64, 512, 8, True)],
+    [
+        (500, 512, 8, True),
+        (700, 512, 8, False),
+        (8192, 1024, 8, False),
+        (16384, 1024, 16, False),
+        (1024, 256, 8, False),
+        (256, 512, 8, True),
+        (64, 512, 8, True),
+    ],
 )
-def test_keys_are_gathered_where_that_moves_fewer_bytes(
-    prompt: int, response: int, group: int, expected: bool
-) -> None:
+def test_keys_are_gathered_where_that_moves_fewer_bytes(prompt: int, response: int, group: int, expected: bool) -> None:
     layout = PrefixLayout.from_groups([prompt], [[response] * group])
     assert gathered.gathers(forest_of(layout.segments), 28, 4) is expected
 
