@@ -78,9 +78,8 @@ def flash_ops() -> tuple[FlashOp, FlashOp]:
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
     """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward` and `gathered_forward`."""
     op, where = flash_ops()[0], (q.device, stream_of(q.device))
-    q, k, v = (_aligned(x) for x in (q, k, v))
     if gathers(forest, q.shape[1], k.shape[1]):
-        return gathered_forward(op, q, k, v, gathered_call(forest, *where), scale)
+        return gathered_forward(op, _aligned(q), _aligned(k), _aligned(v), gathered_call(forest, *where), scale)
     return varlen_forward(op, q, k, v, varlen_calls(forest, *where), scale)
 
 
@@ -89,10 +88,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, see `varlen_backward` and `gathered_backward`."""
     op, where = flash_ops()[1], (q.device, stream_of(q.device))
-    tensors = tuple(_aligned(x) for x in (do, q, k, v, out))
     if gathers(forest, q.shape[1], k.shape[1]):
-        return gathered_backward(op, *tensors, lse, gathered_call(forest, *where), scale)
-    return varlen_backward(op, *tensors, lse, varlen_calls(forest, *where), scale)
+        do, q, k, v, out = (_aligned(x) for x in (do, q, k, v, out))
+        return gathered_backward(op, do, q, k, v, out, lse, gathered_call(forest, *where), scale)
+    return varlen_backward(op, do, q, k, v, out, lse, varlen_calls(forest, *where), scale)
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)

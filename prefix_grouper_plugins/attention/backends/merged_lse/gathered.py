@@ -28,7 +28,7 @@ class GatheredCall(NamedTuple):
         cu_q, cu_k: ``IntTensor[B + 1]``, cumulative query and key lengths of the segments that have queries.
         max_q, max_k: the longest entry; ``max_q`` is at least 2, for FA2 takes 1 to mean decoding.
         in_place: whether the gathered keys are the keys as they lie; the tables below are then not used.
-        index: ``IntTensor[C]``, the key behind each gathered one.
+        key_of: ``IntTensor[C]``, the key behind each gathered one.
         copies: ``IntTensor[C]``, places among the gathered keys, ordered by the key behind them.
         first_copy: ``IntTensor[T + 1]``, where the copies of each key begin in ``copies``.
     """
@@ -38,7 +38,7 @@ class GatheredCall(NamedTuple):
     max_q: int
     max_k: int
     in_place: bool
-    index: Tensor
+    key_of: Tensor
     copies: Tensor
     first_copy: Tensor
 
@@ -131,7 +131,7 @@ def gathered_call(forest: Forest, device: torch.device, stream: int = 0) -> Gath
 
 
 def _gathered(x: Tensor, call: GatheredCall) -> Tensor:
-    return x if call.in_place else x.index_select(0, call.index)
+    return x if call.in_place else x.index_select(0, call.key_of)
 
 
 def gathered_forward(
@@ -161,5 +161,5 @@ def gathered_backward(
     grads = op(do, q, keys, values, out, lse, *call[:4], 0.0, True, rng_state, unused, scale=scale)
     if call.in_place:
         return grads[0], grads[1], grads[2]
-    dk, dv = (sum_copies(grad, call.index, call.copies, call.first_copy) for grad in grads[1:3])
+    dk, dv = (sum_copies(grad, call.key_of, call.copies, call.first_copy) for grad in grads[1:3])
     return grads[0], dk, dv

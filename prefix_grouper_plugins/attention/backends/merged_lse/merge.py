@@ -50,12 +50,12 @@ def add(total: Tensor, partial: Tensor, gaps: Tensor | None = None) -> None:
         total += partial if gaps is None else partial.masked_fill(gaps[:, None, None], 0.0)
 
 
-def sum_copies(grad: Tensor, index: Tensor, copies: Tensor, first_copy: Tensor) -> Tensor:
+def sum_copies(grad: Tensor, key_of: Tensor, copies: Tensor, first_copy: Tensor) -> Tensor:
     """Gradient of each key, from those of its copies.
 
     Args:
         grad: ``[C, H_kv, D]``, of the copies.
-        index: ``IntTensor[C]``, the key behind each copy.
+        key_of: ``IntTensor[C]``, the key behind each copy.
         copies: ``IntTensor[C]``, rows of ``grad`` ordered by key; first_copy: ``IntTensor[T + 1]``, where those of each key
             begin in it.
 
@@ -69,7 +69,7 @@ def sum_copies(grad: Tensor, index: Tensor, copies: Tensor, first_copy: Tensor) 
         fused.sum_copies(grad.contiguous(), copies, first_copy, total)
         return total
     sums = grad.new_zeros(shape, dtype=accumulation_dtype(grad.dtype))
-    return sums.index_add_(0, index, grad.to(sums.dtype)).to(grad.dtype)
+    return sums.index_add_(0, key_of, grad.to(sums.dtype)).to(grad.dtype)
 
 
 def _fused(x: Tensor, sums: Tensor) -> Any:

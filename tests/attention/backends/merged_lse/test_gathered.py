@@ -91,7 +91,7 @@ def test_counts_are_those_of_the_tables() -> None:
     layout = layout_of([(20, [(9, []), (30, [(4, []), (6, [])])]), (17, [(3, []), (12, [])])])
     forest = forest_of(layout.segments)
     counts = gathered.traffic(forest)
-    assert counts.copied == len(gathered.gathered_call(forest, CPU).index) - layout.num_tokens
+    assert counts.copied == len(gathered.gathered_call(forest, CPU).key_of) - layout.num_tokens
     calls = [call for call in cuda.varlen_calls(forest, CPU) if not call.causal]
     pairs = [(call.cu_q.diff(), call.cu_k.diff()) for call in calls]
     assert counts.reached == sum(int(q[k > 0].sum()) for q, k in pairs)
@@ -135,6 +135,6 @@ def test_the_driver_takes_the_one_that_moves_fewer_bytes_and_gives_the_dense_res
 
 def test_gradients_of_copies_are_added_in_float32() -> None:
     call = gathered.gathered_call(forest_of(PrefixLayout.from_groups([5], [[3] * 60]).segments), CPU)
-    grad = torch.randn(len(call.index), 2, 8, dtype=torch.bfloat16)
-    expected = torch.zeros(184, 2, 8).index_add_(0, call.index, grad.float()).bfloat16()
-    assert torch.equal(merge.sum_copies(grad, call.index, call.copies, call.first_copy), expected)
+    grad = torch.randn(len(call.key_of), 2, 8, dtype=torch.bfloat16)
+    expected = torch.zeros(184, 2, 8).index_add_(0, call.key_of, grad.float()).bfloat16()
+    assert torch.equal(merge.sum_copies(grad, call.key_of, call.copies, call.first_copy), expected)
