@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         disable_prefix_grouper,
     )
     from prefix_grouper_plugins.modeling.self_check import self_check
+    from prefix_grouper_plugins.row_sharing import share_rows
     from prefix_grouper_plugins.scoring import prefix_grouped_logps
     from prefix_grouper_plugins.sharing import enable_prefix_grouper
 
@@ -29,6 +30,7 @@ __all__ = [
     "enable_prefix_grouper",
     "prefix_grouped_logps",
     "self_check",
+    "share_rows",
     "shared_prefix_attention",
 ]
 
@@ -37,6 +39,7 @@ __getattr__ = lazy_names(
     attention=["shared_prefix_attention"],
     layout=["PrefixLayout"],
     modeling=["UnsupportedModelError", "check_support", "disable_prefix_grouper"],
+    row_sharing=["share_rows"],
     scoring=["prefix_grouped_logps"],
     sharing=["enable_prefix_grouper"],
     **{"modeling.self_check": ["self_check"]},

@@ -221,6 +221,15 @@ class SharingMeter(SharingCounts):
         """Count one packed forward of ``counts`` in the pass ``during``."""
         self._add(counts + Counts(packed=1), during)
 
+    def count_rows(self, lengths: Sequence[int], *, during: str = UPDATE) -> None:
+        """Count one ordinary forward of rows that had nothing in common, which is no fallback.
+
+        Args:
+            lengths: tokens of each of its rows.
+            during: the pass.
+        """
+        self._add(Counts.of_rows(lengths), during)
+
     def count_fallback(self, reason: str, lengths: Sequence[int] = (), *, during: str = UPDATE) -> None:
         """Count one ordinary forward in place of a packed one.
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from prefix_grouper_plugins.batch import GroupedBatch, check_tensors
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
+    decoder_of,
     is_enabled,
     packed_inputs,
     row_positions,
@@ -152,7 +153,7 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
     and what runs behind it, and the logits of one single position show that the head is understood.
     """
     base = transformers_model(model)
-    decoder = _decoder_of(base)
+    decoder = decoder_of(base)
     if base.get_output_embeddings() is None or decoder is None:
         raise ValueError(f"{type(base).__name__} has no language-model head: a model for causal LM is needed")
     taken: list[Tensor] = []
@@ -185,14 +186,6 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
     hidden, head, first = taken[0][0], _Head(base, modules), batch.positions[:1]
     head.check(hidden[first], logits[0] if logits.shape[1] == 1 else logits[0, first])  # xlstm keeps all
     return hidden, head
-
-
-def _decoder_of(base: PreTrainedModel) -> nn.Module | None:
-    """The module whose output are the last hidden states. Not ``base_model``: opt calls the decoder inside of it."""
-    decoder = base.get_decoder()
-    # llama4_text calls it otherwise than it says; what modernbert calls decoder is its projection.
-    wrong = (base, base.get_output_embeddings())
-    return getattr(base, "model", None) if any(decoder is module for module in wrong) else decoder
 
 
 def _leading_to(logits: Tensor, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> list[nn.Module]:

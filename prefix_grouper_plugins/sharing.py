@@ -181,6 +181,8 @@ class SharingGate:
         shared: Mapping[str, Callable[[Any], torch.Tensor]],
         mask: torch.Tensor,
         backward: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Run the first micro-batch both ways, before its results are used; where they differ, refuse on all processes.
 
@@ -191,18 +193,21 @@ class SharingGate:
             model, ordinary, mask, backward: as in
                 :func:`~prefix_grouper_plugins.modeling.self_check.first_batch.compare_first_batch`.
             shared: likewise; empty where the rows of this process take the ordinary path.
+            alone: leave the other processes out. For callers that cannot know what those do.
 
         Raises:
             UnsupportedModelError: they differ by more than rounding explains, and ``on_unsupported`` is ``"error"``.
         """
         if not mask.any():
             shared = {}
-        if not on_any_rank(bool(shared), mask.device):
+        if not (shared if alone else on_any_rank(bool(shared), mask.device)):
             return
         self._first_batches[type(transformers_model(model)).__name__] = torch.is_grad_enabled()
         # A sharded model needs every process for its forwards.
         shared = shared or {"ordinary": ordinary}
-        result = on_all_ranks(compare_first_batch(model, ordinary, shared, mask, mask.device, backward), mask.device)
+        result = compare_first_batch(model, ordinary, shared, mask, mask.device, backward)
+        if not alone:
+            result = on_all_ranks(result, mask.device)
         if result.reason is not None:
             self.refuse([str(result)])
         elif self._is_main:
@@ -340,14 +345,14 @@ def _stop_waiting(base: Any) -> tuple[str, ...]:
     unverified: tuple[str, ...] = ()
     for key, hook in _waiting_hooks(base).items():
         unverified = hook.keywords["unverified"]
+        # Not `_forward_pre_hooks_with_kwargs`: a hook in front may take this one away while torch goes through them.
         del base._forward_pre_hooks[key]
-        base._forward_pre_hooks_with_kwargs.pop(key, None)
     return unverified
 
 
 def _self_check_first(base: Any, args: Any, kwargs: dict[str, Any], unverified: tuple[str, ...]) -> None:
     """Forward pre-hook: check a model that could not be checked when it was enabled, before its first packed forward."""
-    if is_checking():  # a self-check that the caller makes by hand
+    if is_checking() or not self_check_pending(base):  # made by hand, or by a hook in front
         return
     if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
         return

@@ -271,6 +271,17 @@ def text_part(base: Any) -> Any:
     return base.get_decoder() or base
 
 
+def decoder_of(base: PreTrainedModel) -> nn.Module | None:
+    """The module whose output are the last hidden states; None where it is not known or `base` itself.
+
+    Not ``base_model``: opt calls the decoder inside of it.
+    """
+    decoder = base.get_decoder()
+    # llama4_text calls it otherwise than it says; what modernbert calls decoder is its projection.
+    wrong = (base, base.get_output_embeddings())
+    return getattr(base, "model", None) if any(decoder is module for module in wrong) else decoder
+
+
 def row_limit(model: nn.Module) -> RowLimit | None:
     """The length in tokens from which on one row changes the rotary angles of all rows of its forward.
 

@@ -61,7 +61,8 @@ def _unhook(anatomy: Anatomy) -> None:
     for _, module in anatomy.modules:  # not by the handles: those of a copied model belong to the original
         hooks = {key: getattr(hook, "func", None) for key, hook in module._forward_pre_hooks.items()}
         for key in [key for key, function in hooks.items() if hasattr(function, "belongs_to_enabling")]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+            # Not `_forward_pre_hooks_with_kwargs`: a hook in front may take these away while torch goes through them.
+            del module._forward_pre_hooks[key]
 
 
 def _check_call(
