@@ -17,7 +17,7 @@ from prefix_grouper_plugins.layout import IGNORE_INDEX, PrefixLayout
 
 
 class GroupedBatch:
-    """A padded batch and its packed row. Prompts are shared, completions are not.
+    """A padded batch and its packed row. Prompts are shared, and completions as far as ``min_level`` says.
 
     Rows whose completion is empty are left out: they have nothing to score.
 
@@ -29,6 +29,8 @@ class GroupedBatch:
         keys: one hashable for each row; rows with different keys never share.
         padded_positions: number positions by padded columns, as a padded forward without ``position_ids`` does,
             instead of from each row's first real token. Rows with different padding then share nothing.
+        min_level: share what completions begin alike with too, in levels of at least this many tokens; 1 for all of it,
+            None for none. See `PrefixLayout.from_rows`.
         forward_last: forward the last token of every row as well, and rows with an empty completion too, so that
             statistics over all tokens (the router loss of a mixture of experts) see what the ordinary forward sees.
 
@@ -56,6 +58,7 @@ class GroupedBatch:
         *,
         keys: Sequence[Hashable] | None = None,
         padded_positions: bool = False,
+        min_level: int | None = None,
         forward_last: bool = False,
     ) -> None:
         check_tensors(prompt_ids, prompt_mask, completion_ids, completion_mask)
@@ -80,7 +83,10 @@ class GroupedBatch:
         own_keys = [None if keys is None else keys[i] for i in kept]
         self.num_rows, self.num_groups = len(kept), len(set(map(prompt_group, own_keys, own_prompts)))
         layout = PrefixLayout.from_rows(
-            tokens, list(zip(own_keys, pads, strict=True)), shareable=[len(own) for own in own_prompts]
+            tokens,
+            list(zip(own_keys, pads, strict=True)),
+            shareable=[len(own) for own in own_prompts],
+            min_level=min_level,
         )
         columns = [torch.arange(pad, pad + len(row)) for pad, row in zip(pads, tokens, strict=True)]
         # The last prompt token predicts the first completion token, and so on, row by row as in the completion block.

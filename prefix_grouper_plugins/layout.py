@@ -30,17 +30,18 @@ IGNORE_INDEX = -100  # the label of a position without one, as in torch.nn.funct
 class _Node:
     """A run of transitions ``[start, end)``, counted from the beginning of the row, which the rows below it share."""
 
-    __slots__ = ("children", "end", "first_row", "rows", "start")
+    __slots__ = ("children", "end", "first_row", "prompt", "rows", "start")
 
-    def __init__(self, start: int, end: int, row: int) -> None:
+    def __init__(self, start: int, end: int, row: int, prompt: int = 0) -> None:
         self.start, self.end = start, end
         self.first_row = row  # smallest row below: gives the tokens, and the order among siblings
+        self.prompt = prompt  # tokens of the shortest prompt below
         self.rows: list[int] = []  # rows whose last transition is `end - 1`
         self.children: list[_Node] = []
 
     def split(self, depth: int) -> None:
         """Cut this run at ``depth``: it keeps ``[start, depth)``, a new only child takes the rest."""
-        lower = _Node(depth, self.end, self.first_row)
+        lower = _Node(depth, self.end, self.first_row, self.prompt)
         lower.rows, lower.children = self.rows, self.children
         self.end, self.rows, self.children = depth, [], [lower]
 
@@ -140,30 +141,44 @@ class PrefixLayout:
         keys: Sequence[Hashable] | None = None,
         *,
         shareable: Sequence[int] | None = None,
+        min_level: int | None = None,
     ) -> PrefixLayout:
         """Layout of any prefix tree, found by comparing token ids: nothing that two rows have in common is run twice.
+
+        Each level of the tree costs attention a call and a merge, so one of few tokens can cost more than it saves.
+        With both ``shareable`` and ``min_level``, the leading tokens are shared in any case, and what lies behind them
+        where a level has at least ``min_level`` tokens.
 
         Args:
             rows: token ids of each row, ``LongTensor[L_i]``, at least one token each, in any order.
             keys: one hashable for each row; rows with different keys never share (other images, another adapter).
             shareable: how many leading tokens of each row may be shared, by default all. A trainer passes the prompt
-                lengths, so that responses which happen to begin alike do not split the tree into many short levels.
+                lengths.
+            min_level: share tokens behind ``shareable`` too, in levels of at least this many tokens: 1 for all that rows
+                have in common, None for nothing.
 
         Raises:
             ValueError: no rows, an empty row, a row that is not a 1-D integer tensor, no row of two tokens or more,
-                ``keys`` or ``shareable`` of another length than ``rows``.
+                ``keys`` or ``shareable`` of another length than ``rows``, or a ``min_level`` below 1.
         """
         _check_rows(rows)
+        if min_level is not None and min_level < 1:
+            raise ValueError(f"min_level is {min_level}: give the tokens of the shortest level, at least 1")
         for name, values in (("keys", keys), ("shareable", shareable)):
             if values is not None and len(values) != len(rows):
                 raise ValueError(f"{name} has {len(values)} entries for {len(rows)} rows: give one for each row")
         tokens = [row.detach().to("cpu", torch.int64).numpy() for row in rows]
-        heads = tokens if shareable is None else [t[: max(int(n), 0)] for t, n in zip(tokens, shareable, strict=True)]
+        prompts = [0] * len(rows) if shareable is None else [max(int(n), 0) for n in shareable]
+        whole = shareable is None or min_level is not None
+        heads = tokens if whole else [t[:n] for t, n in zip(tokens, prompts, strict=True)]
         by_key: dict[Hashable, list[int]] = {}
         for row, key in enumerate([None] * len(rows) if keys is None else keys):
             by_key.setdefault(key, []).append(row)
         lengths = [len(t) for t in tokens]
-        roots = [root for members in by_key.values() for root in _trie(members, heads, lengths)]
+        tries = [_trie(members, heads, lengths, prompts) for members in by_key.values()]
+        for trie in tries if min_level is not None else ():
+            _dissolve_short_levels(trie, min_level)
+        roots = [root for trie in tries for root in trie.children]
         return cls(roots, lengths, rows[0].device)
 
     @property
@@ -185,6 +200,35 @@ class PrefixLayout:
     def rows_per_position(self) -> LongTensor:
         """``LongTensor[num_queries]``: how many rows share each packed position that is forwarded."""
         return torch.bincount(self.row_index, minlength=self.num_queries)  # type: ignore[return-value]
+
+    @property
+    def row_segments(self) -> list[list[int]]:
+        """For each row the segments that it goes through, from the root down; none for a row of one token."""
+        parents = self.segments[:, 2].tolist()
+        ends = np.cumsum([length - 1 - given for length, given in self._row_spans()])
+        index = self.row_index.cpu().numpy() + self.num_given
+        last = [int(index[end - 1]) if end > begin else -1 for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        paths = []
+        for segment in (np.searchsorted(self.segments[:, 0].numpy(), last, side="right") - 1).tolist():
+            path = []
+            while segment >= 0:
+                path.append(segment)
+                segment = parents[segment]
+            paths.append(path[::-1])
+        return paths
+
+    @property
+    def shared_by_level(self) -> list[int]:
+        """For each level of the tree how many tokens rows share at it: those of the rows less those that are laid out."""
+        rows = np.zeros(len(self.segments), dtype=np.int64)
+        level = np.zeros(len(self.segments), dtype=np.int64)
+        for path in self.row_segments:
+            rows[path], level[path] = rows[path] + 1, np.arange(len(path))
+        lengths = (self.segments[:, 1] - self.segments[:, 0]).numpy() * (self.segments[:, 0].numpy() >= self.num_given)
+        shared = np.bincount(level, weights=lengths * np.maximum(rows - 1, 0)).astype(int).tolist()
+        while shared and not shared[-1]:
+            shared.pop()
+        return shared
 
     def to(self, device: torch.device | str) -> PrefixLayout:
         """The same layout with its tensors on ``device`` (``segments`` and ``blocks`` stay on the CPU)."""
@@ -337,15 +381,17 @@ def _check_rows(rows: Sequence[Tensor]) -> None:
         raise ValueError("every row has one token, which has no next token to predict: give rows of two or more")
 
 
-def _trie(members: Sequence[int], heads: Sequence[np.ndarray], lengths: Sequence[int]) -> list[_Node]:
-    """Forest of the rows ``members``, whose shareable tokens are ``heads``.
+def _trie(
+    members: Sequence[int], heads: Sequence[np.ndarray], lengths: Sequence[int], prompts: Sequence[int]
+) -> _Node:
+    """A node without tokens above the forest of the rows ``members``, whose shareable tokens are ``heads``.
 
     Sorted rows meet their longest common prefix in a neighbour, so the tree grows along its rightmost path alone
     (Kasai et al. 2001, the traversal of suffix arrays by LCP values). Sorting compares raw bytes: any order serves
     that puts equal beginnings side by side. Python loops run over rows and segments, never over tokens.
     """
     order = sorted(members, key=lambda row: heads[row].tobytes())
-    top = _Node(0, 0, order[0])
+    top = _Node(0, 0, order[0], prompts[order[0]])
     path = [top]
     previous: int | None = None
     for row in order:
@@ -355,14 +401,41 @@ def _trie(members: Sequence[int], heads: Sequence[np.ndarray], lengths: Sequence
         if path[-1].start < shared < path[-1].end:
             path[-1].split(shared)
         if lengths[row] - 1 > shared:
-            leaf = _Node(shared, lengths[row] - 1, row)
+            leaf = _Node(shared, lengths[row] - 1, row, prompts[row])
             path[-1].children.append(leaf)
             path.append(leaf)
         path[-1].rows.append(row)
         for node in path:
-            node.first_row = min(node.first_row, row)
+            node.first_row, node.prompt = min(node.first_row, row), min(node.prompt, prompts[row])
         previous = row
-    return top.children
+    return top
+
+
+def _dissolve_short_levels(top: _Node, min_level: int) -> None:
+    """Give the tokens of levels below ``top`` that are shorter than ``min_level`` back to their branches.
+
+    A level that holds tokens of prompts, of all of its rows, stays. What stays depends on the length that a level has
+    before others are dissolved. So fewer rows never share less of what they have in common: a plan made by the tree of
+    a whole batch holds for each of its micro-batches.
+    """
+    stack = [top]
+    while stack:
+        node = stack.pop()
+        waiting = [(child, child.start) for child in node.children]
+        node.children = []
+        while waiting:
+            level, begin = waiting.pop()  # `begin`: where it began before its parents were dissolved
+            if not level.children or level.end - begin >= min_level or level.prompt - 1 > begin:
+                node.children.append(level)
+                stack.append(level)
+                continue
+            for branch in level.children:
+                branch.start = level.start
+            waiting += [(branch, level.end) for branch in level.children]
+            if level.rows:  # these end here
+                leaf = _Node(level.start, level.end, min(level.rows), level.prompt)
+                leaf.rows = level.rows
+                node.children.append(leaf)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

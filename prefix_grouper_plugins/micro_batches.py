@@ -1,13 +1,16 @@
 """Planning: which rows go together in a micro-batch.
 
-For frameworks that cut a batch into micro-batches by a budget of tokens or rows: the rows of a prompt stay together, and
-each prompt counts once.
+For frameworks that cut a batch into micro-batches by a budget of tokens or rows. What rows have in common is a tree, and a
+set of rows costs the size of its tree: rows that share most stay together, and what they share counts once.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from prefix_grouper_plugins.layout import PrefixLayout
 
 
 @dataclass(frozen=True)
@@ -15,40 +18,80 @@ class RowSize:
     """What planning needs to know of a row.
 
     Attributes:
-        group: rows with equal groups share their prompt.
+        group: rows with equal groups are kept in one place where there is room: those of one prompt, usually.
         prompt, response: tokens of each part.
+        levels: what the row shares, from the first token on: name and tokens of each level, of which names are equal for the
+            rows that share it. By default the prompt without its last token, under the name of the group.
     """
 
     group: Hashable
     prompt: int
     response: int
+    levels: tuple[tuple[Hashable, int], ...] | None = None
+
+    @property
+    def path(self) -> tuple[tuple[Hashable, int], ...]:
+        """:attr:`levels`, or the default."""
+        return ((self.group, self.prompt - 1),) if self.levels is None else self.levels
+
+    @property
+    def tokens(self) -> int:
+        """That a packed forward of the row alone processes."""
+        return self.prompt + self.response - 1
+
+    @property
+    def own(self) -> int:
+        """Tokens that the row shares with no other."""
+        return self.tokens - sum(tokens for _, tokens in self.path)
+
+
+def sizes_in(layout: PrefixLayout, groups: Sequence[Hashable], prompt_lengths: Sequence[int]) -> list[RowSize]:
+    """The sizes of the rows of ``layout``, which share what they share there.
+
+    Args:
+        layout: of all rows that are planned.
+        groups: one for each row.
+        prompt_lengths: tokens of each prompt.
+    """
+    paths = layout.row_segments
+    lengths = (layout.segments[:, 1] - layout.segments[:, 0]).tolist()
+    rows = Counter(segment for path in paths for segment in path)
+    sizes = zip(groups, prompt_lengths, layout.row_lengths, paths, strict=True)
+    return [
+        RowSize(group, prompt, length - prompt, tuple((s, lengths[s]) for s in path if rows[s] > 1))
+        for group, prompt, length, path in sizes
+    ]
 
 
 def packed_tokens(rows: Iterable[RowSize]) -> int:
-    """Tokens that a packed forward of ``rows`` processes: each group's prompt once, without its last token."""
-    prompts: dict[Hashable, int] = {}
-    responses = 0
+    """Tokens that a packed forward of ``rows`` processes: the size of their tree."""
+    levels: dict[Hashable, int] = {}
+    own = 0
     for row in rows:
-        prompts[row.group] = row.prompt
-        responses += row.response
-    return sum(prompt - 1 for prompt in prompts.values()) + responses
+        levels.update(row.path)
+        own += row.own
+    return sum(levels.values()) + own
 
 
 def rows_by_group(sizes: Sequence[RowSize], rows: Iterable[int]) -> list[list[int]]:
-    """``rows``, indices into ``sizes``, group by group, in the order of each group's first row."""
+    """``rows``, indices into ``sizes``, group by group, in the order of each group's first row.
+
+    Within a group those that share most lie side by side.
+    """
     groups: dict[Hashable, list[int]] = {}
     for row in rows:
         groups.setdefault(sizes[row].group, []).append(row)
-    return list(groups.values())
+    return [_in_tree_order(sizes, members) for members in groups.values()]
 
 
 def plan_micro_batches(
     sizes: Sequence[RowSize], *, max_tokens: int | None = None, max_rows: int | None = None
 ) -> list[list[int]]:
-    """Few micro-batches in which groups stay whole wherever a micro-batch can hold one.
+    """Few micro-batches, in which rows that share stay together wherever a micro-batch can hold them.
 
-    A group beyond the limits is filled into several parts, each of which repeats the prompt. The parts are then put
-    into micro-batches by first-fit decreasing (Johnson 1973).
+    From the leaves of the tree to its root, the parts below each level are put together by first-fit decreasing (Johnson
+    1973), where a part costs what it adds to the level. So a level beyond the limits is filled into several parts, each of
+    which repeats it.
 
     Args:
         sizes: the rows.
@@ -62,29 +105,25 @@ def plan_micro_batches(
         ValueError: a single row is longer than ``max_tokens``.
     """
     limits = _Limits(max_tokens, max_rows)
-    groups = rows_by_group(sizes, range(len(sizes)))
-    parts = [part for rows in groups for part in _parts(rows, sizes, limits)]
-    loads = {part[0]: packed_tokens(sizes[i] for i in part) for part in parts}
-    parts.sort(key=lambda part: loads[part[0]], reverse=True)
-    plan: list[list[int]] = []
-    filled: list[int] = []
-    for part in parts:
-        load = loads[part[0]]
-        fits = (b for b, rows in enumerate(plan) if limits.allow(filled[b] + load, len(rows) + len(part)))
-        home = next(fits, None)
-        if home is None:
-            plan.append([])
-            filled.append(0)
-            home = len(plan) - 1
-        plan[home] += part
-        filled[home] += load
-    return [rows for _, rows in sorted(zip(filled, plan, strict=True), key=lambda pair: -pair[0])]
+    for row, size in enumerate(sizes):
+        if max_tokens is not None and size.tokens > max_tokens:
+            raise ValueError(
+                f"row {row} has {size.prompt} + {size.response} tokens, a micro-batch may hold {max_tokens}: "
+                "raise the token budget"
+            )
+    top, *levels = _tree(sizes)
+    for level in reversed(levels):  # branches before what they branch from
+        assert level.above is not None
+        level.above.parts += [part.in_tree_order() for part in _put_together(level, limits)]
+    plan = _put_together(top, limits)
+    return [part.rows for part in sorted(plan, key=lambda part: -part.tokens)]
 
 
 def spread_micro_batches(plan: Sequence[Sequence[int]], sizes: Sequence[RowSize], count: int) -> list[list[int]]:
     """The plan with ``count`` micro-batches, for processes that must all make the same number of forwards.
 
-    The fullest micro-batch is halved until there are enough, between groups where it holds several.
+    The fullest micro-batch is halved until there are enough, between groups where it holds several, and where rows have
+    least in common.
 
     Raises:
         ValueError: there are fewer rows than ``count``, or more micro-batches already.
@@ -96,11 +135,10 @@ def spread_micro_batches(plan: Sequence[Sequence[int]], sizes: Sequence[RowSize]
         # Whole groups first: splitting one repeats its prompt.
         fullest = max(
             (rows for rows in spread if len(rows) > 1),
-            key=lambda rows: (len(_boundaries(rows, sizes)) > 0, packed_tokens(sizes[i] for i in rows)),
+            key=lambda rows: (_holds_several_groups(rows, sizes), packed_tokens(sizes[i] for i in rows)),
         )
         spread.remove(fullest)
-        cuts = _boundaries(fullest, sizes) or range(1, len(fullest))
-        cut = min(cuts, key=lambda cut: abs(2 * cut - len(fullest)))
+        cut = min(range(1, len(fullest)), key=lambda cut: _cost_of_cut(fullest, cut, sizes))
         spread += [fullest[:cut], fullest[cut:]]
     return sorted(spread, key=lambda rows: -packed_tokens(sizes[i] for i in rows))
 
@@ -116,29 +154,72 @@ class _Limits:
         )
 
 
-def _parts(rows: Sequence[int], sizes: Sequence[RowSize], limits: _Limits) -> list[list[int]]:
-    """One group cut into parts within the limits, each row into the first that has room for it.
+@dataclass
+class _Part:
+    """Rows that stay together. ``tokens`` are those of their tree, from the root down."""
 
-    So no two parts have room for each other: a group meets itself in no micro-batch, and loads can be added up.
-    """
-    parts: list[list[int]] = []
-    for row in rows:
-        size = sizes[row]
-        if limits.max_tokens is not None and packed_tokens([size]) > limits.max_tokens:
-            raise ValueError(
-                f"row {row} has {size.prompt} + {size.response} tokens, a micro-batch may hold {limits.max_tokens}: "
-                "raise the token budget"
-            )
-        longer = ([*part, row] for part in parts)
-        fits = (b for b, ids in enumerate(longer) if limits.allow(packed_tokens(sizes[i] for i in ids), len(ids)))
+    rows: list[int]
+    tokens: int
+    pieces: list[list[int]] = field(default_factory=list)
+
+    def in_tree_order(self) -> _Part:
+        """Its pieces in the order of their first rows, instead of that in which they were put together."""
+        return _Part([row for piece in sorted(self.pieces, key=lambda piece: piece[0]) for row in piece], self.tokens)
+
+
+@dataclass
+class _Level:
+    """A level of the tree: the one above, its tokens and those above, and what is below, bit by bit put together."""
+
+    above: _Level | None
+    tokens: int
+    parts: list[_Part] = field(default_factory=list)
+
+
+def _tree(sizes: Sequence[RowSize]) -> list[_Level]:
+    """A level of no tokens, and below it those of ``sizes``, each before its branches."""
+    top = _Level(None, 0)
+    found: dict[Hashable, _Level] = {}
+    for row, size in enumerate(sizes):
+        level = top
+        for name, tokens in size.path:
+            level = found.setdefault(name, _Level(level, level.tokens + tokens))
+        level.parts.append(_Part([row], level.tokens + size.own))
+    return [top, *found.values()]
+
+
+def _put_together(level: _Level, limits: _Limits) -> list[_Part]:
+    """The parts below ``level`` in as few as the limits allow."""
+    together: list[_Part] = []
+    for part in sorted(level.parts, key=lambda part: (-part.tokens, part.rows[0])):
+        added = part.tokens - level.tokens
+        fits = (p for p in together if limits.allow(p.tokens + added, len(p.rows) + len(part.rows)))
         home = next(fits, None)
         if home is None:
-            parts.append([row])
+            together.append(_Part(list(part.rows), part.tokens, [part.rows]))
         else:
-            parts[home].append(row)
-    return parts
+            home.rows += part.rows
+            home.pieces.append(part.rows)
+            home.tokens += added
+    return together
 
 
-def _boundaries(rows: Sequence[int], sizes: Sequence[RowSize]) -> list[int]:
-    """Where one group ends and the next begins."""
-    return [cut for cut in range(1, len(rows)) if sizes[rows[cut - 1]].group != sizes[rows[cut]].group]
+def _in_tree_order(sizes: Sequence[RowSize], rows: Sequence[int]) -> list[int]:
+    """``rows`` so that those that share most lie side by side, and else in the order of first rows."""
+    first: dict[Hashable, int] = {}
+    for place, row in enumerate(rows):
+        for name, _ in sizes[row].path:
+            first.setdefault(name, place)
+    places = [[*(first[name] for name, _ in sizes[row].path), place] for place, row in enumerate(rows)]
+    return [row for _, row in sorted(zip(places, rows, strict=True))]
+
+
+def _holds_several_groups(rows: Sequence[int], sizes: Sequence[RowSize]) -> bool:
+    return len({sizes[row].group for row in rows}) > 1
+
+
+def _cost_of_cut(rows: Sequence[int], cut: int, sizes: Sequence[RowSize]) -> tuple[bool, int, int]:
+    """Sorts the places to cut ``rows`` at: between groups, where the least is shared, near the middle."""
+    before, behind = sizes[rows[cut - 1]], sizes[rows[cut]]
+    shared = sum(tokens for (name, tokens), (other, _) in zip(before.path, behind.path, strict=False) if name == other)
+    return before.group == behind.group, shared, abs(2 * cut - len(rows))

@@ -44,6 +44,7 @@ def prefix_grouped_logps(
     *,
     temperature: float = 1.0,
     compute_entropy: bool = False,
+    min_level: int | None = None,
     images: Mapping[str, Tensor] | None = None,
     num_images: Sequence[int] | None = None,
     num_tiles: Sequence[int] | None = None,
@@ -58,6 +59,8 @@ def prefix_grouped_logps(
         prompt_ids, prompt_mask: ``[B, P]``, left-padded; the mask is 1 on real tokens.
         completion_ids, completion_mask: ``[B, C]``, right-padded.
         temperature: what the logits are divided by.
+        min_level: share what completions of a prompt begin alike with too, in levels of at least this many tokens: 1 for
+            whatever rows have in common, None for prompts alone.
         compute_entropy: also return the entropy of each next-token distribution, in nats.
         images: what the processor of a vision-language model returned for the prompts besides ids and mask
             (``pixel_values``, ``image_grid_thw``, ``mm_token_type_ids`` and so on). Rows share if prompts and images are
@@ -83,14 +86,14 @@ def prefix_grouped_logps(
         return _nothing_to_score(model, completion_ids.shape, compute_entropy)
     blocks = (prompt_ids, prompt_mask, completion_ids, completion_mask)
     if images is None:
-        batch = GroupedBatch(*blocks)
+        batch = GroupedBatch(*blocks, min_level=min_level)
         positions = row_positions(model, batch.layout, batch.input_ids)
         inputs = packed_inputs(batch.layout, batch.input_ids, positions)
     else:
         if (reason := why_not_pack(model, list(images))) is not None:
             raise UnsupportedModelError(reason)
         rows = ImageRows.from_processor(model, *blocks, images, num_images or [1] * len(prompt_ids), num_tiles)
-        batch = GroupedBatch(*blocks, keys=rows.keys)
+        batch = GroupedBatch(*blocks, keys=rows.keys, min_level=min_level)
         inputs = rows.packed_inputs(batch)
     hidden, head = _hidden_states(model, batch, inputs)
     targets = batch.labels[batch.positions]

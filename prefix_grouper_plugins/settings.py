@@ -63,6 +63,14 @@ BACKEND = Setting(
     "Attention backend of packed forwards. 'auto' takes the fastest one that each layer can use.",
     ("auto", *BACKENDS),
 )
+SHARE = Setting(
+    "share",
+    "auto",
+    "What rows share: 'prompt' forwards what their prompts have in common once; 'tree' does so with sampled tokens too, as in "
+    "conversations that fork late and tool calls that several rollouts make; 'auto' takes from the tree the levels that are "
+    "long enough to pay. The results are the same.",
+    ("auto", "prompt", "tree"),
+)
 ON_UNSUPPORTED = Setting(
     "on_unsupported",
     "error",
@@ -102,7 +110,7 @@ GENERATION = Setting(
     "sampled. Caches that cannot be repeated, and images, are prefilled row by row; the log says why.",
     kind=bool,
 )
-TRL_SETTINGS = (USE, BACKEND, TRL_REGROUP, GENERATION, ON_UNSUPPORTED, SELF_CHECK)
+TRL_SETTINGS = (USE, SHARE, BACKEND, TRL_REGROUP, GENERATION, ON_UNSUPPORTED, SELF_CHECK)
 
 # Of verl's engine config, below `fsdp_config.prefix_grouper`.
 SHARDING = Setting(
@@ -120,7 +128,7 @@ VERL_REGROUP = Setting(
 VERIFY = Setting(
     "verify", False, "Run the first update twice, ordinary and shared, and stop if the gradients differ.", kind=bool
 )
-VERL_SETTINGS = (SHARDING, BACKEND, VERL_REGROUP, ON_UNSUPPORTED, VERIFY, SELF_CHECK)
+VERL_SETTINGS = (SHARDING, SHARE, BACKEND, VERL_REGROUP, ON_UNSUPPORTED, VERIFY, SELF_CHECK)
 
 
 def trl_name(setting: Setting) -> str:

@@ -35,12 +35,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prefix_grouper_plugins.attention.registry import check_backend_name
+from prefix_grouper_plugins.attention.levels import least_level
+from prefix_grouper_plugins.attention.registry import BACKENDS, check_backend_name
 from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
 from prefix_grouper_plugins.modeling.enable import disable_prefix_grouper, enable_layers
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.mixers.state_forking import ON_ROWS
 from prefix_grouper_plugins.modeling.self_check import (
     SelfCheck,
     checked_before,
@@ -127,6 +129,19 @@ class SharingGate:
             if self._self_check:
                 _wait_for_packed_forward(anatomy.base, report.unverified)
             _watch(anatomy, self._self_check, left_padding)
+
+    def min_level(self, share: str, device: str) -> int | None:
+        """The ``min_level`` of `PrefixLayout.from_rows` for the setting ``share``.
+
+        Args:
+            share: ``"prompt"``, ``"tree"`` or ``"auto"``.
+            device: type of the device that forwards run on.
+        """
+        if share != "auto":
+            return 1 if share == "tree" else None
+        layers = [layer.backend for report in self.reports for layer in report.layers]
+        named = layers if self._backend == "auto" else [self._backend if name in BACKENDS else name for name in layers]
+        return least_level((name for name in named if name != ON_ROWS), device)  # rows do not get dearer by levels
 
     def needs_self_check(self, model: nn.Module) -> bool:
         """Whether ``model``, bare or wrapped, has to go through :meth:`self_check` before its next packed forward."""

@@ -318,3 +318,75 @@ def test_what_is_not_one_prompt_cannot_be_given(count, message):
         whole.given(count if count < 12 else whole.num_tokens)
     with pytest.raises(ValueError, match="already"):
         whole.given(5).given(5)
+
+
+@given(small_rows, st.data())
+def test_levels_that_are_long_enough_and_prompts_are_shared_and_no_others(rows, data):
+    """A level is what rows have in common until some of them part. Each row still sees its own tokens, once each."""
+    prompts = data.draw(st.lists(st.integers(0, 8), min_size=len(rows), max_size=len(rows)))
+    least = data.draw(st.integers(1, 5))
+    tensors = [torch.tensor(row) for row in rows]
+    layout = PrefixLayout.from_rows(tensors, shareable=prompts, min_level=least)
+
+    whole = PrefixLayout.from_rows(tensors)
+    kept = set()  # transitions of the whole tree's levels that stay, each by the beginning of the rows that share it
+    for segment, (start, end, _, _) in enumerate(whole.segments.tolist()):
+        members = [row for row, path in enumerate(whole.row_segments) if segment in path]
+        is_leaf = all(whole.row_segments[row][-1] == segment for row in members)
+        begin = int(whole.position_ids[start])
+        if is_leaf or end - start >= least or min(prompts[row] for row in members) - 1 > begin:
+            kept.add((tuple(members), begin + end - start))
+    expected = set()
+    for row, tokens in enumerate(rows):
+        for n in range(1, len(tokens)):
+            enclosing = [members for members, end in kept if row in members and end >= n]
+            expected.add((max(enclosing, key=len), n) if enclosing else (row, n))
+    assert layout.num_tokens == len(expected)
+    for row, found in zip(tensors, layout.unpack(layout.pack(tensors)), strict=True):
+        assert torch.equal(found, row[:-1])
+    for row, found in zip(tensors, layout.unpack(layout.labels(tensors)), strict=True):
+        assert torch.equal(found, row[1:])
+
+
+@given(small_rows, st.data())
+def test_fewer_rows_share_at_least_what_they_share_in_the_tree_of_all(rows, data):
+    prompts = data.draw(st.lists(st.integers(0, 8), min_size=len(rows), max_size=len(rows)))
+    least = data.draw(st.integers(1, 5))
+    part = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1)))
+    if max(len(rows[row]) for row in part) < 2:
+        return
+    tensors = [torch.tensor(row) for row in rows]
+    whole = PrefixLayout.from_rows(tensors, shareable=prompts, min_level=least)
+    few = PrefixLayout.from_rows(
+        [tensors[row] for row in part], shareable=[prompts[row] for row in part], min_level=least
+    )
+    segments = {segment for row in part for segment in whole.row_segments[row]}
+    lengths = (whole.segments[:, 1] - whole.segments[:, 0]).tolist()
+    assert few.num_tokens <= sum(lengths[segment] for segment in segments)
+
+
+def test_short_levels_go_to_their_branches_and_long_ones_stay():
+    prompt = [9, 9, 9, 9]
+    rows = [torch.tensor(prompt + tail) for tail in ([1, 2, 2, 2, 5], [1, 2, 2, 2, 6, 7], [1, 3, 8], [4])]
+    whole = PrefixLayout.from_rows(rows, shareable=[4] * 4, min_level=1)
+    assert whole.num_tokens == 3 + 1 + 3 + 1 + 2 + 2 + 1
+    assert whole.shared_by_level == [3 * 3, 1 * 2, 3 * 1]
+    long = PrefixLayout.from_rows(rows, shareable=[4] * 4, min_level=3)
+    assert long.shared_by_level == [3 * 3, (1 + 3) * 1]
+    assert long.num_tokens == 3 + (1 + 3) + 1 + 2 + (1 + 2) + 1, "the level of one token is laid out with each branch"
+    assert PrefixLayout.from_rows(rows, shareable=[4] * 4).num_tokens == 3 + 5 + 6 + 3 + 1
+
+
+def test_levels_tell_how_many_tokens_rows_share_there():
+    rows = [torch.tensor([9, 9, 9, 9, *tail]) for tail in ([1, 2, 5], [1, 2, 6, 7], [4])]
+    layout = PrefixLayout.from_rows(rows)
+    assert layout.row_segments == [[0, 1, 2], [0, 1, 3], [0, 4]]
+    assert layout.shared_by_level == [3 * 2, 2 * 1]
+    assert sum(layout.shared_by_level) == sum(len(row) - 1 for row in rows) - layout.num_tokens
+    assert layout.given(3).shared_by_level == [0, 2]
+    assert layout.pad_to(20).shared_by_level == [6, 2]
+
+
+def test_a_shortest_level_below_one_token_is_refused():
+    with pytest.raises(ValueError, match="min_level is 0: give the tokens of the shortest level, at least 1"):
+        PrefixLayout.from_rows([torch.tensor([1, 2])], min_level=0)

@@ -20,6 +20,7 @@ class PrefixGrouperArguments:
     """
 
     use_prefix_grouper: bool | None = settings.USE.field()
+    prefix_grouper_share: str = settings.SHARE.field()
     prefix_grouper_backend: str = settings.BACKEND.field()
     prefix_grouper_regroup: str = settings.TRL_REGROUP.field()
     prefix_grouper_generation: bool = settings.GENERATION.field()

@@ -148,6 +148,7 @@ class PackedForward:
             *blocks,
             keys=None if images is None else images.keys,
             padded_positions=numbers_padded_columns(model),  # TRL passes no position_ids
+            min_level=self._trainer.min_level,
             forward_last=forward_last,
         )
 

@@ -8,6 +8,7 @@
 The flag and its companions may stand before or after the script, or in the YAML file of TRL's --config. They are:
 
     --use_prefix_grouper [true|false]           share the prompts of a group
+    --prefix_grouper_share WHAT                 auto (default), prompt, or tree: sampled tokens too
     --prefix_grouper_backend BACKEND            attention backend: auto (default), merged_lse, triton, flex, blockwise
     --prefix_grouper_regroup MODE               exact (default), group or none
     --prefix_grouper_on_unsupported ACTION      error (default) or fallback

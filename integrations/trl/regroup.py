@@ -10,7 +10,6 @@ for every loss whose normaliser does not depend on which rows share a micro-batc
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from prefix_grouper_plugins.batch import prompt_group
+from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.images import IMAGE_TENSORS, first_alike
 
 MicroBatch = dict[str, Any]
@@ -38,13 +38,14 @@ def window_size(args: Any, mode: str, mix_freely: bool) -> int:
     return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
 
 
-def regroup(micro_batches: list[MicroBatch], window: int) -> list[MicroBatch]:
-    """Exchange rows within each window of micro-batches so that rows with equal prompts and images stand side by side.
+def regroup(micro_batches: list[MicroBatch], window: int, share: str = "prompt") -> list[MicroBatch]:
+    """Exchange rows within each window of micro-batches so that rows that share most stand side by side.
 
     Args:
         micro_batches: what TRL buffered: dicts of tensors ``[rows, ...]``, lists of ``rows`` entries, 0-d tensors that
             belong to the whole generation batch, and None.
         window: micro-batches in a window, from :func:`window_size`.
+        share: ``prefix_grouper_share``.
 
     Returns:
         as many micro-batches of as many rows.
@@ -54,26 +55,36 @@ def regroup(micro_batches: list[MicroBatch], window: int) -> list[MicroBatch]:
     return [
         batch
         for start in range(0, len(micro_batches), window)
-        for batch in _regroup_window(micro_batches[start : start + window])
+        for batch in _regroup_window(micro_batches[start : start + window], share)
     ]
 
 
-def _regroup_window(window: list[MicroBatch]) -> list[MicroBatch]:
+def _regroup_window(window: list[MicroBatch], share: str) -> list[MicroBatch]:
     window = [split_pixel_values_by_grid(batch) for batch in window]  # one entry for each row, images included
     merged = {key: _join([batch[key] for batch in window]) for key in window[0]}
-    order = _group_order(merged)
+    order = _tree_order(merged, share)
     chunks = torch.tensor(order, device=merged["prompt_ids"].device).split(len(window[0]["prompt_ids"]))
     return [unsplit_pixel_values_by_grid({key: _take(value, rows) for key, value in merged.items()}) for rows in chunks]
 
 
-def _group_order(merged: MicroBatch) -> list[int]:
-    """Rows, those with equal prompts and images side by side, groups in the order of their first row."""
-    padded = merged["prompt_ids"].masked_fill(merged["prompt_mask"] == 0, -1).cpu()
-    prompts = [prompt_group(None, ids) for ids in padded]
-    groups: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(zip(prompts, first_alike(_images(merged), prompts), strict=True)):
-        groups.setdefault(key, []).append(row)
-    return [row for rows in groups.values() for row in rows]
+def _tree_order(merged: MicroBatch, share: str) -> list[int]:
+    """Rows in the order of their tree: those that share most side by side, and else in the order of first rows.
+
+    With ``share="prompt"`` rows share what their prompts have in common, else whatever they begin with. Rows with different
+    padding share nothing, since TRL numbers padded columns.
+    """
+    ids, mask = merged["prompt_ids"].cpu(), merged["prompt_mask"].cpu() != 0
+    rows = [row[own] for row, own in zip(ids, mask, strict=True)]
+    groups = [prompt_group(len(row), row) for row in rows]
+    keys = list(zip(map(len, rows), first_alike(_images(merged), groups), strict=True))
+    lengths, mark = [len(row) + 1 for row in rows], ids.new_tensor([-1])
+    if share != "prompt":
+        completions, scored = merged["completion_ids"].cpu(), merged["completion_mask"].cpu() != 0
+        rows = [torch.cat([row, more[own]]) for row, more, own in zip(rows, completions, scored, strict=True)]
+    rows = [torch.cat([mark, row, mark]) for row in rows]  # so that rows of one token are in the tree, too
+    layout = PrefixLayout.from_rows(rows, keys, shareable=lengths, min_level=None if share == "prompt" else 1)
+    leaves = torch.tensor([path[-1] for path in layout.row_segments])
+    return leaves.argsort(stable=True).tolist()  # type: ignore[no-any-return]
 
 
 def _images(merged: MicroBatch) -> list[dict[str, Tensor]]:

@@ -110,6 +110,11 @@ class PrefixGrouperMixin:
     def _option(self, name: str) -> Any:
         return getattr(self.args, name, _DEFAULTS[name])
 
+    @property
+    def min_level(self) -> int | None:
+        """Tokens of the shortest level of completions that is shared; None where prompts are shared alone."""
+        return self.gate.min_level(self._option("prefix_grouper_share"), self.accelerator.device.type)
+
     # ------------------------------------------------------------------------------------------------ before training
 
     def _refusal(self, reasons: str) -> str:
@@ -205,7 +210,7 @@ class PrefixGrouperMixin:
     @_buffered_inputs.setter
     def _buffered_inputs(self, micro_batches: list[MicroBatch] | None) -> None:
         if micro_batches is not None and self._shares and self.gate.reason is None:
-            micro_batches = regroup(micro_batches, self._window())
+            micro_batches = regroup(micro_batches, self._window(), self._option("prefix_grouper_share"))
             self._dummy_image_row.choose(self.model, micro_batches)
         self._regrouped_inputs = micro_batches
 

@@ -29,6 +29,7 @@ class PrefixGrouperOptions(BaseConfig):
     """
 
     sharding: str = settings.SHARDING.field()
+    share: str = settings.SHARE.field()
     backend: str = settings.BACKEND.field()
     regroup: str = settings.VERL_REGROUP.field()
     on_unsupported: str = settings.ON_UNSUPPORTED.field()

@@ -164,7 +164,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if self._announced or (forward_only and not only_scores) or self._why_not_share(data) is not None:
             return
         self._announced = True
-        sizes = row_sizes(data, self._placeholders)
+        sizes = row_sizes(data, self._placeholders, self._min_level)
         limit = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size)
         together, group = rows_together(sizes, limit)
         stay = self._why_rows_stay(loss_function, data)
@@ -187,6 +187,11 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _sees_images(self, module: nn.Module) -> bool:
         return hasattr(getattr(transformers_model(module), "config", None), "vision_config")
+
+    @property
+    def _min_level(self) -> int | None:
+        """Tokens of the shortest level of responses that is shared; None where prompts are shared alone."""
+        return self.gate.min_level(self.options.share, get_device_name())
 
     @property
     def _waits_for_towers(self) -> bool:
@@ -314,7 +319,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         # A reference policy that is the actor without its adapter has the limits of the actor's own log-probs.
         options = OLD_LOG_PROB if self._without_adapter else self._pass
         limits = Limits.of(data, options, self.ulysses_sequence_parallel_size)
-        sizes = None if self._why_not_share(data) else row_sizes(data, self._placeholders)
+        sizes = None if self._why_not_share(data) else row_sizes(data, self._placeholders, self._min_level)
         longest = int(data["input_ids"].offsets().diff().max())
         plan = plan_on_all_ranks(sizes, longest, limits, dp_group)
         if sizes and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
@@ -373,7 +378,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         """Why ``micro_batch`` takes the ordinary path, or else its packed row."""
         if (reason := self._why_not_share(micro_batch)) is not None:
             return reason, None
-        packed = PackedMicroBatch(micro_batch, self._placeholders)
+        packed = PackedMicroBatch(micro_batch, self._placeholders, self._min_level)
         reason = packed.reason_not_to_share
         return (None, packed) if reason is None else (reason, None)
 

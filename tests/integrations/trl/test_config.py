@@ -24,7 +24,7 @@ def config(**settings):
 def test_sharing_is_on_by_default_and_every_field_has_a_help_text():
     assert config().use_prefix_grouper is True
     own = [f for f in PrefixGrouperGRPOConfig.__dataclass_fields__.values() if "prefix_grouper" in f.name]
-    assert len(own) == 6
+    assert len(own) == 7
     assert all(len(option.metadata["help"]) > 40 for option in own)
 
 
