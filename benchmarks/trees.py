@@ -28,7 +28,12 @@ from prefix_grouper_plugins.modeling import packed_inputs
 
 SHAPE = ModelShape(512, 2, 8, 2, 64, 1536, 4096, tied_head=True)
 LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens of each level
-PROMPT, RESPONSE, GROUP, DEPTH = 256, 128, 16, 3  # of `levels`: three levels, at each of which every branch forks in two
+PROMPT, RESPONSE, GROUP, DEPTH = (
+    256,
+    128,
+    16,
+    3,
+)  # of `levels`: three levels, at each of which every branch forks in two
 STOCK_ROWS = 8  # rows of a padded forward
 MARGIN = 1.05
 BACKENDS = ("merged_lse", "triton", "flex", "blockwise")

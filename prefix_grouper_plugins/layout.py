@@ -381,9 +381,7 @@ def _check_rows(rows: Sequence[Tensor]) -> None:
         raise ValueError("every row has one token, which has no next token to predict: give rows of two or more")
 
 
-def _trie(
-    members: Sequence[int], heads: Sequence[np.ndarray], lengths: Sequence[int], prompts: Sequence[int]
-) -> _Node:
+def _trie(members: Sequence[int], heads: Sequence[np.ndarray], lengths: Sequence[int], prompts: Sequence[int]) -> _Node:
     """A node without tokens above the forest of the rows ``members``, whose shareable tokens are ``heads``.
 
     Sorted rows meet their longest common prefix in a neighbour, so the tree grows along its rightmost path alone

@@ -6,7 +6,7 @@ code as a micro-batch of a single, long row; what comes out of it is spread over
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 
 import torch
 from tensordict import TensorDict
@@ -101,9 +101,7 @@ class _KeyedRows:
         return PrefixLayout.from_rows(self.rows, self.keys, shareable=self.prompt_lengths, min_level=min_level)
 
 
-def row_sizes(
-    data: TensorDict, placeholders: Collection[int] = (), min_level: int | None = None
-) -> list[RowSize]:
+def row_sizes(data: TensorDict, placeholders: Collection[int] = (), min_level: int | None = None) -> list[RowSize]:
     """What planning needs to know of each row; rows of one group have equal prompts and images.
 
     Args:

@@ -165,8 +165,6 @@ def test_rows_of_a_window_lie_in_the_order_of_their_tree(path, stock):
     assert found["tree"].sharing.update.token_ratio < 0.75 * found["prompt"].sharing.update.token_ratio
 
 
-
-
 def test_each_row_has_its_own_advantage_at_tokens_that_rows_share(path):
     """The gradient of a shared token is the sum over its rows, each weighed by its own advantage and mask."""
     from prefix_grouper_plugins import enable_prefix_grouper, prefix_grouped_logps
