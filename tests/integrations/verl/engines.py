@@ -56,6 +56,7 @@ class Case:
     saves_to_cpu: bool = False  # weights, as trainers with separate rollouts do
     log_probs_first: bool = False  # a log-prob pass comes before the update, as in training
     ordinary_on_rank: int = -1  # whose rows cannot be shared, as each says its own temperature
+    forks: bool = False  # responses of a group fork late, and one row goes on where another ended, as agent loops' steps
     log_prob_rows: int = 0  # of a micro-batch in a log-prob pass, which another update follows
 
     def __str__(self) -> str:
@@ -241,9 +242,30 @@ def make_rows(case: Case) -> list[dict[str, Any]]:
             )
     if case.images:
         vision.add_images(case.model, case.images, rows)
+    if case.forks:
+        fork(rows, case.rows_per_group)
     for row in rows:
         row.setdefault("positions", torch.arange(len(row["prompt"]) + len(row["response"])))
     return sorted(rows, key=lambda row: row["order"])
+
+
+def fork(rows: list[dict[str, Any]], members: int) -> None:
+    """Let the responses of each group begin alike, half of them for longer, and the last row's prompt be another's all."""
+    import torch
+
+    for start in range(0, len(rows), members):
+        first, *others = rows[start : start + members]
+        turn, more = torch.randint(4, 250, (6,)), torch.randint(4, 250, (5,))
+        for i, row in enumerate([first, *others]):
+            begins = torch.cat([turn, more]) if i % 2 else turn
+            row["response"] = torch.cat([begins, row["response"]])
+        last = others[-1]
+        last["prompt"] = torch.cat([first["prompt"], first["response"], torch.randint(4, 250, (4,))])
+        for row in rows[start : start + members]:
+            length = len(row["response"])
+            row["mask"] = (torch.rand(length) < 0.8).long().index_fill(0, torch.tensor([0, length - 1]), 1)
+            row["old"], row["ref"] = (-5.5 + 0.3 * torch.randn(length) for _ in range(2))
+            row["advantage"] = row["advantage"][0] * torch.ones(length)
 
 
 def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
@@ -312,7 +334,7 @@ def padded_as_in_v0(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def right(x: Any) -> Any:
         return pad(x, (0, length - len(x)))
 
-    mask = [torch.cat([left(torch.ones_like(r["prompt"])), right(r["mask"])]) for r in rows]
+    mask = [torch.cat([left(torch.ones_like(r["prompt"])), right(torch.ones_like(r["response"]))]) for r in rows]
     names = {"response_mask": "mask", "loss_mask": "mask", "old_log_probs": "old", "ref_log_prob": "ref"}
     names |= {"advantages": "advantage", "responses": "response"}
     padded = {key: torch.stack([right(r[name]) for r in rows]) for key, name in names.items()}

@@ -108,6 +108,22 @@ def test_gradients_and_scores_equal_those_of_verl(cases, processes, tmp_path):
 
 
 @pytest.mark.slow
+def test_responses_that_fork_late_and_steps_that_go_on_share_the_tree(tmp_path):
+    cases = [
+        Case(forks=True, options={"share": "tree"}),
+        Case(forks=True, options={"share": "tree"}, token_budget=70, v0=True),
+        Case(forks=True, options={"share": "prompt"}),
+    ]
+    found = results(cases, 1, tmp_path)
+    for case, result in zip(cases, found, strict=True):
+        assert_equal(case, result)
+        assert result["fallbacks"] == {}, (str(case), result)
+    tree, planned, prompt = (result["metrics"]["prefix_grouper/token_ratio"] for result in found)
+    assert tree < 0.75 * prompt
+    assert tree <= planned < prompt, "micro-batches of 70 tokens hold what shares most"
+
+
+@pytest.mark.slow
 def test_what_cannot_be_shared_goes_the_ordinary_way_and_is_counted(tmp_path):
     reasons = {
         "each row has a temperature of its own": Case(temperature=[0.7, 1.0, 1.3]),
