@@ -56,7 +56,7 @@ class Case:
     saves_to_cpu: bool = False  # weights, as trainers with separate rollouts do
     log_probs_first: bool = False  # a log-prob pass comes before the update, as in training
     ordinary_on_rank: int = -1  # whose rows cannot be shared, as each says its own temperature
-    forks: bool = False  # responses of a group fork late, and one row goes on where another ended, as agent loops' steps
+    forks: bool = False  # responses of a group fork late, and one row goes on where another ended, as in agent loops
     log_prob_rows: int = 0  # of a micro-batch in a log-prob pass, which another update follows
 
     def __str__(self) -> str:
