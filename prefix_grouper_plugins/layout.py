@@ -176,8 +176,9 @@ class PrefixLayout:
             by_key.setdefault(key, []).append(row)
         lengths = [len(t) for t in tokens]
         tries = [_trie(members, heads, lengths, prompts) for members in by_key.values()]
-        for trie in tries if min_level is not None else ():
-            _dissolve_short_levels(trie, min_level)
+        if min_level is not None:
+            for trie in tries:
+                _dissolve_short_levels(trie, min_level)
         roots = [root for trie in tries for root in trie.children]
         return cls(roots, lengths, rows[0].device)
 
