@@ -14,7 +14,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu support-table trust docs dist lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu gpu-check gpu-speed gpu-update support-table trust docs dist lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -65,6 +65,18 @@ bench: $(VENV)/ready ## the CPU benchmarks, then the pictures and tables of docs
 bench-gpu: $(VENV)/ready ## the GPU benchmarks, then pictures and tables (about 20 minutes on a data-centre GPU)
 	@set -e; for script in attention growth actor_update; do $(BIN)/python benchmarks/$$script.py --device cuda; done
 	@$(BIN)/python benchmarks/plot.py
+
+# On a bare machine: no environment is made, nothing is installed; say GPU_PYTHON=... for another interpreter, GPU_OPTIONS=... for options.
+GPU_PYTHON ?= python3
+GPU_OPTIONS ?=
+gpu-check: ## is attention on this GPU right? every backend against torch's, in poisoned memory; then the GPU tests (below 10 minutes)
+	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_OPTIONS)
+
+gpu-speed: ## how fast is attention on this GPU, against rows and gathered keys? (below 10 minutes)
+	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_speed.py $(GPU_OPTIONS)
+
+gpu-update: ## what does an actor update cost on this GPU, rows against ours? (below 10 minutes)
+	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_update.py $(GPU_OPTIONS)
 
 support-table: $(VENV)/ready ## build every model type tiny, compare and time it, then the tables of docs/models.md (about 6 minutes)
 	@$(ENVIRONMENT) $(BIN)/python -m tests.modeling.support_table

@@ -17,6 +17,7 @@ fresh process for each way).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from harness import RESULTS, in_a_fresh_process, number, peak_mib, use, write_csv
-from models import MODELS, SIZES, build, published_inputs, shape_of, use_published_attention
+from models import MODELS, QWEN3, SIZES, build, published_inputs, shape_of, use_published_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -110,6 +111,13 @@ WAYS: dict[str, Callable[[nn.Module, Batch], Tensor]] = {
 }
 
 
+def why_not(way: str, lora: bool) -> str | None:
+    """Why a way cannot run here: what it needs is not installed."""
+    needed = {"stock": "trl", "published": "prefix_grouper"}.get(way)
+    missing = [name for name in (needed, "peft" if lora else None) if name and importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
+
+
 def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
@@ -145,7 +153,8 @@ def step_of(model: nn.Module, batch: Batch, way: str) -> Step:
 
 def make_model(name: str, layers: int | None, lora: bool, device: str) -> nn.Module:
     """A model of this shape with gradient checkpointing, all weights or a LoRA on all linear layers trained."""
-    model: Any = build(shape_of(name, layers), device, torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model: Any = build(shape_of(name, layers), device, dtype, name in QWEN3)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
         from peft import LoraConfig, get_peft_model
@@ -156,10 +165,17 @@ def make_model(name: str, layers: int | None, lora: bool, device: str) -> nn.Mod
 
 
 def measure(name: str, lora: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row of the CSV for each case and way."""
+    """One row of the CSV for each case and way that can run here; says why the others cannot."""
+    reasons = {way: why_not(way, lora) for way in args.ways}
+    for way, reason in reasons.items():
+        if reason is not None:
+            print(f"{name} {'lora' if lora else 'full'}: {way} left out: {reason}", flush=True)
+    ways = [way for way, reason in reasons.items() if reason is None]
+    if not ways:
+        return []
     model = make_model(name, args.layers, lora, args.device)
     shape = shape_of(name, args.layers)
-    warm_up(model, args)
+    warm_up(model, ways, args.device)
     found = []
     for sizes in args.cases:
         batch = make_batch(sizes, shape.vocab_size, args.device)
@@ -168,24 +184,26 @@ def measure(name: str, lora: bool, args: argparse.Namespace) -> list[dict[str, A
         print(
             f"{name} {'lora' if lora else 'full'} {sizes}: ours at most {bound:.2f} times as fast as rows", flush=True
         )
-        steps = {way: step_of(model, batch, way) for way in args.ways}
+        steps = {way: step_of(model, batch, way) for way in ways}
         memory = {way: memory_of(step, way, name, lora, sizes, args) for way, step in steps.items()}
         fitting = {way: step for way, step in steps.items() if memory[way] is not None}
         timings = take_turns(fitting, repeats=args.repeats, seconds=args.seconds, device=args.device, warm_up=False)
-        found += [row(name, lora, sizes, way, timings, memory[way], bound) for way in args.ways]
+        found += [row(name, lora, sizes, way, timings, memory[way], bound) for way in ways]
     return found
 
 
-def warm_up(model: nn.Module, args: argparse.Namespace) -> None:
+def warm_up(model: nn.Module, ways: Sequence[str], device: str) -> None:
     """On the CPU a few tokens do well enough; elsewhere measuring the memory runs each way at full length."""
-    for way in args.ways if args.device == "cpu" else ():
-        step_of(model, make_batch((8, 4, 2), WARM_UP_IDS, args.device), way)()
+    for way in ways if device == "cpu" else ():
+        step_of(model, make_batch((8, 4, 2), WARM_UP_IDS, device), way)()
 
 
 def memory_of(
     step: Step, way: str, name: str, lora: bool, sizes: tuple[int, int, int], args: argparse.Namespace
 ) -> float | None:
-    """Peak MiB of a step; None where it does not fit."""
+    """Peak MiB of a step; None where it does not fit, NaN where it is not asked for."""
+    if not args.memory:
+        return math.nan
     if args.device == "cpu":
         layers = [] if args.layers is None else ["--layers", str(args.layers)]
         case = ["--models", name, *layers, "--cases", ",".join(map(str, sizes))]
@@ -199,9 +217,8 @@ def memory_of(
 
 def print_memory_of(args: argparse.Namespace, name: str) -> None:
     """In a process of its own: one way, after a few tokens of the same."""
-    args.ways = [args.memory_of]
     model = make_model(name, args.layers, args.training == ["lora"], args.device)
-    warm_up(model, args)
+    warm_up(model, [args.memory_of], args.device)
     batch = make_batch(args.cases[0], shape_of(name, args.layers).vocab_size, args.device)
     print(json.dumps(peak_mib(lambda: step_of(model, batch, args.memory_of), args.device)))
 
@@ -231,7 +248,8 @@ def row(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what is left open depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=tuple(CASES))
     parser.add_argument(
@@ -247,22 +265,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="go on until this much time is over, for short cases"
     )
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure the peak memory")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # one way of one case, in a process of its own
     args = parser.parse_args(arguments)
     given = args.cases or []
     args.cases = [tuple(map(int, case.split(","))) for case in given] or list(CASES[args.device])
-    names = args.models or (SIZES[:1] if args.device == "cpu" else SIZES)
     if args.device == "cpu" and args.models is None and args.layers is None:
         args.layers = CPU_LAYERS
+    args.models = args.models or (SIZES[:1] if args.device == "cpu" else SIZES)
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     use(args.device)
     if args.memory_of:
-        print_memory_of(args, names[0])
+        print_memory_of(args, args.models[0])
         return
     part = f"{args.layers} layers; " if args.layers else ""
     note = f"{part}gradient checkpointing; prompt and responses of equal lengths, so nothing is padded"
     found: list[dict[str, Any]] = []
-    for name in names:
+    for name in args.models:
         for kind in args.training:
             found += measure(name, kind == "lora", args)
             # Now: a larger model may end the process.

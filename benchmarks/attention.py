@@ -13,6 +13,7 @@ for lack of memory, gets no figures). The CSV is written case by case.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -95,6 +96,10 @@ def why_not(name: str, case: Case) -> str | None:
     """Why a method of others cannot run here."""
     if name == "dense_mask" and case.layout.num_tokens > TOO_LARGE_FOR_A_MASK:
         return f"a mask of {case.layout.num_tokens} x {case.layout.num_tokens} does not fit"
+    if name == "published" and importlib.util.find_spec("prefix_grouper") is None:
+        return "the package prefix-grouper is not installed"
+    if name == "gathered_flash" and case.device == "cpu":
+        return "the varlen flash kernels need a GPU"
     if name == "tree_attention" and case.device == "cpu":
         return "FlashAttention 3 needs a GPU; `gathered` does the same with torch's own attention"
     return why_no_tree_attention(case.device, case.dtype) if name == "tree_attention" else None

@@ -7,6 +7,7 @@ out, and said to be.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from harness import write_csv
+from harness import RESULTS, write_csv
 
 ROOT = Path(__file__).parents[1]
 ROW = "ROW "  # how a line of a case's output begins that is a row of the table, as JSON
@@ -44,6 +45,15 @@ def emit(**row: Any) -> None:
     print(ROW + json.dumps({"status": OK, **row}), flush=True)
 
 
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """The options that all of these runs have."""
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU: does the script run?")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run (default: 9)")
+    parser.add_argument("--only", default="", help="cases whose names hold this text")
+    parser.add_argument("--output", type=Path, default=RESULTS / output)
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in a process of its own
+
+
 class Table:
     """The rows so far, as a CSV file that is written anew with each of them."""
 
@@ -62,22 +72,26 @@ class Table:
         write_csv(self.path, self.rows, self.device, self.note, quiet=True)
 
 
-def run_all(
-    works: Sequence[Work], output: Path, columns: Sequence[str], *, device: str, minutes: float, note: str
-) -> int:
+def run_all(works: Sequence[Work], args: argparse.Namespace, columns: Sequence[str], note: str) -> int:
     """Run the cases one after the other; returns how many have failed.
 
     Args:
         works: the cases, most important first.
-        output: the table; what the cases print stands beside it, in a file that ends in ``.log``.
+        args: those of `add_options`. What the cases print goes to a file beside the table that ends in ``.log``.
         columns: of the table, besides the case's name and status.
-        device: "cuda", or "cpu" for a dry run.
-        minutes: of the whole run.
         note: how to read the table.
+
+    Raises:
+        SystemExit: no case is called so.
     """
-    table = Table(output, columns, device, note)
+    output, minutes = args.output, args.minutes
+    works = [work for work in works if args.only in work.name]
+    if not works:
+        raise SystemExit(f"--only {args.only!r}: no case is called so")
+    table = Table(output, columns, "cpu" if args.dry_run else "cuda", note)
     ends = time.monotonic() + 60 * minutes
     failed = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_suffix(".log").open("w", encoding="utf-8") as log:
         for number, work in enumerate(works, 1):
             left = ends - time.monotonic()

@@ -74,6 +74,32 @@ def gathered(case: Case) -> Attention:
     return attention
 
 
+def gathered_flash(case: Case) -> Attention:
+    """The same, with one bottom-right causal varlen call of torch's CUDA flash kernels, and autograd for the gathered keys."""
+    paths = _paths(case)
+    queries, keys = _lengths(case), [len(path) for path in paths]
+    lengths = (_cumulative(queries, case.device), _cumulative(keys, case.device), max(*queries, 2), max(keys))
+    index = torch.cat(paths)
+    return lambda query, key, value: _VarlenFlash.apply(query, key[index], value[index], lengths)
+
+
+class _VarlenFlash(torch.autograd.Function):
+    """Torch's varlen flash kernels; those of `torch.nn.attention.varlen` are not in every torch that we support."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Any, ...]) -> Tensor:
+        out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)
+        ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, out, lse, *states = ctx.saved_tensors
+        inputs = (grads[0], q, k, v, out, lse, *ctx.lengths, 0.0, True)
+        return *torch.ops.aten._flash_attention_backward(*inputs, *states), None
+
+
 def dense_mask(case: Case) -> Attention:
     """One call of `scaled_dot_product_attention` with the whole ``T x T`` mask."""
     mask = visibility_mask(case.layout.segments).to(case.device)
@@ -134,4 +160,10 @@ def other_step(name: str, case: Case) -> Step:
     return case.step(OTHERS[name](case), tokens)
 
 
-OTHERS = {"published": published, "gathered": gathered, "dense_mask": dense_mask, "tree_attention": tree_attention}
+OTHERS = {
+    "published": published,
+    "gathered": gathered,
+    "gathered_flash": gathered_flash,
+    "dense_mask": dense_mask,
+    "tree_attention": tree_attention,
+}

@@ -1,4 +1,4 @@
-"""Qwen2.5 models with random weights, and the published package inside one, for actor_update.py and flops.py."""
+"""Qwen2.5 and Qwen3 models with random weights, and the published package inside one, for actor_update.py and flops.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from methods import grouped_attention
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from prefix_grouper_plugins.cost import SHAPES, ModelShape
 
 TINY = ModelShape(64, 2, 4, 2, 16, 128, 256, tied_head=True)
 SIZES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
-MODELS = {"tiny": TINY, **{name: SHAPES[name] for name in SIZES}}
+QWEN3 = {  # normalises queries and keys
+    "qwen3-4b": ModelShape(2560, 36, 32, 8, 128, 9728, 151936, tied_head=True),
+    "tiny-qwen3": TINY,
+}
+MODELS = {"tiny": TINY, **{name: SHAPES[name] for name in SIZES}, **QWEN3}
 _PUBLISHED = "published_prefix_grouper"
 
 
@@ -23,9 +27,10 @@ def shape_of(name: str, layers: int | None = None) -> ModelShape:
     return MODELS[name] if layers is None else dataclasses.replace(MODELS[name], num_layers=layers)
 
 
-def build(shape: ModelShape, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A Qwen2 model of this shape, its weights random, in training mode."""
-    config = Qwen2Config(
+def build(shape: ModelShape, device: str, dtype: torch.dtype, qwen3: bool = False) -> PreTrainedModel:
+    """A Qwen2 or Qwen3 model of this shape, its weights random, in training mode."""
+    config = (Qwen3Config if qwen3 else Qwen2Config)(
+        head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_layers,

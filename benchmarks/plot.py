@@ -32,6 +32,7 @@ NAMES = {
     "ours:triton": "ours, triton",
     "ours:flex": "ours, flex",
     "gathered": "gathered keys and values",
+    "gathered_flash": "gathered, one varlen flash call",
     "dense_mask": "dense mask",
     "tree_attention": "TRL's tree attention",
     "stock": "TRL, padded",
