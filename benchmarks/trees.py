@@ -143,10 +143,10 @@ def least_that_pays(table: Sequence[dict[str, Any]], backend: str) -> int | None
 
 
 CASES = {
-    "64 rollouts, nothing shared but the prompt": lambda: rollouts(64, 512, 128, 64, 0),
-    "64 rollouts, one of 4 tool calls first": lambda: rollouts(64, 512, 64, 4, 128),
+    "64 rollouts that differ from the first token": lambda: rollouts(64, 512, 34, 64, 0),
+    "64 rollouts, one of 4 tool calls first": lambda: rollouts(64, 256, 34, 4, 128),
     "tool use, depth 4, branching 2": lambda: tool_use(4, 2, 512, 48, 96),
-    "tool use, depth 4, branching 3": lambda: tool_use(4, 3, 512, 24, 48),
+    "tool use, depth 4, branching 3": lambda: tool_use(4, 3, 256, 24, 48),
 }
 
 

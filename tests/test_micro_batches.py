@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_grouper_plugins import PrefixLayout
-from prefix_grouper_plugins.micro_batches import RowSize, packed_tokens, plan_micro_batches, spread_micro_batches
+from prefix_grouper_plugins.micro_batches import (
+    RowSize,
+    packed_tokens,
+    plan_micro_batches,
+    rows_by_group,
+    sizes_in,
+    spread_micro_batches,
+)
 
 
 @st.composite
@@ -161,3 +168,88 @@ def test_counts_that_cannot_be_reached_are_named(plan, count):
     message = f"{len(sizes)} rows in {len(plan)} micro-batches cannot be spread over {count}"
     with pytest.raises(ValueError, match=message):
         spread_micro_batches(plan, sizes, count)
+
+
+# ---------------------------------------------------------------------------------------------------------------- trees
+
+
+@st.composite
+def forks(draw):
+    """Rows of few different tokens, so that they fork everywhere, with prompts of any length, and a shortest level."""
+    rows = draw(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=9), min_size=1, max_size=12))
+    prompts = [draw(st.integers(1, len(row) - 1)) for row in rows]
+    return [torch.tensor(row) for row in rows], prompts, draw(st.none() | st.integers(1, 4))
+
+
+@settings(deadline=None, max_examples=300)
+@given(forks(), st.data())
+def test_micro_batches_of_trees_keep_within_the_limits_when_they_are_laid_out(case, data):
+    rows, prompts, least = case
+    layout = PrefixLayout.from_rows(rows, shareable=prompts, min_level=least)
+    sizes = sizes_in(layout, [str(row[:p].tolist()) for row, p in zip(rows, prompts, strict=True)], prompts)
+    assert packed_tokens(sizes) == layout.num_tokens
+    assert [size.tokens for size in sizes] == [len(row) - 1 for row in rows]
+    max_tokens = data.draw(st.none() | st.integers(max(len(row) - 1 for row in rows), 40))
+    max_rows = data.draw(st.none() | st.integers(1, 5))
+    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    assert_each_row_once(plan, sizes)
+    plan = spread_micro_batches(plan, sizes, data.draw(st.integers(len(plan), len(rows))))
+    assert_each_row_once(plan, sizes)
+    for members in plan:
+        taken = PrefixLayout.from_rows(
+            [rows[i] for i in members], shareable=[prompts[i] for i in members], min_level=least
+        )
+        assert taken.num_tokens <= packed_tokens(sizes[i] for i in members)
+        assert max_tokens is None or taken.num_tokens <= max_tokens
+        assert max_rows is None or len(members) <= max_rows
+
+
+def tool_loops(prompts=4, depth=4, system=60, turn=15, result=40):
+    """Every path of a tree that forks in two at each turn, below a system prompt, and their order a shuffled one."""
+    torch.manual_seed(0)
+
+    def tokens(count):
+        return torch.randint(1, 50_000, (count,)).tolist()
+
+    def grow(row, level):
+        if level == depth:
+            return [row]
+        answers = [tokens(result) if level < depth - 1 else [] for _ in range(2)]
+        return [path for answer in answers for path in grow(row + tokens(turn) + answer, level + 1)]
+
+    shared = tokens(system)
+    asked = [shared + tokens(20) for _ in range(prompts)]
+    rows = [(row, len(prompt)) for prompt in asked for row in grow(prompt, 0)]
+    return [rows[i] for i in torch.randperm(len(rows)).tolist()]
+
+
+@pytest.mark.parametrize("max_tokens", [400, 1200])
+def test_rows_that_fork_late_stay_together(max_tokens):
+    """Tool use that forks: micro-batches filled from the leaves of the tree forward far less than those filled by prompt."""
+    rows, prompts = map(list, zip(*tool_loops(), strict=True))
+    rows = [torch.tensor(row) for row in rows]
+    groups = [tuple(row[:p].tolist()) for row, p in zip(rows, prompts, strict=True)]
+    layout = PrefixLayout.from_rows(rows, shareable=prompts, min_level=1)
+
+    def forwarded_by(sizes):
+        plan = plan_micro_batches(sizes, max_tokens=max_tokens)
+        return sum(PrefixLayout.from_rows([rows[i] for i in members]).num_tokens for members in plan)
+
+    by_tree = forwarded_by(sizes_in(layout, groups, prompts))
+    by_prompt = forwarded_by([RowSize(g, p, len(row) - p) for g, p, row in zip(groups, prompts, rows, strict=True)])
+    assert layout.num_tokens <= by_tree < 0.75 * by_prompt
+    if max_tokens == 1200:  # each prompt's tree fits: 20 + 15 * 30 + 40 * 14 tokens, and 59 of the system prompt
+        assert by_tree == layout.num_tokens + 3 * 59
+
+
+def test_rows_of_a_group_lie_in_the_order_of_their_tree():
+    rows = [torch.tensor([9, 9, 9, *tail]) for tail in ([1, 1, 5], [2, 7], [1, 1, 6], [2, 8], [1, 4])]
+    sizes = sizes_in(PrefixLayout.from_rows(rows), ["g"] * 5, [3] * 5)
+    assert rows_by_group(sizes, range(5)) == [[0, 2, 4, 1, 3]]
+    assert plan_micro_batches(sizes) == [[0, 2, 4, 1, 3]]
+
+
+def test_a_micro_batch_is_cut_where_rows_have_least_in_common():
+    rows = [torch.tensor([9, 9, 9, *tail]) for tail in ([1, 1, 1, 5], [1, 1, 1, 6], [1, 1, 1, 7], [2, 3])]
+    sizes = sizes_in(PrefixLayout.from_rows(rows), ["g"] * 4, [3] * 4)
+    assert spread_micro_batches([[0, 1, 2, 3]], sizes, 2) == [[0, 1, 2], [3]]

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from prefix_grouper_plugins.integrations.verl.batch_sizes import sizes_by_names, sizes_by_tokens
 from prefix_grouper_plugins.integrations.verl.losses import why_actor_rows_stay, why_aggregation_keeps_rows
 from prefix_grouper_plugins.integrations.verl.switch import ASK_WORKERS, is_asked_for, show_what_is_decided
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.micro_batches import RowSize
-from prefix_grouper_plugins.settings import VERL_REGROUP
+from prefix_grouper_plugins.settings import SHARE, VERL_REGROUP
 from prefix_grouper_plugins.step_order import forwarded_share, regrouped_order
 
 _PREFIX = "prefix_grouper/"
@@ -49,12 +50,8 @@ def install_v1(module: ModuleType) -> None:
         if not is_asked_for(self.config.actor_rollout_ref):
             return batch
         dp_size = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-        # keys are uid_session_turn
-        uids = [key.rsplit("_", 2)[0] for key in batch.keys]
-        sizes = [
-            RowSize((uid, tag["prompt_len"]), tag["prompt_len"], tag["seq_len"] - tag["prompt_len"])
-            for uid, tag in zip(uids, batch.tags, strict=True)
-        ]
+        lengths = [(tag["prompt_len"], tag["seq_len"]) for tag in batch.tags]
+        sizes = sizes_by_names(batch.keys, lengths, _share(self))
         verls = _runs(self, "_update_actor", _update_actor) and _runs(self, "_update_critic", stock_critic)
         metrics.update(_regroup(self, sizes, dp_size, batch.reorder, logging_prefix, steps_are_verls=verls))
         return batch
@@ -87,12 +84,11 @@ def install_v0(module: ModuleType) -> None:
         if not is_asked_for(self.config.actor_rollout_ref) or "uid" not in batch.non_tensor_batch:
             return
         width = batch.batch["prompts"].shape[1]
-        mask = batch.batch["attention_mask"]
-        prompts, responses = mask[:, :width].sum(1).tolist(), mask[:, width:].sum(1).tolist()
-        sizes = [
-            RowSize((uid, prompt), prompt, response)
-            for uid, prompt, response in zip(batch.non_tensor_batch["uid"], prompts, responses, strict=True)
-        ]
+        uids, tokens = (
+            map(str, batch.non_tensor_batch["uid"]),
+            (batch.batch["input_ids"], batch.batch["attention_mask"]),
+        )
+        sizes = sizes_by_tokens(list(uids), *tokens, width, _share(self))
         dp_size = self._get_dp_size(self.actor_rollout_wg, "actor")
         verls = _runs(self, "_update_actor", _update_actor) and _runs(self, "_update_critic", stock_critic)
         facts = {"steps_are_verls": verls, "steps_are_fixed": bool(kwargs.get("keep_minibatch"))}
@@ -109,6 +105,12 @@ def install_v0(module: ModuleType) -> None:
         return output
 
     trainer._balance_batch, trainer._update_actor = _balance_batch, _update_actor
+
+
+def _share(trainer: Any) -> str:
+    """``prefix_grouper.share``."""
+    given = OmegaConf.select(trainer.config.actor_rollout_ref.actor, "fsdp_config.prefix_grouper.share")
+    return str(given or SHARE.default)
 
 
 def _runs(trainer: Any, name: str, function: Callable[..., Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -122,7 +123,8 @@ def _shuffle_whole_groups(worker: type) -> None:
             loading = dict(tu.get(data, key="dataloader_kwargs", default={}) or {})
             if loading.pop("shuffle", False):
                 seed = tu.get(data, key="seed", default=42) + self.engine.get_data_parallel_rank()
-                sizes = row_sizes(data)
+                uids = map(str, tu.get(data, "uid"))
+                sizes = [replace(size, group=uid) for size, uid in zip(row_sizes(data), uids, strict=True)]
                 groups = rows_by_group(sizes, range(len(sizes)))
                 loading["sampler"] = WholeGroups(groups, torch.Generator().manual_seed(seed))
                 tu.assign_non_tensor(data, dataloader_kwargs=loading)

@@ -43,7 +43,11 @@ class Batch:
         mask = torch.zeros(len(sizes), width + length, dtype=torch.long)
         for row, size in zip(mask, sizes, strict=True):
             row[width - size.prompt : width + size.response] = 1
-        self.batch = {"prompts": mask[:, :width], "attention_mask": mask}
+        # Tokens of which those of a group begin alike, and no others.
+        tokens = torch.arange(len(sizes) * mask.shape[1]).view_as(mask)
+        group = torch.tensor([[hash(size.group) % 10_000] for size in sizes])
+        tokens[:, :width] = -1 - group * width - torch.arange(width)
+        self.batch = {"prompts": mask[:, :width], "attention_mask": mask, "input_ids": tokens}
 
     def reorder(self, order) -> None:
         order = [int(i) for i in order]
