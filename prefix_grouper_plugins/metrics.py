@@ -23,6 +23,11 @@ METRICS = (
     "prefix_grouper/token_ratio",
     "prefix_grouper/rows_per_group",
     "prefix_grouper/fallbacks",
+    "prefix_grouper/tokens_forwarded",
+    "prefix_grouper/row_tokens",
+    "prefix_grouper/shared_at_level_1",
+    "prefix_grouper/shared_at_level_2",
+    "prefix_grouper/shared_at_level_3",
     "prefix_grouper/old_log_prob_token_ratio",
     "prefix_grouper/old_log_prob_rows_per_group",
     "prefix_grouper/ref_log_prob_token_ratio",
@@ -43,6 +48,8 @@ class Counts:
             query, so that a row of ``L`` tokens counts ``L ** 2``, as in estimates of FLOPs. 0 where nobody counts them.
         rows, groups: rows, and distinct prompts among those of one forward.
         packed, fallbacks: shared forwards, and ordinary ones that should have been shared.
+        shared_1, shared_2, shared_3: tokens of the rows that were not forwarded since rows share them at the first, at the
+            second, and at deeper levels of their tree.
     """
 
     tokens_forwarded: int = 0
@@ -53,12 +60,21 @@ class Counts:
     groups: int = 0
     packed: int = 0
     fallbacks: int = 0
+    shared_1: int = 0
+    shared_2: int = 0
+    shared_3: int = 0
 
     @classmethod
     def of_rows(cls, lengths: Sequence[int]) -> Counts:
         """Of rows of ``lengths`` tokens in an ordinary forward; neither packed nor a fallback."""
         tokens, squares = sum(lengths), sum(length * length for length in lengths)
         return cls(tokens, tokens, squares, squares, rows=len(lengths), groups=len(lengths))
+
+    @classmethod
+    def of_levels(cls, shared: Sequence[int]) -> Counts:
+        """Nothing but what rows share: the tokens of each level, `PrefixLayout.shared_by_level`."""
+        first, second, *deeper = [*shared, 0, 0]
+        return cls(shared_1=first, shared_2=second, shared_3=sum(deeper))
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(mine + yours for mine, yours in zip(astuple(self), astuple(other), strict=True)))
@@ -76,6 +92,12 @@ class Counts:
     def rows_per_group(self) -> float:
         """Mean number of rows that shared one prompt; 0.0 where nothing was counted."""
         return self.rows / self.groups if self.groups else 0.0
+
+    @property
+    def shared_at_levels(self) -> tuple[float, float, float]:
+        """Tokens shared at the first, the second and at deeper levels, over the tokens of the rows."""
+        tokens = max(self.row_tokens, 1)
+        return self.shared_1 / tokens, self.shared_2 / tokens, self.shared_3 / tokens
 
 
 class ReasonCounter(dict[str, int]):
@@ -127,8 +149,8 @@ class SharingCounts:
     def metrics(self, *, share: bool = False) -> dict[str, float]:
         """Named as every integration logs them (``METRICS``).
 
-        ``token_ratio`` and ``rows_per_group`` are of the update, other passes that made a forward have figures of their
-        own, and ``fallbacks`` is of all passes.
+        ``fallbacks`` is of all passes, everything else of the update; other passes that made a forward have figures of
+        their own.
 
         Args:
             share: ``fallbacks`` as a share of all forwards instead of their number.
@@ -139,6 +161,10 @@ class SharingCounts:
             "prefix_grouper/rows_per_group": self.update.rows_per_group,
             "prefix_grouper/fallbacks": total.fallbacks / max(total.forwards, 1) if share else float(total.fallbacks),
         }
+        named["prefix_grouper/tokens_forwarded"] = float(self.update.tokens_forwarded)
+        named["prefix_grouper/row_tokens"] = float(self.update.row_tokens)
+        for level, share_of_rows in enumerate(self.update.shared_at_levels, 1):
+            named[f"prefix_grouper/shared_at_level_{level}"] = share_of_rows
         for name, counts in self.passes.items():
             if name != UPDATE and counts.forwards:
                 named[f"prefix_grouper/{name}_token_ratio"] = counts.token_ratio

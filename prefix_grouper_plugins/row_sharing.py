@@ -231,7 +231,8 @@ class _DecoderHooks:
                 row_tokens=rows.num_row_tokens,
                 rows=len(rows.lengths),
                 groups=rows.num_roots,
-            ),
+            )
+            + Counts.of_levels(rows.layout.shared_by_level),
             during=during,
         )
         wants_cache = inputs.get("use_cache") is None and getattr(decoder.config, "use_cache", False)

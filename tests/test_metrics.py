@@ -34,6 +34,11 @@ def test_packed_forwards_are_counted_and_their_ratios_are_over_all_of_them():
         "prefix_grouper/token_ratio": 0.5,
         "prefix_grouper/rows_per_group": 8.0,
         "prefix_grouper/fallbacks": 0.0,
+        "prefix_grouper/tokens_forwarded": 30.0,
+        "prefix_grouper/row_tokens": 60.0,
+        "prefix_grouper/shared_at_level_1": 0.0,
+        "prefix_grouper/shared_at_level_2": 0.0,
+        "prefix_grouper/shared_at_level_3": 0.0,
     }
     meter.count_packed(Counts(tokens_forwarded=30, row_tokens=40, rows=4, groups=2))
     second = meter.take().metrics()
@@ -41,6 +46,15 @@ def test_packed_forwards_are_counted_and_their_ratios_are_over_all_of_them():
     assert (meter.packed, meter.tokens_forwarded, meter.row_tokens, meter.rows, meter.groups) == (2, 60, 100, 12, 3)
     assert meter.token_ratio == 0.6, "the mean of 0.5 and 0.75 would weight small batches like large ones"
     assert meter.rows_per_group == 4.0
+
+
+def test_tokens_that_rows_share_are_counted_by_the_level_of_their_tree():
+    meter = SharingMeter()
+    for shared in ([30, 5, 2, 1], [10]):
+        meter.count_packed(Counts(tokens_forwarded=20, row_tokens=50, rows=2, groups=1) + Counts.of_levels(shared))
+    metrics = meter.take().metrics()
+    assert [metrics[f"prefix_grouper/shared_at_level_{level}"] for level in (1, 2, 3)] == [0.4, 0.05, 0.03]
+    assert (metrics["prefix_grouper/tokens_forwarded"], metrics["prefix_grouper/row_tokens"]) == (40.0, 100.0)
 
 
 def test_a_meter_that_saw_nothing_claims_nothing():

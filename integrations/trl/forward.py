@@ -100,7 +100,7 @@ class PackedForward:
             row_tokens=batch.num_row_tokens,
             rows=batch.num_rows,
             groups=batch.num_groups,
-        )
+        ) + Counts.of_levels(batch.layout.shared_by_level)
         return (batch.scatter(logps), None if entropies is None else batch.scatter(entropies), loss), counts
 
     def score_part(
@@ -118,13 +118,17 @@ class PackedForward:
         """
         whole = self._batch(model, rows.blocks, None, forward_last=False)
         part = whole.behind_prompt()
-        counts = Counts(part.layout.num_queries, part.num_row_tokens, rows=part.num_rows)
+        given = part.layout.num_given
+        counts = Counts(
+            part.layout.num_queries, part.num_row_tokens, rows=part.num_rows, shared_1=given * part.num_rows
+        )
+        counts += Counts.of_levels(part.layout.shared_by_level)
         if cache is None:
             cache, length = PromptCache(), part.layout.num_given
             prompt = PrefixLayout.from_groups([length], [[1]], device=part.input_ids.device)
             with self._trainer.accelerator.autocast():
                 cache.run(model, prompt, whole.input_ids[:length], whole.position_ids[:length])
-            counts = counts + Counts(tokens_forwarded=length, groups=1)
+            counts += Counts(tokens_forwarded=length, groups=1, shared_1=-length)
         cache.prepare(part.layout, last=is_last)
         logps, entropies = self._forward(model, part, None, entropy)
         return (part.scatter(logps), None if entropies is None else part.scatter(entropies)), counts, cache

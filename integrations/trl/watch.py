@@ -47,8 +47,8 @@ class SharingWatch(TrainerCallback):
         update = self._log("train")
         if not self._seen_update and update.packed and update.rows_per_group == 1.0 and not trainer.limits():
             trainer.gate.warn(
-                "no two rows of a micro-batch had equal prompts in the first update, so at most what prompts begin alike with "
-                f"was shared there ({update.token_ratio:.0%} of the tokens were forwarded): rows share a whole prompt if its "
+                "no two rows of a micro-batch had equal prompts in the first update, so only what rows begin alike with was "
+                f"shared there ({update.token_ratio:.0%} of the tokens were forwarded): rows share a whole prompt if its "
                 "token ids and their padding are equal"
             )
         self._seen_update = True

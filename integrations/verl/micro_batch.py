@@ -146,6 +146,7 @@ class PackedMicroBatch:
         self.counts.tokens_forwarded = layout.num_tokens
         self.counts.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
         self.counts.groups = len(set(keyed.groups))
+        self.counts += Counts.of_levels(layout.shared_by_level)
         self.layout = layout = layout.to(ids.device)
         positions = micro_batch["position_ids"].values()  # [tokens], with mRoPE [4, tokens]
         packed_positions = positions[..., layout.source_index]

@@ -94,6 +94,13 @@ def trie_size(rows):
     return nodes, extra
 
 
+def assert_all_shared_tokens_are_counted(trainer):
+    """What was not forwarded is shared at some level, or the last token of a row."""
+    update = trainer.sharing.update
+    shared = update.shared_1 + update.shared_2 + update.shared_3
+    assert shared == update.row_tokens - update.rows - update.tokens_forwarded > 0
+
+
 @pytest.mark.parametrize("share", ["tree", "auto", "prompt"])
 def test_conversations_that_fork_late_give_the_stock_weights(path, stock, share):
     expected, stock_trainer = stock()
@@ -101,6 +108,9 @@ def test_conversations_that_fork_late_give_the_stock_weights(path, stock, share)
     assert largest_difference(expected, weights) <= 1e-12
     assert not trainer.sharing.fallbacks
     assert logged(trainer, "reward") == logged(stock_trainer, "reward")
+    assert_all_shared_tokens_are_counted(trainer)
+    levels = [logged(trainer, f"prefix_grouper/shared_at_level_{level}")[0] for level in (1, 2, 3)]
+    assert [level > 0 for level in levels] == [True, share != "prompt", share != "prompt"], "the prompt, and two turns"
     ratios = logged(trainer, "prefix_grouper/token_ratio")
     assert all(ratio > 0.5 for ratio in ratios) if share == "prompt" else all(ratio < 0.42 for ratio in ratios)
 
@@ -122,6 +132,7 @@ def test_trees_go_with_losses_adapters_and_reuse(path, stock, changes):
     assert largest_difference(expected, weights) <= 1e-12
     assert not trainer.sharing.fallbacks
     assert trainer.sharing.total.token_ratio < 0.6
+    assert_all_shared_tokens_are_counted(trainer)
 
 
 @pytest.mark.parametrize("branching", [2, 4])
