@@ -6,7 +6,7 @@ that scores pre-shifted labels, before that the logits of the completion positio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from prefix_grouper_plugins.modeling import numbers_padded_columns, packed_input
 from prefix_grouper_plugins.modeling.images import ImageRows
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 
-_HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
+HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 
 Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probs [B, C], entropies [B, C], router loss []
 Blocks = tuple[Tensor, Tensor, Tensor, Tensor]  # ids and mask of the prompts [B, P], of the completions [B, C]
@@ -49,6 +49,27 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> Rows:
         return Rows(self.input_ids[rows], self.attention_mask[rows], self.num_scored, self.images[rows])
+
+    @classmethod
+    def of_blocks(cls, blocks: Blocks) -> Rows:
+        """Rows without images."""
+        prompts, prompt_mask, completions, completion_mask = blocks
+        ids, mask = torch.cat([prompts, completions], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
+        return cls(ids, mask, completions.shape[1], RowsOfImages({}, len(ids)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Rows without images, one part after the other; all are equally wide."""
+        ids, mask = torch.cat([part.input_ids for part in parts]), torch.cat([part.attention_mask for part in parts])
+        return cls(ids, mask, parts[0].num_scored, RowsOfImages({}, len(ids)))
+
+    def equals(self, other: Rows) -> bool:
+        """Whether both hold the same tokens; images are not looked at."""
+        return (
+            self.num_scored == other.num_scored
+            and torch.equal(self.input_ids, other.input_ids)
+            and torch.equal(self.attention_mask, other.attention_mask)
+        )
 
     def take(self, rows: list[int]) -> Rows:
         """Rows without images, by number."""
@@ -89,7 +110,7 @@ class PackedForward:
             aux_loss: also the router loss, over all tokens of the rows.
         """
         if not rows.has_completions and not aux_loss:
-            return self._nothing_to_score(model, rows, entropy)
+            return self.nothing_to_score(model, rows, entropy=entropy)
         images = rows.images.image_rows(model, rows.blocks)
         batch = self._batch(model, rows.blocks, images, forward_last=aux_loss)
         with capture_router_logits(model, enabled=aux_loss) as router_logits:
@@ -133,7 +154,7 @@ class PackedForward:
         logps, entropies = self._forward(model, part, None, entropy)
         return (part.scatter(logps), None if entropies is None else part.scatter(entropies)), counts, cache
 
-    def _nothing_to_score(self, model: Any, rows: Rows, entropy: bool) -> tuple[Scores, Counts]:
+    def nothing_to_score(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, Counts]:
         """Zeros, for rows whose completions are all masked, that hang on a forward of one token.
 
         Sharded and distributed models wait for every process in each layer, forward and backward, and for the gradient of
@@ -167,7 +188,7 @@ class PackedForward:
             inputs = images.packed_inputs(batch)
         if hasattr(trainer.accelerator.unwrap_model(model).config.get_text_config(), "output_router_logits"):
             inputs["output_router_logits"] = False  # else the model's config could ask for a loss over packed tokens
-        if _HAS_FUSED_HEAD:
+        if HAS_FUSED_HEAD:
             with trainer.accelerator.autocast():
                 output = model(**inputs, shift_labels=batch.labels[None], fused_lm_head=True)
             entropies = output.entropy[0, batch.positions] if entropy else None

@@ -1,11 +1,14 @@
-"""The prompt once per optimizer step: micro-batches that hold a piece of a group reuse its prompt.
+"""The prompt once per optimizer step: micro-batches that hold a piece of a group share one forward of its prompt.
 
 TRL's micro-batches stay as they are, rows, losses, normalisers, metrics and gathers included. The rows of a prompt have
-been brought side by side (:mod:`.regroup`), so a group that is larger than a micro-batch lies in consecutive ones. The
-first of them forwards the prompt, whose graph is kept; each of them forwards its completions against the prompt's keys and
-values; the backward of the last one goes on through the prompt
-(:class:`~prefix_grouper_plugins.modeling.prompt_cache.PromptCache`). At any time a micro-batch of ``b`` rows has each of its
-prompts once and its completions, so it never holds more tokens than the ``b`` padded rows of the stock trainer.
+been brought side by side (:mod:`.regroup`), so a group that is larger than a micro-batch lies in consecutive ones. They
+share in two ways, and neither holds more tokens than the ``b`` padded rows of a micro-batch in the stock trainer:
+
+- rows *ahead*: a forward takes the rows of the micro-batches that follow too, as many as fit into that number of tokens,
+  and each micro-batch gets its log-probs from it (:class:`~prefix_grouper_plugins.modeling.scores_ahead.ScoresAhead`);
+- an *open prompt*: where a group does not fit into one forward, the first one forwards the prompt, whose graph is kept,
+  each forwards its completions against the prompt's keys and values, and the backward of the last one goes on through the
+  prompt (:class:`~prefix_grouper_plugins.modeling.prompt_cache.PromptCache`).
 
 In passes without gradients (old-policy and reference log-probs) the chunks of a call do the same among themselves.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,32 +25,35 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from prefix_grouper_plugins.batch import prompt_group
-from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows, Scores
+from prefix_grouper_plugins.integrations.trl.forward import HAS_FUSED_HEAD, Blocks, PackedForward, Rows, Scores
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
+from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
+from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
 
 
-def prompt_keys(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> list[Hashable]:
-    """For each row what it has in common with the rows of its prompt, padding included; None without a completion.
+def tokens_of_rows(blocks: Blocks) -> list[RowTokens]:
+    """What each row adds to a packed forward. Rows have a prompt in common where it is equal, padding included.
 
-    A prompt of one token has nothing to reuse: its last token is forwarded with each completion.
+    A prompt of one token has nothing to share: its last token is forwarded with each completion.
     """
+    prompt_ids, prompt_mask, _, completion_mask = blocks
     ids = prompt_ids.masked_fill(prompt_mask == 0, -1).cpu()
-    scored, lengths = completion_mask.any(1).tolist(), prompt_mask.sum(1).tolist()
+    prompts, completions = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
     return [
-        (prompt_group(None, row) if length > 1 else object()) if any_scored else None
-        for row, any_scored, length in zip(ids, scored, lengths, strict=True)
+        RowTokens((prompt_group(None, row) if prompt > 1 else object()) if completion else None, prompt - 1, completion)
+        for row, prompt, completion in zip(ids, prompts, completions, strict=True)
     ]
 
 
 class PromptReuse:
-    """Which prompts are open between the micro-batches of one optimizer step.
+    """What micro-batches of one optimizer step share: prompts that are open, and scores that were computed ahead.
 
     Args:
         trainer: a trainer with :class:`PrefixGrouperMixin`.
@@ -58,15 +64,28 @@ class PromptReuse:
         self._trainer, self._forward = trainer, forward
         self._open: dict[Hashable, PromptCache] = {}
         self._closing: list[PromptCache] = []
-        self._later: Counter[Hashable] | None = None  # rows of each prompt in later micro-batches of the step
+        self._ahead: ScoresAhead | None = None
+        self._micro_batches: list[MicroBatch] = []  # of the generation batch
+        self._tokens: list[list[RowTokens]] = []  # of their rows
+        self._coming = range(
+            0
+        )  # the micro-batch that was entered, and those that certainly follow in its optimizer step
 
     def why_not(self, model: Any, *, update: bool = True) -> str | None:
-        """Why micro-batches do not reuse prompts; None if they do.
+        """Why prompts do not stay open for later micro-batches; None if they do.
 
         Args:
             model: that is forwarded.
             update: for the update, where rows must be free to change their micro-batch.
         """
+        if (reason := self.why_not_ahead(model, update=update)) is not None:
+            return reason
+        base = transformers_model(model)  # asked before every micro-batch, so what enabling has found is used again
+        known = (anatomy for anatomy in self._trainer.gate.anatomies if anatomy.base is base)
+        return why_not_reuse(model, next(known, None))
+
+    def why_not_ahead(self, model: Any, *, update: bool = True) -> str | None:
+        """Why each micro-batch is forwarded by itself; None if a forward may take several. Arguments of :meth:`why_not`."""
         trainer = self._trainer
         if trainer.accelerator.distributed_type not in _KINDS:
             kind = trainer.accelerator.distributed_type.value
@@ -79,14 +98,12 @@ class PromptReuse:
         if update and (reason := why_rows_stay(trainer)) is not None:
             return reason
         if update and self.window() == 1:
-            args = self._trainer.args
+            args = trainer.args
             return (
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} and "
                 f"steps_per_generation={args.steps_per_generation} have no common factor"
             )
-        base = transformers_model(model)  # asked before every micro-batch, so what enabling has found is used again
-        known = (anatomy for anatomy in trainer.gate.anatomies if anatomy.base is base)
-        return why_not_reuse(model, next(known, None))
+        return None
 
     # ----------------------------------------------------------------------------------------------------- the update
 
@@ -102,58 +119,99 @@ class PromptReuse:
             micro_batches: of the generation batch.
             number: of the micro-batch among them.
         """
-        self._later = None
-        if self.why_not(self._trainer.model) is not None:
+        self._coming = range(0)
+        if self.why_not_ahead(self._trainer.model) is not None:
             return
+        if micro_batches is not self._micro_batches:
+            self._micro_batches = micro_batches
+            self._tokens = [tokens_of_rows(_blocks_of(batch)) for batch in micro_batches]
         window = self.window()
         end = number - number % window + window
         if self._trainer.accelerator.sync_gradients:  # the optimizer steps after this one, whatever comes
             end = number + 1
-        later = (
-            key
-            for batch in micro_batches[number + 1 : end]
-            for key in prompt_keys(batch["prompt_ids"], batch["prompt_mask"], batch["completion_mask"])
-        )
-        self._later = Counter(key for key in later if key is not None)
+        self._coming = range(number, end)
 
     def leave(self) -> None:
         """The backward of a micro-batch has run.
 
         Raises:
-            RuntimeError: the gradient of a prompt would be missing from the optimizer step.
+            RuntimeError: a gradient would be missing from the optimizer step.
         """
-        unfinished = [cache for cache in self._closing if not cache.is_closed]
-        if self._trainer.accelerator.sync_gradients:
-            unfinished += self._open.values()
+        step_ends, self._coming = self._trainer.accelerator.sync_gradients, range(0)
+        if self._ahead is not None and self._ahead.num_left and not step_ends:
+            return
+        ahead, self._ahead = self._ahead, None
+        unfinished = sum(not cache.is_closed for cache in self._closing)
+        unfinished += ahead is not None and not ahead.is_closed
+        if step_ends:
+            unfinished += len(self._open)
             self._open = {}
-        self._closing, self._later = [], None
+        self._closing = []
         if unfinished:
             raise RuntimeError(
-                f"{len(unfinished)} prompt(s) that micro-batches share have not got their gradient: a micro-batch was not "
+                f"{unfinished} forward(s) that micro-batches share have not got their gradient: a micro-batch was not "
                 "scored, or its log-probs do not reach the loss. Set prefix_grouper_regroup='none'"
             )
 
     def score_update(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, list[Counts]] | None:
-        """Scores of the micro-batch that was entered; None if none of its prompts goes beyond it."""
-        if self._later is None or not torch.is_grad_enabled():
+        """Scores of the micro-batch that was entered; None if it shares nothing with others."""
+        if not self._coming or not torch.is_grad_enabled():
             return None
-        return self._score(model, rows, self._open, self._later, entropy)
+        if self._ahead is not None:
+            return self._from_ahead(self._ahead, model, rows)
+        joint = [rows] if _needs_all_parameters(model) else self._joint(rows)
+        later = self._later(model, [self._tokens[number] for number in self._coming[len(joint) :]])
+        if len(joint) == 1:
+            return self._score(model, rows, self._open, later, entropy)
+        self._ahead, counts = self._score_joint(model, joint, self._open, later, entropy)
+        return (*self._ahead.take(), None), counts
+
+    def _joint(self, rows: Rows) -> list[Rows]:
+        """``rows``, of the micro-batch that was entered, and those of the following ones that fit into the same forward."""
+        count = self._num_joint([self._tokens[number] for number in self._coming], rows, self._open)
+        if count == 1:
+            return [rows]
+        joint = [self._rows_of(number) for number in self._coming[:count]]
+        return joint if joint[0].equals(rows) else [rows]  # a loss of the user's own may score other rows
+
+    def _rows_of(self, number: int) -> Rows:
+        return Rows.of_blocks(_blocks_of(self._micro_batches[number]))
+
+    def _from_ahead(self, ahead: ScoresAhead, model: Any, rows: Rows) -> tuple[Scores, list[Counts]]:
+        """Scores of a micro-batch whose rows were forwarded with those of an earlier one."""
+        if not rows.equals(self._rows_of(self._coming[0])):
+            raise RuntimeError(
+                "the loss scores other rows than those of its micro-batch, which were forwarded with an earlier one: set "
+                "prefix_grouper_regroup='none'"
+            )
+        accelerator = self._trainer.accelerator
+        logps, entropies = ahead.take(last=accelerator.sync_gradients)
+        if not accelerator.sync_gradients or accelerator.num_processes == 1:
+            return (logps, entropies, None), []
+        # DDP synchronises the gradients of a backward only if it has seen a forward since the last one.
+        (zeros, _, _), counts = self._forward.nothing_to_score(model, rows, entropy=False)
+        return (logps + zeros, entropies, None), [Counts(tokens_forwarded=counts.tokens_forwarded)]
 
     # --------------------------------------------------------------------------------------- passes without gradients
 
     def score_chunks(
         self, model: Any, chunks: list[Rows], *, entropy: bool
     ) -> Iterable[tuple[Scores, list[Counts]] | None]:
-        """For each chunk of a call its scores, or None if none of its prompts goes beyond it."""
-        if len(chunks) < 2 or torch.is_grad_enabled() or self.why_not(model, update=False) is not None:
+        """For each chunk of a call its scores, or None if it shares nothing with others."""
+        if len(chunks) < 2 or torch.is_grad_enabled() or self.why_not_ahead(model, update=False) is not None:
             return [None] * len(chunks)
-        keys = [self._keys(chunk) for chunk in chunks]
+        tokens = [tokens_of_rows(chunk.blocks) for chunk in chunks]
         opened: dict[Hashable, PromptCache] = {}
-        later = Counter(key for of_chunk in keys for key in of_chunk if key is not None)
-        found = []
-        for chunk, of_chunk in zip(chunks, keys, strict=True):
-            later -= Counter(key for key in of_chunk if key is not None)
-            found.append(self._score(model, chunk, opened, later, entropy))
+        found: list[tuple[Scores, list[Counts]] | None] = []
+        while len(found) < len(chunks):
+            start = len(found)
+            count = self._num_joint(tokens[start:], chunks[start], opened)
+            later = self._later(model, tokens[start + count :], update=False)
+            if count == 1:
+                found.append(self._score(model, chunks[start], opened, later, entropy))
+                continue
+            scores, counts = self._score_joint(model, chunks[start : start + count], opened, later, entropy)
+            found += [((*scores.take(), None), counts if first else []) for first in (True, *[False] * (count - 1))]
         return found
 
     def score_apart(self, model: Any, rows: Rows, *, entropy: bool) -> Scores:
@@ -161,13 +219,52 @@ class PromptReuse:
 
         For comparisons. No prompt stays open, and one backward goes through prompts and completions.
         """
-        keys = self._keys(rows)
+        keys = _keys_of(rows)
         own: list[Hashable] = [key for key in dict.fromkeys(keys) if isinstance(key, tuple)]
         if not own:
             return self._forward.score(model, rows, entropy=entropy, aux_loss=False)[0]
         return self._score_pieces(model, rows, keys, own, {}, Counter(), [], entropy)[0]
 
+    # -------------------------------------------------------------------------------------------------------- planning
+
+    def _num_joint(
+        self, coming: Sequence[Sequence[RowTokens]], first: Rows, opened: dict[Hashable, PromptCache]
+    ) -> int:
+        """How many micro-batches go into one forward: until it has as many rows as a group, if it then holds no more
+        tokens than the padded rows ``first``.
+        """
+        coming = coming[: max(1, math.ceil(self._trainer.num_generations / len(first)))]
+        held = sum(cache.num_tokens for cache in opened.values())
+        count = num_that_fit(coming, first.input_ids.numel(), held=held, opened=opened)
+        if HAS_FUSED_HEAD:
+            return count
+        scored = [[row._replace(prompt_tokens=0) for row in rows] for rows in coming]  # their logits are kept
+        return min(count, num_that_fit(scored, len(first) * first.num_scored))
+
+    def _later(self, model: Any, coming: Sequence[Sequence[RowTokens]], *, update: bool = True) -> Counter[Hashable]:
+        """Rows of each prompt in later micro-batches, for which it stays open."""
+        if self.why_not(model, update=update) is not None:
+            return Counter()
+        return Counter(row.prompt for rows in coming for row in rows if row.prompt is not None)
+
     # -------------------------------------------------------------------------------------------------------- forward
+
+    def _score_joint(
+        self,
+        model: Any,
+        parts: list[Rows],
+        opened: dict[Hashable, PromptCache],
+        later: Counter[Hashable],
+        entropy: bool,
+    ) -> tuple[ScoresAhead, list[Counts]]:
+        """Scores of several micro-batches, or chunks, from one forward."""
+        rows = Rows.join(parts)
+        found = self._score(model, rows, opened, later, entropy)
+        if found is None:
+            scores, count = self._forward.score(model, rows, entropy=entropy, aux_loss=False)
+            found = scores, [count]
+        (logps, entropies, _), counts = found
+        return ScoresAhead(logps, entropies, [len(part) for part in parts]), counts
 
     def _score(
         self,
@@ -177,7 +274,7 @@ class PromptReuse:
         later: Counter[Hashable],
         entropy: bool,
     ) -> tuple[Scores, list[Counts]] | None:
-        keys = self._keys(rows)
+        keys = _keys_of(rows)
         shared = [key for key in dict.fromkeys(keys) if key is not None and (key in opened or later[key])]
         if not shared:
             return None
@@ -225,10 +322,18 @@ class PromptReuse:
         others = [row for row, own in enumerate(keys) if own is not None and own not in shared]
         return [*pieces, (others, None)] if others else pieces  # type: ignore[list-item]
 
-    @staticmethod
-    def _keys(rows: Rows) -> list[Hashable]:
-        prompts, prompt_mask, _, completion_mask = rows.blocks
-        return prompt_keys(prompts, prompt_mask, completion_mask)
+
+def _keys_of(rows: Rows) -> list[Hashable]:
+    return [row.prompt for row in tokens_of_rows(rows.blocks)]
+
+
+def _blocks_of(micro_batch: MicroBatch) -> Blocks:
+    return tuple(micro_batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))  # type: ignore[return-value]
+
+
+def _needs_all_parameters(model: Any) -> bool:
+    """Whether DDP looks in the outputs of its forward for parameters without a gradient; it would not find scores ahead."""
+    return bool(getattr(model, "find_unused_parameters", False))
 
 
 def _placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:

@@ -155,7 +155,12 @@ class PrefixGrouperMixin:
         if rows < group:
             if (why := self._reuse.why_not(self.model)) is None:
                 return []
-            shared = "nothing is shared in the update" if rows == 1 else f"only {rows} of {group} rows share a prompt"
+            if self._reuse.why_not_ahead(self.model) is None:
+                shared = f"only those rows share a prompt that fit into the tokens of {rows} padded ones"
+            else:
+                shared = (
+                    "nothing is shared in the update" if rows == 1 else f"only {rows} of {group} rows share a prompt"
+                )
             return [
                 f"per_device_train_batch_size={rows} is smaller than num_generations={group}, so {shared} ({why}): raise it "
                 f"to {group} and lower gradient_accumulation_steps"

@@ -142,6 +142,11 @@ class PromptCache:
         part.cache, self._is_last = self, last
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt that have been forwarded."""
+        return self._num_tokens
+
+    @property
     def is_closed(self) -> bool:
         """Whether nothing is left to send back: the prompt's backward has run, or it has no graph."""
         return not self._waiting
