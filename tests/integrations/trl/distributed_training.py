@@ -28,11 +28,15 @@ from tests.integrations.trl.training import largest_difference, logged, train, u
 MODE, EQUAL = "## mode: ", "both ranks have learned the stock weights"  # before and after what a mode writes to stderr
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 REUSE: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 6}
+# A group, that of both micro-batches, in the forward of the first: that in which gradients are synchronised has none.
+AHEAD: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4}
 
 
 def text(mode: str) -> dict[str, Any]:
     checkpointing = mode == "checkpointing"
-    sizes = SETTINGS if mode in ("full", "checkpointing") else REUSE
+    sizes = {"full": SETTINGS, "checkpointing": SETTINGS, "rows ahead": {**AHEAD, "longest_prompt": 40}}.get(
+        mode, REUSE
+    )
     return {**sizes, "beta": 0.04, "lora": checkpointing, "gradient_checkpointing": checkpointing}
 
 

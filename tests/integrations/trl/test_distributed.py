@@ -11,7 +11,7 @@ from tests.integrations.trl.training import run_python
 
 pytestmark = pytest.mark.slow
 
-OF_TEXT = ["full", "checkpointing", "groups over several micro-batches"]
+OF_TEXT = ["full", "checkpointing", "groups over several micro-batches", "rows ahead"]
 MODES = [*OF_TEXT, "one process", "images"]
 
 

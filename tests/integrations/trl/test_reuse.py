@@ -6,13 +6,14 @@ from itertools import product
 
 import pytest
 import torch
-from trl import RLOOConfig, RLOOTrainer
+from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from prefix_grouper_plugins.integrations.trl import (
     PrefixGrouperGRPOTrainer,
     PrefixGrouperRLOOConfig,
     PrefixGrouperRLOOTrainer,
 )
+from prefix_grouper_plugins.integrations.trl.forward import PackedForward
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from tests import tiny
 from tests.integrations.trl.training import largest_difference, logged, make_trainer, train, use_float64_head
@@ -145,10 +146,6 @@ def test_experts_and_sinks_reuse_prompts(monkeypatch, tmp_path, model_type):
         ({"loss_type": "bnpo"}, "loss_type='bnpo'"),
         ({"prefix_grouper_regroup": "none"}, "leaves TRL's shuffle alone"),
         ({"gradient_accumulation_steps": 1, "steps_per_generation": 8}, "no common factor"),
-        (
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            "set use_reentrant=False",
-        ),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
@@ -165,6 +162,85 @@ def test_where_prompts_are_not_reused_the_reason_is_said_and_the_weights_are_sto
         sum(reason in record.getMessage() and "smaller than" in record.getMessage() for record in caplog.records) >= 1
     )
     assert trainer.sharing.passes["update"].rows_per_group <= 2
+
+
+LONG_PROMPTS = {"train_dataset": tiny.prompts(64, shortest=60, longest=60)}
+
+
+def forwards_with_gradients(monkeypatch):
+    """The rows of each forward of the update, in a list that grows."""
+    rows = []
+    run = PackedForward._forward
+
+    def counted(self, model, batch, *args):
+        if torch.is_grad_enabled():
+            rows.append(batch.num_rows)
+        return run(self, model, batch, *args)
+
+    monkeypatch.setattr(PackedForward, "_forward", counted)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("geometry", "more", "expected"),
+    [
+        ((2, 8, 8), {}, [8, 8]),  # 60 + 8 * 10 tokens in place of 2 * 70
+        ((4, 4, 4), {}, [4] * 4),  # whole groups stay by themselves, whatever would fit
+        ((1, 8, 8), {}, [1] * 8),
+        ((2, 8, 8), {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, [8, 8]),
+        ((2, 8, 8), {"max_completion_length": 40}, [2] * 8),
+        ((3, 4, 6), {"lora": True}, [6, 6]),
+    ],
+)
+def test_a_forward_takes_the_rows_of_as_many_micro_batches_as_fit_into_a_stock_one(
+    monkeypatch, paths, geometry, more, expected
+):
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(*geometry), **LONG_PROMPTS, "max_steps": 2, "min_new_tokens": 9, **more}
+    settings["generation_kwargs"] = {"min_new_tokens": settings.pop("min_new_tokens")}
+    if "max_completion_length" in more:
+        settings["generation_kwargs"] = {"min_new_tokens": more["max_completion_length"]}
+    stock, _ = train(paths["llama"], shared=False, **settings)
+    rows = forwards_with_gradients(monkeypatch)
+    shared, trainer = train(paths["llama"], shared=True, **settings)
+    assert rows == expected * 2
+    assert largest_difference(stock, shared) <= 1e-12
+    if "gradient_checkpointing" in more:  # prompts do not stay open then
+        (limit,) = trainer.limits()
+        assert "only those rows share a prompt that fit into the tokens of 2 padded ones (reentrant" in limit
+        assert "set use_reentrant=False" in limit
+
+
+class ScoresOtherRows:
+    """A loss of the user's own, which scores one token less from the second micro-batch on, or from the first."""
+
+    loss_is_sum_over_rows = True
+    whole = 0
+
+    def _compute_loss(self, model, inputs):
+        if self._step % 4 > self.whole:
+            inputs = {**inputs, "completion_mask": inputs["completion_mask"].clone()}
+            inputs["completion_mask"][:, 3:] = 0
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_loss_that_scores_other_rows_than_those_that_were_forwarded_is_stopped(monkeypatch, paths):
+    use_float64_head(monkeypatch)
+    trainer_class = type("Trainer", (ScoresOtherRows, PrefixGrouperGRPOTrainer), {})
+    with pytest.raises(RuntimeError, match="scores other rows than those of its micro-batch"):
+        train(paths["llama"], shared=True, trainer_class=trainer_class, **LONG_PROMPTS, **geometry_of(2, 4, 8))
+
+
+def test_a_loss_that_always_scores_other_rows_is_forwarded_micro_batch_by_micro_batch(monkeypatch, paths):
+    use_float64_head(monkeypatch)
+    weights = []
+    rows = forwards_with_gradients(monkeypatch)
+    for shared, base in ((False, GRPOTrainer), (True, PrefixGrouperGRPOTrainer)):
+        trainer_class = type("Trainer", (ScoresOtherRows, base), {"whole": -1})
+        settings = {**geometry_of(2, 4, 8), **LONG_PROMPTS, "max_steps": 2}
+        weights.append(train(paths["llama"], shared=shared, trainer_class=trainer_class, **settings)[0])
+    assert rows == [2] * 8
+    assert largest_difference(*weights) <= 1e-12
 
 
 def test_a_prompt_without_its_gradient_stops_training(monkeypatch, paths):
