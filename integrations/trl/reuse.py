@@ -30,6 +30,7 @@ from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import transformers_model
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
 from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
@@ -80,9 +81,7 @@ class PromptReuse:
         """
         if (reason := self.why_not_ahead(model, update=update)) is not None:
             return reason
-        base = transformers_model(model)  # asked before every micro-batch, so what enabling has found is used again
-        known = (anatomy for anatomy in self._trainer.gate.anatomies if anatomy.base is base)
-        return why_not_reuse(model, next(known, None))
+        return why_not_reuse(model, self._anatomy(model))
 
     def why_not_ahead(self, model: Any, *, update: bool = True) -> str | None:
         """Why each micro-batch is forwarded by itself; None if a forward may take several. Arguments of :meth:`why_not`."""
@@ -159,12 +158,22 @@ class PromptReuse:
             return None
         if self._ahead is not None:
             return self._from_ahead(self._ahead, model, rows)
-        joint = [rows] if _needs_all_parameters(model) else self._joint(rows)
+        joint = [rows] if self._leaves_experts_out(model) else self._joint(rows)
         later = self._later(model, [self._tokens[number] for number in self._coming[len(joint) :]])
         if len(joint) == 1:
             return self._score(model, rows, self._open, later, entropy)
         self._ahead, counts = self._score_joint(model, joint, self._open, later, entropy)
         return (*self._ahead.take(), None), counts
+
+    def _anatomy(self, model: Any) -> Anatomy | None:
+        """What enabling has found: this is asked before every micro-batch, and finding it walks the whole model."""
+        base = transformers_model(model)
+        return next((anatomy for anatomy in self._trainer.gate.anatomies if anatomy.base is base), None)
+
+    def _leaves_experts_out(self, model: Any) -> bool:
+        """Whether DDP takes experts that a forward of one token does not meet for unused; see :meth:`_from_ahead`."""
+        anatomy = self._anatomy(model)
+        return bool(getattr(model, "find_unused_parameters", False)) and (anatomy is None or anatomy.has_experts)
 
     def _joint(self, rows: Rows) -> list[Rows]:
         """``rows``, of the micro-batch that was entered, and those of the following ones that fit into the same forward."""
@@ -329,11 +338,6 @@ def _keys_of(rows: Rows) -> list[Hashable]:
 
 def _blocks_of(micro_batch: MicroBatch) -> Blocks:
     return tuple(micro_batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))  # type: ignore[return-value]
-
-
-def _needs_all_parameters(model: Any) -> bool:
-    """Whether DDP looks in the outputs of its forward for parameters without a gradient; it would not find scores ahead."""
-    return bool(getattr(model, "find_unused_parameters", False))
 
 
 def _placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:

@@ -22,6 +22,8 @@ from transformers import Qwen3ForCausalLM
 from trl import GRPOTrainer
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer
+from prefix_grouper_plugins.integrations.trl.forward import PackedForward
+from tests import tiny
 from tests.integrations.trl import vision
 from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
 
@@ -29,14 +31,17 @@ MODE, EQUAL = "## mode: ", "both ranks have learned the stock weights"  # before
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 REUSE: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 6}
 # A group, that of both micro-batches, in the forward of the first: that in which gradients are synchronised has none.
-AHEAD: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4}
+AHEAD: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 4,
+    "train_dataset": tiny.prompts(shortest=40, longest=40),
+}
 
 
 def text(mode: str) -> dict[str, Any]:
     checkpointing = mode == "checkpointing"
-    sizes = {"full": SETTINGS, "checkpointing": SETTINGS, "rows ahead": {**AHEAD, "longest_prompt": 40}}.get(
-        mode, REUSE
-    )
+    sizes = {"full": SETTINGS, "checkpointing": SETTINGS, "rows ahead": AHEAD}.get(mode, REUSE)
     return {**sizes, "beta": 0.04, "lora": checkpointing, "gradient_checkpointing": checkpointing}
 
 
@@ -127,11 +132,22 @@ def compares_the_first_batch_on_both_ranks(path: str) -> None:
     logger.setLevel(logging.NOTSET)
 
 
+def count_calls(patch: pytest.MonkeyPatch, owner: type, name: str) -> list[None]:
+    """A list that gets an entry for each call of a method."""
+    calls: list[None] = []
+    method = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: (calls.append(None), method(*args, **kwargs))[1])
+    return calls
+
+
 def both_train(path: str, mode: str) -> None:
     settings = images() if mode == "images" else text(mode)
     stock, _ = train(path, shared=False, **settings)
-    shared, trainer = train(path, shared=True, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        single_tokens = count_calls(patch, PackedForward, "nothing_to_score")
+        shared, trainer = train(path, shared=True, **settings)
     assert trainer.accelerator.num_processes == 2
+    assert len(single_tokens) == (6 if mode == "rows ahead" else 0)  # one for each optimizer step
     if mode == "images":
         assert trainer.sharing.rows_per_group > 2.5, trainer.sharing.rows_per_group  # a dummy row is a group
     else:
