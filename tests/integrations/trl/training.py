@@ -49,7 +49,7 @@ def make_trainer(
     train_dataset: Any = None,
     processing_class: Any = None,
     longest_prompt: int = 12,
-    rollout_func: Any = None,
+    rollout: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
     trainer_class = trainer_class or (PrefixGrouperGRPOTrainer if shared else GRPOTrainer)
@@ -80,7 +80,7 @@ def make_trainer(
         train_dataset=train_dataset or tiny.prompts(longest=longest_prompt),
         processing_class=processing_class or tiny.tokenizer(),
         peft_config=adapter if lora else None,
-        **({} if rollout_func is None else {"rollout_func": rollout_func}),
+        **(rollout or {}),  # rollout_func, tools or environment_factory
     )
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
