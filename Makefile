@@ -8,8 +8,8 @@ VERL_BIN := $(VERL_VENV)/bin
 # Tests run in as many processes as there are cores, so each of them keeps to one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-TEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n $(WORKERS)
-TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integrations/verl tests/examples
+TEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/integrations/verl tests/examples
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 

@@ -1,10 +1,18 @@
-"""Processes that form a group, for what happens only between processes. Slow to start: the fixture `processes` of
-tests/conftest.py starts them once."""
+"""Processes that start fast, and processes that form a group, for what happens only between processes.
+
+They are forked from a server that has imported what takes seconds to import, and has run nothing of it: a fork of a process
+that has run torch would inherit threads that do not run.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -13,21 +21,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Neither trl nor this package, so that a command finds those as a new interpreter would: not imported yet.
+_SLOW_IMPORTS = (
+    "torch.distributed.fsdp datasets accelerate peft transformers.trainer transformers.models.auto.modeling_auto"
+)
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(_SLOW_IMPORTS.split())
 SIZES = (2, 4)
 SECONDS = 1200  # a process that waits for another one longer than this fails: stuck, not slow on a busy machine
 _groups: dict[int, dist.ProcessGroup] = {}
 
 
 class Processes:
-    """Four gloo processes, of which each call takes the first two or all.
-
-    They are spawned: a fork would inherit threads of torch that do not run.
-    """
+    """Four gloo processes, of which each call takes the first two or all. The fixture `processes` starts them once."""
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
         store = f"file://{folder / 'store'}"
-        self._pools = [ProcessPoolExecutor(1, context, _join, (rank, store)) for rank in range(max(SIZES))]
+        self._pools = [ProcessPoolExecutor(1, _FORKS, _join, (rank, store)) for rank in range(max(SIZES))]
         self._on_each(int)
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -57,3 +67,35 @@ def _join(rank: int, store: str) -> None:
 
 def _call(size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     return function(_groups[size], *arguments)
+
+
+def run_in_fork(*command: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """As ``python *command``, without the seconds for the imports of other packages.
+
+    Not for tests of when something is imported.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = _FORKS.Process(target=_become, args=(command, cwd, dict(os.environ if env is None else env), files))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, *(file.read_text() for file in files))
+
+
+def _become(command: tuple[str, ...], folder: Path, environment: dict[str, str], files: list[Path]) -> None:
+    for descriptor, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    what, *rest = command
+    if what == "-m":
+        sys.argv, sys.path[:0] = rest, [str(folder)]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        sys.argv, sys.path[:0] = [what, *rest[1:]], [str(folder)]
+        exec(rest[0], {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[:0] = [what, *rest], [str((folder / what).parent)]
+        runpy.run_path(what, run_name="__main__")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper,
 from prefix_grouper_plugins.modeling import is_enabled, packed_inputs
 from prefix_grouper_plugins.sharing import SharingGate, self_check_pending
 from tests import tiny
+from tests.processes import run_in_fork
 
 ROWS = tiny.rows({6: [4, 3]})
 
@@ -153,8 +152,9 @@ gate.announce("one"); gate.announce("two"); gate.warn("three")
         ("", "logging.basicConfig(); gate.announce('four')", ["one", "two", "three"]),
     ],
 )
-def test_the_line_reaches_the_terminal_once_unless_the_user_has_set_up_logging(setup, after, shown):
+def test_the_line_reaches_the_terminal_once_unless_the_user_has_set_up_logging(tmp_path, setup, after, shown):
     code = TERMINAL.format(setup=setup, after=after)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_in_fork("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "prefix grouper" in line]
     assert [line.split()[-1].rstrip(":") for line in lines] == shown

@@ -195,7 +195,7 @@ def configure(model_type: str, **changes: Any) -> Any:
     settings |= {k: 0.0 for k, v in defaults.items() if isinstance(v, float) and ("dropout" in k or "pdrop" in k)}
     if defaults.get("layer_types") and model_type not in _KINDS_BY_PERIOD:
         kinds = list(dict.fromkeys(defaults["layer_types"]))
-        settings["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
+        settings["layer_types"] = [kinds[i % len(kinds)] for i in range(changes.get("num_hidden_layers", LAYERS))]
     return AutoConfig.for_model(model_type, **(settings | CHANGES.get(model_type, {}) | changes))
 
 

@@ -30,12 +30,14 @@ LAYOUT = PrefixLayout.from_rows(LAYOUT_ROWS)
 MODELS = ["qwen3", "stablelm", "falcon", "qwen3_5_text", "mamba"]
 
 
-def build(model_type: str, checkpointing: bool) -> Any:
-    model = families.build(model_type).float()
+def whole_and_to_shard(model_type: str, checkpointing: bool = False) -> tuple[Any, Any]:
+    """The same model twice; the self-check runs on the one that will be sharded."""
+    models = families.build(model_type).float(), families.build(model_type).float()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    return enable_prefix_grouper(model)
+        for model in models:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+    return enable_prefix_grouper(models[0], self_check=False), enable_prefix_grouper(models[1])
 
 
 def forward_and_backward(model: nn.Module) -> Tensor:
@@ -46,7 +48,7 @@ def forward_and_backward(model: nn.Module) -> Tensor:
 
 def by_fsdp2(group: dist.ProcessGroup, model_type: str, checkpointing: bool) -> tuple[float, float]:
     """Largest difference of a logit, and of a gradient tensor relative to its norm."""
-    whole, sharded = build(model_type, checkpointing), build(model_type, checkpointing)
+    whole, sharded = whole_and_to_shard(model_type, checkpointing)
     mesh = DeviceMesh.from_group(group, "cpu")
     for layer in [m for m in sharded.modules() if isinstance(m, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh)
@@ -60,7 +62,7 @@ def by_fsdp2(group: dist.ProcessGroup, model_type: str, checkpointing: bool) -> 
 
 def by_fsdp1(group: dist.ProcessGroup, model_type: str) -> tuple[float, float]:
     """Largest difference of a logit, and the relative difference of the norm of all gradients."""
-    whole, sharded = build(model_type, False), build(model_type, False)
+    whole, sharded = whole_and_to_shard(model_type)
     layers = {type(m) for m in sharded.modules() if isinstance(m, GradientCheckpointingLayer)}
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=layers)
     wrapped = FullyShardedDataParallel(sharded, group, auto_wrap_policy=policy, device_id=torch.device("cpu"))

@@ -19,6 +19,7 @@ from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArgument
 from prefix_grouper_plugins.settings import TRL_OPTIONS
 from tests import tiny
 from tests.integrations.trl.training import run_python
+from tests.processes import run_in_fork
 
 SCRIPT = """
 import json, sys
@@ -66,8 +67,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder: Path, *command: str) -> dict:
-    done = run_python(folder, *command)
+def run(folder: Path, *command: str, in_fork: bool = False) -> dict:
+    done = run_python(folder, *command, in_fork=in_fork)
     return json.loads((folder / "result.json").read_text()) | {"stderr": done.stderr}
 
 
@@ -92,9 +93,9 @@ def test_the_command_takes_the_flag_in_front_of_the_script(folder):
 
 @pytest.mark.slow
 def test_without_the_flag_the_script_runs_as_always(folder):
-    result = run(folder, *LAUNCH, *script_arguments())
+    result = run(folder, *LAUNCH, *script_arguments(), in_fork=True)
     assert "PrefixGrouperMixin" not in result["mro"]
-    plain = run(folder, *script_arguments())
+    plain = run(folder, *script_arguments(), in_fork=True)
     assert result["log"]["reward"] == plain["log"]["reward"]
     assert result["argv"] == plain["argv"]
 
@@ -102,10 +103,12 @@ def test_without_the_flag_the_script_runs_as_always(folder):
 @pytest.mark.slow
 def test_yaml_turns_it_on_and_the_command_line_wins_over_yaml(folder):
     (folder / "run.yaml").write_text("use_prefix_grouper: true\nprefix_grouper_regroup: group\n")
-    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml"))
+    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml"), in_fork=True)
     assert result["log"]["prefix_grouper/rows_per_group"] == 4
     assert result["regroup"] == "group"
-    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml", "--prefix_grouper_regroup", "none"))
+    result = run(
+        folder, *LAUNCH, *script_arguments("--config", "run.yaml", "--prefix_grouper_regroup", "none"), in_fork=True
+    )
     assert result["regroup"] == "none"
 
 
@@ -113,7 +116,7 @@ def test_yaml_turns_it_on_and_the_command_line_wins_over_yaml(folder):
 @pytest.mark.parametrize(("in_yaml", "more"), [("false", []), ("true", ["--use_prefix_grouper", "false"])])
 def test_yaml_and_command_line_can_turn_it_off(folder, in_yaml, more):
     (folder / "run.yaml").write_text(f"use_prefix_grouper: {in_yaml}\n")
-    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml", *more))
+    result = run(folder, *LAUNCH, *script_arguments("--config", "run.yaml", *more), in_fork=True)
     assert "prefix_grouper/token_ratio" not in result["log"]
 
 
@@ -150,7 +153,7 @@ def test_trls_own_script_shares(folder):
 @pytest.mark.slow
 def test_a_script_without_a_grpo_trainer_is_told_that_nothing_was_shared(tmp_path):
     (tmp_path / "script.py").write_text("print('no trainer here')")
-    done = run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper")
+    done = run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper", in_fork=True)
     assert "no trainer here" in done.stdout
     assert "nothing was shared" in done.stderr
 
@@ -184,7 +187,7 @@ def test_trls_names_are_ours_in_scripts_that_import_something_of_ours_first(tmp_
         "for cls in (trl.GRPOConfig, RLOOTrainer, trl.trainer.grpo_trainer.GRPOTrainer, trl.trainer.rloo_config.RLOOConfig):\n"
         "    print(cls.__name__)\n"
     )
-    done = run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper")
+    done = run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper", in_fork=True)
     names = ["GRPOConfig", "RLOOTrainer", "GRPOTrainer", "RLOOConfig"]
     assert done.stdout.split() == [f"PrefixGrouper{name}" for name in names]
 
@@ -304,10 +307,7 @@ def test_a_slip_is_told_in_one_line_before_anything_heavy_is_imported(tmp_path):
 @pytest.mark.parametrize(("value", "shown"), [("true", "PrefixGrouperGRPOTrainer"), ("false", "GRPOTrainer")])
 def test_the_environment_turns_it_on_as_in_code(tmp_path, value, shown):
     (tmp_path / "script.py").write_text("import trl\nprint(trl.GRPOTrainer.__name__)\n")
-    environment = os.environ | {"USE_PREFIX_GROUPER": value}
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
+    done = run_in_fork(*LAUNCH, "script.py", cwd=tmp_path, env=os.environ | {"USE_PREFIX_GROUPER": value})
     assert done.stdout.split() == [shown], done.stderr
 
 

@@ -241,7 +241,7 @@ make_trainer({path!r}, shared=True, per_device_train_batch_size=4, num_generatio
 def test_the_line_reaches_the_terminal_of_a_plain_script(tmp_path, qwen):
     root = str(__import__("pathlib").Path(__file__).parents[3])
     (tmp_path / "script.py").write_text(SCRIPT.format(root=root, path=qwen))
-    done = run_python(tmp_path, "script.py")
+    done = run_python(tmp_path, "script.py", in_fork=True)
     assert done.stderr.count("prefix grouper is on for Qwen3ForCausalLM") == 1
 
 

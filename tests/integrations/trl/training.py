@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
 from tests import tiny
+from tests.processes import run_in_fork
 
 
 def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -105,17 +106,17 @@ def trained_weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def run_python(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python *command`` in ``folder`` with the checkout on its path; its errors are shown if it fails."""
+def run_python(folder: Path, *command: str, in_fork: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run ``python *command`` in ``folder`` with the checkout on its path; its errors are shown if it fails.
+
+    ``in_fork``: see :func:`tests.processes.run_in_fork`.
+    """
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
+    environment = {**os.environ, "PYTHONPATH": path}
+    if in_fork:
+        done = run_in_fork(*command, cwd=folder, env=environment)
+    else:
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -16,8 +16,9 @@ pytest.importorskip("verl")
 from verl_on_cpu.run import run_training
 from verl_on_cpu.tiny import make_inputs
 
-# One after the other in one process: they share their trainings without sharing.
-pytestmark = pytest.mark.xdist_group("training")
+pytestmark = (
+    pytest.mark.shares_a_fixture
+)  # `train` remembers trainings without sharing, which several tests compare with
 
 STEPS, RESPONSES = 5, 4
 DYNAMIC = [
