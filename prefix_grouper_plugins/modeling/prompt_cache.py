@@ -15,7 +15,8 @@ to the prompt's graph and hands the sums on, so the backward of the prompt is a 
 gradient synchronisation, one place for a trainer's scaling, and autograd keeps the order.
 
 Keys and values of a part are written behind those of the prompt into one buffer for each layer, so the prompt's are copied
-once, not once for each part. A cache costs, for each layer, the prompt's graph, its keys and values a second time, and
+once, not once for each part. Recurrent layers start each part from the prompt's state (modeling/mixers/state_forking.py).
+A cache costs, for each layer, the prompt's graph, its keys and values a second time, and
 their gradients from the second part on.
 """
 
@@ -32,6 +33,7 @@ from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
+from prefix_grouper_plugins.modeling.mixers.table import why_on_rows
 
 
 class _Given:
@@ -85,17 +87,59 @@ class _Concatenate(torch.autograd.Function):
         return total, gradient[count:], None, None
 
 
+class _State:
+    """The state of a recurrent layer behind the prompt, or the inputs that its convolution still needs.
+
+    Attributes:
+        live (`Tensor`): what the prompt's forward computed, with its graph.
+        gradient (`Tensor` or None): what the parts so far have sent back to it.
+    """
+
+    def __init__(self, live: Tensor) -> None:
+        self.live = live
+        self.gradient: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+    def for_part(self, is_last: bool, sent: Callable[[], None]) -> Tensor:
+        """The state, for a part: its gradient is kept here, or sent on at the last part."""
+        if is_last:
+            return _SendOn.apply(self.live, self, sent)  # type: ignore[no-any-return]
+        leaf = self.live.detach().requires_grad_()
+        leaf.register_hook(self.add)
+        return leaf
+
+
+class _SendOn(torch.autograd.Function):
+    """A state, whose gradient is that of all parts."""
+
+    @staticmethod
+    def forward(ctx: Any, live: Tensor, state: _State, sent: Callable[[], None]) -> Tensor:
+        ctx.state, ctx.sent = state, sent
+        return live.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        state: _State = ctx.state
+        state.add(gradient)
+        total, state.gradient = state.gradient, None
+        ctx.sent()
+        return total, None, None
+
+
 class PromptCache:
-    """Keys and values of one prompt in every layer, and the gradients that its responses send back.
+    """Keys, values and states of one prompt in every layer, and the gradients that its responses send back.
 
     :attr:`is_closed` says whether the last part's backward has reached the prompt; a trainer checks it before it steps.
     """
 
     def __init__(self) -> None:
         self._layers: dict[nn.Module, tuple[_Given, _Given]] = {}
+        self._states: dict[tuple[nn.Module, str], _State] = {}
         self._num_tokens = 0
         self._runs = False
-        self._waiting: set[tuple[nn.Module, int]] = set()
+        self._waiting: set[tuple[nn.Module, int | str]] = set()
         self._is_last = False
 
     def run(
@@ -118,14 +162,15 @@ class PromptCache:
             decoder(model)(**packed_inputs(layout, input_ids, position_ids))
         finally:
             self._runs = False
-        if not self._layers:
-            raise UnsupportedModelError(f"no attention layer of {type(model).__name__} has brought keys to the cache")
+        if not self._layers and not self._states:
+            raise UnsupportedModelError(f"no layer of {type(model).__name__} has brought keys or a state to the cache")
         self._waiting = {
             (module, i)
             for module, pair in self._layers.items()
             for i, given in enumerate(pair)
             if given.live.requires_grad
         }
+        self._waiting |= {place for place, state in self._states.items() if state.live.requires_grad}
 
     def prepare(self, part: PrefixLayout, *, last: bool) -> None:
         """Let ``part``, a layout whose given tokens are this prompt, be forwarded against it.
@@ -172,26 +217,63 @@ class PromptCache:
         joined = [self._join(module, i, new) for i, new in enumerate((key, value))]
         return joined[0], joined[1]
 
+    def keep_state(self, module: nn.Module, name: str, state: Tensor) -> None:
+        """Called by a recurrent layer while the prompt is forwarded.
+
+        Args:
+            module: the layer's mixer.
+            name: of the state in it.
+            state: behind the prompt's last token.
+        """
+        if not self._runs:
+            return
+        if (module, name) in self._states:
+            raise UnsupportedModelError(_TWICE.format(type(module).__name__))
+        self._states[module, name] = _State(state)
+
+    def state(self, module: nn.Module, name: str, requires_grad: bool) -> Tensor:
+        """Called by a recurrent layer in the forward of a part: what :meth:`keep_state` was given.
+
+        Args:
+            module, name: as there.
+            requires_grad: whether the part's inputs of the recurrence do.
+        """
+        if (module, name) not in self._states:
+            raise RuntimeError(
+                f"{type(module).__name__} has no state of the prompt: it did not run in PromptCache.run()"
+            )
+        state = self._states[module, name]
+        if not (torch.is_grad_enabled() and requires_grad):
+            return state.live.detach()
+        _check_graph(module, state.live)
+        return state.for_part(self._is_last, functools.partial(self._waiting.discard, (module, name)))
+
     def _take(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
         if not self._runs:  # gradient checkpointing runs the layer again: its first keys hold the graph
             return
         if module in self._layers:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} runs twice in one forward, so its prompt is not reused"
-            )
+            raise UnsupportedModelError(_TWICE.format(type(module).__name__))
         self._layers[module] = (_Given(key), _Given(value))
 
     def _join(self, module: nn.Module, index: int, new: Tensor) -> Tensor:
         given = self._layers[module][index]
         if not (torch.is_grad_enabled() and new.requires_grad):
             return given.in_front_of(new)
-        if not given.live.requires_grad:
-            raise RuntimeError(
-                f"{type(module).__name__} has lost the graph of its prompt, whose gradient would be missing: checkpoint "
-                "with use_reentrant=False, and forward the prompt with gradients on"
-            )
+        _check_graph(module, given.live)
         sent = functools.partial(self._waiting.discard, (module, index))
         return _Concatenate.apply(given.live if self._is_last else None, new, given, sent)  # type: ignore[no-any-return]
+
+
+_TWICE = "{} runs twice in one forward, so its prompt is not reused"
+
+
+def _check_graph(module: nn.Module, live: Tensor) -> None:
+    """Refuse to begin a part, whose gradients are wanted, from what has none."""
+    if not live.requires_grad:
+        raise RuntimeError(
+            f"{type(module).__name__} has lost the graph of its prompt, whose gradient would be missing: checkpoint "
+            "with use_reentrant=False, and forward the prompt with gradients on"
+        )
 
 
 def decoder(model: nn.Module) -> Any:
@@ -207,8 +289,12 @@ def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | Non
         anatomy: its parts, where the caller knows them already: finding them walks the whole module tree.
     """
     mixers = (Anatomy(model) if anatomy is None else anatomy).mixers
-    if mixers:
-        return f"{type(mixers[0][1]).__name__} mixes tokens past the attention interface and does not start from a given state"
+    for _, mixer in mixers:
+        if (reason := why_on_rows(mixer)) is not None:
+            return (
+                f"{type(mixer).__name__} mixes tokens past the attention interface and does not start from a given state: "
+                f"{reason}"
+            )
     if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, model.modules())):
         return "reentrant gradient checkpointing hides the prompt's graph: set use_reentrant=False"
     if decoder(model) is transformers_model(model):

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
 from tests import tiny
 from tests.modeling import families
@@ -90,14 +91,21 @@ def test_gradients_in_float64_equal_those_of_single_rows(model_type, changes, ch
     assert_parts_equal_rows(model, size, 1e-12)
 
 
-# Rotary angles, norms and routers of these compute in float32: softcap, sinks, windows, experts, layers that take the
+# Rotary angles, norms, routers and scans of these compute in float32: gated delta nets, Mamba-2, short convolutions, softcap, sinks, windows, experts, layers that take the
 # keys and values of another one, latent attention, learned positions.
 @pytest.mark.parametrize(
     "model_type",
-    ["gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss", "qwen3_moe", "deepseek_v3", "gpt2"],
+    "gemma2 gemma3_text gemma3n_text gemma4_text gpt_oss qwen3_moe deepseek_v3 gpt2 "
+    "qwen3_next falcon_h1 mamba2 lfm2 olmo_hybrid".split(),
 )
 def test_other_kinds_of_layers_equal_single_rows(model_type):
     assert_parts_equal_rows(families.build(model_type), 2, 1e-3)
+
+
+def test_a_recurrent_layer_that_is_checkpointed_starts_from_the_prompt_too():
+    model = families.build("qwen3_next").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_parts_equal_rows(model, 2, 1e-3)
 
 
 def test_layers_in_front_of_the_first_adapter_have_nothing_to_send_back():
@@ -132,8 +140,11 @@ def test_reentrant_checkpointing_is_refused_before_and_found_out_after():
 
 
 def test_a_recurrent_model_says_why_it_does_not_reuse_its_prompts():
-    model = families.build("qwen3_next")
+    model = families.build("jamba")
     assert "past the attention interface" in why_not_reuse(model)
+    enable_prefix_grouper(model, self_check=False)
+    with pytest.raises(UnsupportedModelError, match="cannot start from the state of a prompt: its kind has no state"):
+        in_parts(model, 2)
 
 
 def test_a_part_of_another_prompt_is_refused():

@@ -106,7 +106,9 @@ def run_packed(
         raise UnsupportedModelError(
             f"{type(module).__name__} needs whole rows, which sequence parallelism does not leave on one process"
         )
-    if why_on_rows(module) is not None:
+    if (reason := why_on_rows(module)) is not None:
+        if layout.cache is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} cannot start from the state of a prompt: {reason}")
         return expand_run_collapse(module, run, layout, args, kwargs)
     return fork_states(module, layout, args, kwargs)
 

@@ -10,6 +10,9 @@ segments of a layout are disjoint pieces of the rows, and by the branch rule a c
 The forward of the module itself runs on the packed row. Only the two functions that mix are exchanged, for one call:
 as globals of the forward, or as attributes of the module, whichever its code uses. Where that cannot be done
 (:func:`why_not_forked`), the mixer takes whole rows instead, see modeling/mixers/on_rows.py.
+
+A prompt that is forwarded once for several forwards of its responses (modeling/prompt_cache.py) ends in a state and in
+``K - 1`` inputs, which the responses begin from.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,14 +66,16 @@ class Scan:
     """
 
     def __init__(self, layout: PrefixLayout, chunk: int) -> None:
-        self.device, self.num_tokens = layout.position_ids.device, layout.num_tokens
-        self._spans = [(start, end, parent) for start, end, parent, _ in layout.segments.tolist()]
+        self.device, self.num_tokens = layout.position_ids.device, layout.num_queries
+        self._spans = _spans_behind_given(layout)
+        self._goes_on = bool(layout.num_given)  # from the states and inputs at the end of the given tokens
+        is_prompt = layout.cache is not None and not self._goes_on  # one segment, and the state behind it is kept
         self._contexts: dict[int, tuple[Tensor, Tensor]] = {}
         self.levels: list[list[_Batch]] = []
         real: list[Tensor] = []
         state_of: dict[int, int] = {}
         for members in self._by_level():
-            batches = _batches(members, self._spans, chunk)
+            batches = [(members, True)] if is_prompt else _batches(members, self._spans, chunk)
             self.levels.append([self._batch(segments, state_of, forks) for segments, forks in batches])
             real += [self._is_real(segments) for segments, _ in batches]
             forking = [segment for segments, forks in batches if forks for segment in segments]
@@ -95,6 +100,8 @@ class Scan:
         column = torch.arange(int((end - start).max()))
         index = torch.minimum(start[:, None] + column, end[:, None] - 1)
         parents = torch.tensor([state_of[p] for p in parent.tolist()]) if int(parent[0]) >= 0 else None
+        if parents is None and self._goes_on:
+            parents = torch.zeros(len(segments), dtype=torch.int64)
         return _Batch(index.to(self.device), None if parents is None else parents.to(self.device), forks)
 
     def _is_real(self, segments: list[int]) -> Tensor:
@@ -106,19 +113,28 @@ class Scan:
         """Positions that enter the kernel, padding included."""
         return sum(batch.index.numel() for level in self.levels for batch in level)
 
-    def scan(self, run: Callable[..., tuple[Tensor, Tensor | None]], inputs: tuple[Tensor, ...]) -> Tensor:
+    def scan(
+        self,
+        run: Callable[..., tuple[Tensor, Tensor | None]],
+        inputs: tuple[Tensor, ...],
+        *,
+        given: Tensor | None = None,
+        keep: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """A recurrence over all rows, each segment once.
 
         Args:
             run: ``(inputs [N, L, ...], initial state [N, ...] or None, whether to return the final one)`` ->
                 ``(output [N, L, ...], final state [N, ...] or None)``.
             inputs: what runs along the sequence, ``[1, T, ...]`` each.
+            given: the state behind the given tokens, ``[1, ...]``, where the layout has some.
+            keep: called with the state behind the last token, ``[1, ...]``, where the layout is that of a prompt.
 
         Returns:
             the outputs, ``[1, T, ...]``.
         """
         outputs: list[Tensor] = []
-        states: Tensor | None = None
+        states = given
         for level in self.levels:
             finals = []
             for batch in level:
@@ -128,22 +144,42 @@ class Scan:
                 if batch.forks:
                     finals.append(final)
             states = torch.cat(finals) if finals else None  # type: ignore[arg-type]
+        if keep is not None:
+            assert states is not None
+            keep(states)
         return torch.cat(outputs)[self.home].unsqueeze(0)
 
-    def convolve(self, run: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
-        """``run``, a causal convolution over ``width`` tokens of ``[1, L, d]``, on the packed ``x [1, T, d]``."""
+    def convolve(
+        self,
+        run: Callable[[Tensor], Tensor],
+        x: Tensor,
+        width: int,
+        *,
+        given: Tensor | None = None,
+        keep: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """``run``, a causal convolution over ``width`` tokens of ``[1, L, d]``, on the packed ``x [1, T, d]``.
+
+        ``given`` and ``keep`` as for :meth:`scan`; the state is the last ``width - 1`` inputs, ``[width - 1, d]``.
+        """
         if width not in self._contexts:
             with torch.inference_mode(False):
                 self._contexts[width] = self._with_context(width)
         index, home = self._contexts[width]
-        inputs = x[0][index.clamp(min=0)].masked_fill((index < 0)[:, None], 0)
+        if keep is not None:
+            keep(F.pad(x[0], (0, 0, width - 1, 0))[x.shape[1] :])
+        if given is not None:
+            inputs = torch.cat([given, x[0]])[index + width - 1]
+        else:
+            inputs = x[0][index.clamp(min=0)].masked_fill((index < 0)[:, None], 0)
         return run(inputs.unsqueeze(0))[0][home].unsqueeze(0)
 
     def _with_context(self, width: int) -> tuple[Tensor, Tensor]:
         """All segments end to end, each behind the ``width - 1`` positions that its first outputs need.
 
         Returns:
-            index (`LongTensor[T + S * (width - 1)]`): packed positions, -1 in front of a row's beginning.
+            index (`LongTensor[T + S * (width - 1)]`): packed positions, -1 in front of a row's beginning; given tokens
+                have negative ones, the last is -1.
             home (`LongTensor[T]`): where each packed position lies in it.
         """
         index: list[Tensor] = []
@@ -157,13 +193,30 @@ class Scan:
         return torch.cat(index).to(self.device), torch.cat(home).to(self.device)
 
     def _path(self, segment: int, count: int) -> Iterator[int]:
-        """The last ``count`` positions of the path to the end of ``segment``, backwards; -1 beyond its beginning."""
+        """The last ``count`` positions of the path to the end of ``segment``, backwards; beyond its beginning see above."""
         while count and segment >= 0:
             start, end, parent = self._spans[segment]
             taken = range(end - 1, max(start, end - count) - 1, -1)
             yield from taken
             segment, count = parent, count - len(taken)
-        yield from [-1] * count
+        yield from range(-1, -1 - count, -1) if self._goes_on else [-1] * count
+
+
+def _spans_behind_given(layout: PrefixLayout) -> list[tuple[int, int, int]]:
+    """Start, end and parent of the segments that are forwarded, counted from the first of them on; -1 for no such parent.
+
+    Raises:
+        ValueError: with given tokens, a segment that does not go on from the last of them: several branches need several
+            states. In the layout of a prompt, a second segment.
+    """
+    spans = [(start, end, parent) for start, end, parent, _ in layout.segments.tolist()]
+    given = layout.num_given
+    first = sum(start < given for start, *_ in spans)
+    if given and any(parent < first - 1 for *_, parent in spans[first:]):
+        raise ValueError("a part has rows that do not go on from its last given token: give it rows of one prompt")
+    if layout.cache is not None and not given and len(spans) > 1:
+        raise ValueError(f"a prompt is forwarded as one segment, and the layout has {len(spans)}")
+    return [(start - given, end - given, max(parent - first, -1)) for start, end, parent in spans[first:]]
 
 
 def _batches(members: list[int], spans: list[tuple[int, int, int]], chunk: int) -> list[tuple[list[int], bool]]:
@@ -189,6 +242,22 @@ def scan_of(layout: PrefixLayout, chunk: int = _CHUNK) -> Scan:
     return scans[chunk]
 
 
+def _states(layout: PrefixLayout, module: nn.Module, name: str, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """``given`` and ``keep`` of one of the two functions, for layouts of prompts that are reused, and of their parts.
+
+    Args:
+        layout: of the forward that runs.
+        module: the mixer.
+        name: of the function in it.
+        inputs: of the function.
+    """
+    if layout.cache is None:
+        return {}
+    if layout.num_given:
+        return {"given": layout.cache.state(module, name, any(x.requires_grad for x in inputs))}
+    return {"keep": functools.partial(layout.cache.keep_state, module, name)}
+
+
 # -------------------------------------------------------------------------------------- the two functions that mix tokens
 
 
@@ -198,17 +267,17 @@ class Recipe:
 
     Attributes:
         convolutions: names of its convolutions.
-        convolve: ``(layout, module, original) -> replacement`` for one of them.
+        convolve: ``(layout, module, its name, original) -> replacement`` for one of them.
         scan: name of its scan, None for mixers that only convolve.
-        fork: ``(layout, original) -> replacement`` for the scan.
+        fork: ``(layout, module, original) -> replacement`` for the scan.
         state: the parameters by which the scan takes and returns a state.
         fused: a function that does all at once, or returns None for "step by step".
     """
 
     convolutions: tuple[str, ...]
-    convolve: Callable[[PrefixLayout, nn.Module, Any], Callable[..., Any]]
+    convolve: Callable[[PrefixLayout, nn.Module, str, Any], Callable[..., Any]]
     scan: str | None = None
-    fork: Callable[[PrefixLayout, Callable[..., Any]], Callable[..., Any]] | None = None
+    fork: Callable[[PrefixLayout, nn.Module, Callable[..., Any]], Callable[..., Any]] | None = None
     state: tuple[str, ...] = ()
     fused: str | None = None
 
@@ -218,7 +287,7 @@ class Recipe:
         return (*self.convolutions, *filter(None, (self.scan, self.fused)))
 
 
-def _convolve_function(layout: PrefixLayout, module: nn.Module, original: Any) -> Callable[..., Tensor]:
+def _convolve_function(layout: PrefixLayout, module: nn.Module, name: str, original: Any) -> Callable[..., Tensor]:
     """For ``causal_conv1d_fn(x [1, d, T], weight [d, K], ...)``."""
 
     def convolution(*args: Any, **kwargs: Any) -> Tensor:
@@ -235,23 +304,30 @@ def _convolve_function(layout: PrefixLayout, module: nn.Module, original: Any) -
                 out = original(x=columns, **kwargs) if named else original(columns, *rest, **kwargs)
             return out.transpose(1, 2)
 
-        return scan_of(layout).convolve(run, x.transpose(1, 2), weight.shape[-1]).transpose(1, 2)
+        packed = x.transpose(1, 2)
+        states = _states(layout, module, name, [packed])
+        return scan_of(layout).convolve(run, packed, weight.shape[-1], **states).transpose(1, 2)
 
     return convolution
 
 
-def _convolve_module(layout: PrefixLayout, module: nn.Module, original: Any) -> Callable[..., tuple[Tensor, None]]:
+def _convolve_module(
+    layout: PrefixLayout, module: nn.Module, name: str, original: Any
+) -> Callable[..., tuple[Tensor, None]]:
     """For a module that maps ``x [1, T, d]`` to its convolution and a state, which nobody reads without a cache."""
 
     def convolution(x: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        states = _states(layout, module, name, [x])
         return scan_of(layout).convolve(
-            lambda inputs: original(inputs, **kwargs)[0], x, original.weight.shape[-1]
+            lambda inputs: original(inputs, **kwargs)[0], x, original.weight.shape[-1], **states
         ), None
 
     return convolution
 
 
-def _fork_delta_rule(layout: PrefixLayout, original: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:
+def _fork_delta_rule(
+    layout: PrefixLayout, module: nn.Module, original: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, None]]:
     """For ``chunk_gated_delta_rule(query, key, value, g=, beta=)``, ``[1, T, H, ...]`` each."""
 
     def scan(
@@ -262,12 +338,13 @@ def _fork_delta_rule(layout: PrefixLayout, original: Callable[..., Any]) -> Call
             q, k, v, decay, write = inputs
             return original(q, k, v, g=decay, beta=write, **{**kwargs, **state})
 
-        return scan_of(layout).scan(run, (query, key, value, g, beta)), None
+        inputs = (query, key, value, g, beta)
+        return scan_of(layout).scan(run, inputs, **_states(layout, module, "scan", inputs)), None
 
     return scan
 
 
-def _fork_chunk_scan(layout: PrefixLayout, original: Callable[..., Any]) -> Callable[..., Any]:
+def _fork_chunk_scan(layout: PrefixLayout, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
     """For ``mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=)``: all but ``A [H]`` are ``[1, T, ...]``."""
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Any:
@@ -281,7 +358,9 @@ def _fork_chunk_scan(layout: PrefixLayout, original: Callable[..., Any]) -> Call
             output = original(x, dt, A, B, C, **{**kwargs, **state})
             return output if forks else (output, None)
 
-        output = scan_of(layout, kwargs["chunk_size"]).scan(run, (x, dt, B, C))
+        packed = (x, dt, B, C)
+        states = _states(layout, module, "scan", (*packed, A))
+        output = scan_of(layout, kwargs["chunk_size"]).scan(run, packed, **states)
         return (output, None) if returns_state else output
 
     return scan
@@ -345,9 +424,9 @@ def forked_forward(module: nn.Module, recipes: tuple[Recipe, ...], layout: Prefi
     assert recipe is not None
     replaced: dict[str, Any] = {}
     for name in recipe.convolutions:
-        replaced[name] = recipe.convolve(layout, module, _original(module, code, name))
+        replaced[name] = recipe.convolve(layout, module, name, _original(module, code, name))
     if recipe.scan is not None and recipe.fork is not None:
-        replaced[recipe.scan] = recipe.fork(layout, _original(module, code, recipe.scan))
+        replaced[recipe.scan] = recipe.fork(layout, module, _original(module, code, recipe.scan))
     if recipe.fused is not None:
         replaced[recipe.fused] = lambda *args, **kwargs: None
     uses_globals = _names(code)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -25,7 +27,10 @@ WITHOUT_ROUTER_LOSS = {"granitemoehybrid"}
 FORKED_IN_FLOAT32 = 1e-6
 
 
-def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytest.MonkeyPatch) -> float:
+def difference_of_trained_weights(
+    model_type: str, path: str, monkeypatch: pytest.MonkeyPatch, *, rows: int = 8, **settings: Any
+) -> float:
+    """Between stock and shared; ``rows`` in a micro-batch, all 8 in one optimizer step."""
     model = families.build(model_type)
     dtype = torch.float32 if model_type in IN_FLOAT32 else torch.float64
     if dtype == torch.float64:
@@ -41,12 +46,12 @@ def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytes
             path,
             shared=shared,
             dtype=dtype,
-            max_steps=3,
             optim="sgd",
             beta=0.1,
             num_generations=4,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=8 // rows,
+            **{"max_steps": 3, **settings},
             gradient_checkpointing=model.supports_gradient_checkpointing,
             **({"router_aux_loss_coef": 0.0} if model_type in WITHOUT_ROUTER_LOSS else {}),
             model_init_kwargs={"dtype": dtype, "experts_implementation": "eager"},
@@ -54,7 +59,19 @@ def difference_of_trained_weights(model_type: str, path: str, monkeypatch: pytes
         trainer.train()
         weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
     assert trainer.sharing.token_ratio < 0.8 and not trainer.sharing.fallbacks
+    if rows < 4 and trainer._reuse.why_not(trainer.model) is None:
+        assert trainer.sharing.passes["update"].rows_per_group == 4
     return max(float((weights[1][name] - p).abs().max()) for name, p in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["lfm2", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("qwen3_next", "falcon_h1"))],
+)
+def test_micro_batches_smaller_than_a_group_give_the_stock_weights(model_type, tmp_path, monkeypatch):
+    tolerance = FORKED_IN_FLOAT32 if model_type == "qwen3_next" else 1e-9
+    settings = {"router_aux_loss_coef": 0.0} if model_type == "qwen3_next" else {}  # else rows keep their micro-batch
+    assert difference_of_trained_weights(model_type, str(tmp_path), monkeypatch, rows=1, **settings) < tolerance
 
 
 @pytest.mark.slow

@@ -141,6 +141,49 @@ def test_a_packed_convolution_and_its_gradients_are_those_of_each_row(rows, padd
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
+@given(
+    st.integers(2, 7),
+    st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    st.sampled_from(CHUNKS),
+    st.sampled_from(WIDTHS),
+)
+@settings(deadline=None)
+def test_a_part_that_starts_from_the_state_of_its_prompt_equals_the_whole(prompt, responses, chunk, width):
+    whole, given_tokens = PrefixLayout.from_groups([prompt], [responses]), prompt - 1
+    front, part = PrefixLayout.from_groups([given_tokens], [[1]]), whole.given(given_tokens)
+    front.cache = part.cache = object()
+    x, a = (torch.randn(1, whole.num_tokens, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(2, 1, width, dtype=torch.float64)
+
+    def convolve(x):
+        columns = torch.nn.functional.conv1d(x.transpose(1, 2), weight, padding=width - 1, groups=2)
+        return columns[..., : x.shape[1]].transpose(1, 2).sin()
+
+    def in_two(run, *inputs):
+        kept = []
+        first = run(front, *(i[:, :given_tokens] for i in inputs), keep=kept.append)
+        return torch.cat([first, run(part, *(i[:, given_tokens:] for i in inputs), given=kept[0])], dim=1)
+
+    def scan(layout, *inputs, **states):
+        return Scan(layout, chunk).scan(recurrence, inputs, **states)
+
+    def convolution(layout, inputs, **states):
+        return Scan(layout, chunk).convolve(convolve, inputs, width, **states)
+
+    for run, inputs in ((scan, (x, a)), (convolution, (x,))):
+        found, expected = in_two(run, *inputs), run(whole, *inputs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+        weights = torch.randn_like(expected)
+        got, wanted = (torch.autograd.grad((out * weights).sum(), inputs) for out in (found, expected))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_part_with_rows_of_another_prompt_has_no_state_to_start_from():
+    layout = PrefixLayout.from_groups([4, 5], [[1, 2], [2, 2]]).given(3)
+    with pytest.raises(ValueError, match="give it rows of one prompt"):
+        Scan(layout, CHUNKS[0])
+
+
 @given(small_rows, st.integers(0, 3), st.sampled_from(CHUNKS))
 @settings(deadline=None)
 def test_nothing_is_padded_beyond_a_chunk_and_no_state_behind_padding_is_used(rows, padding, chunk):
