@@ -209,8 +209,10 @@ class _DecoderHooks:
 
     def pack(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Forward pre-hook: one packed row in place of the padded ones."""
+        if is_checking():  # a self-check, within a forward of which the rows are waiting
+            return None
         self._running.rows = None  # of a forward that has raised
-        if self._sharing.paused or is_checking():
+        if self._sharing.paused:
             return None
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if given_layout(inputs.get(LAYOUT_KWARG), inputs.get("attention_mask")) is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 from trl import GRPOConfig, RLOOConfig
 
 from prefix_grouper_plugins import settings
+from prefix_grouper_plugins.metrics import logger
 
 
 @dataclass
@@ -28,13 +31,46 @@ class PrefixGrouperArguments:
     prefix_grouper_self_check: bool = settings.SELF_CHECK.field()
 
     def __post_init__(self) -> None:
-        for name, setting in settings.TRL_OPTIONS.items():
-            if (text := os.environ.get(name.upper())) is not None:
-                setattr(self, name, string_to_bool(text) if setting.is_switch else text)
-            setting.check(getattr(self, name), name)
-        if self.use_prefix_grouper is None:
-            self.use_prefix_grouper = True
+        _resolve(self)
         super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class ShareRowsArguments:
+    """Fields for the config of any other trainer of TRL, whose rows stay where TRL puts them.
+
+    They are those of :class:`PrefixGrouperArguments` that do not concern groups of sampled completions, and are set in the
+    same ways.
+    """
+
+    use_prefix_grouper: bool | None = settings.USE.field()
+    prefix_grouper_backend: str = settings.BACKEND.field()
+    prefix_grouper_on_unsupported: str = settings.ON_UNSUPPORTED.field()
+    prefix_grouper_self_check: bool = settings.SELF_CHECK.field()
+
+    def __post_init__(self) -> None:
+        _resolve(self)
+        super().__post_init__()  # type: ignore[misc]
+
+
+def _resolve(config: Any) -> None:
+    """Read the environment, and check the values."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    for name, setting in settings.TRL_OPTIONS.items():
+        text = os.environ.get(name.upper())
+        if name not in fields:
+            if text is not None:
+                logger.warning("prefix grouper: %s has no effect on %s, which has no such setting", name, _kind(config))
+            continue
+        if text is not None:
+            setattr(config, name, string_to_bool(text) if setting.is_switch else text)
+        setting.check(getattr(config, name), name)
+    if config.use_prefix_grouper is None:
+        config.use_prefix_grouper = True
+
+
+def _kind(config: Any) -> str:
+    return type(config).__name__.removesuffix("Config").removeprefix("PrefixGrouper")
 
 
 @dataclass

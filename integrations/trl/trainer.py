@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import DistributedType
 from packaging.version import Version
 from torch import Tensor
-from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows, Scores
@@ -27,17 +25,13 @@ from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages
 from prefix_grouper_plugins.integrations.trl.images import why_not_share as why_not_share_images
 from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front, why_rows_stay
+from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_stand_in_front, option
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
 from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
 from prefix_grouper_plugins.modeling import row_limit, transformers_model, without_prefix_grouper
-from prefix_grouper_plugins.settings import TRL_OPTIONS
 from prefix_grouper_plugins.sharing import SharingGate
-
-# Parameters are cut into shards when training begins, and until then some processes hold none.
-_SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-_DEFAULTS = {name: setting.default for name, setting in TRL_OPTIONS.items()} | {"use_prefix_grouper": True}
 
 
 class PrefixGrouperMixin:
@@ -75,13 +69,7 @@ class PrefixGrouperMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        in_front = cls.__mro__[: cls.__mro__.index(PrefixGrouperMixin)]
-        trainer = next((c for c in in_front if issubclass(c, Trainer) and not issubclass(c, PrefixGrouperMixin)), None)
-        if trainer is not None:
-            raise ValueError(
-                f"{trainer.__name__} stands in front of PrefixGrouperMixin in {cls.__name__}, so its methods would run and "
-                f"nothing would be shared: write class {cls.__name__}(PrefixGrouperMixin, {trainer.__name__})"
-            )
+        must_stand_in_front(PrefixGrouperMixin, cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,7 +96,7 @@ class PrefixGrouperMixin:
             self.add_callback(SharingWatch(self, PrefixGrouperMixin))
 
     def _option(self, name: str) -> Any:
-        return getattr(self.args, name, _DEFAULTS[name])
+        return option(self.args, name)
 
     @property
     def min_level(self) -> int | None:
@@ -127,7 +115,7 @@ class PrefixGrouperMixin:
         models = [self.model] + ([self.ref_model] if self.ref_model is not None else [])
         self.gate.enable(models, why_not_share_settings(self), left_padding=True)
         for model in models:
-            if self.gate.needs_self_check(model) and self.accelerator.distributed_type not in _SHARDED:
+            if self.gate.needs_self_check(model) and self.accelerator.distributed_type not in SHARDED:
                 self._self_check(model)
         if self.gate.reason is None:
             self.warn_of_limits()
@@ -379,7 +367,7 @@ class PrefixGrouperMixin:
         """Which pass a forward of ``model`` belongs to."""
         if not self._makes_inputs:
             return UPDATE
-        return REF_LOG_PROB if model is self.ref_model or _is_reference(model) else OLD_LOG_PROB
+        return REF_LOG_PROB if model is self.ref_model or is_reference(model) else OLD_LOG_PROB
 
     def _why_not_share(self, model: Any, columns: int, given: dict[str, Any]) -> str | None:
         if not self._shares:
@@ -430,10 +418,3 @@ def why_not_share_settings(trainer: Any) -> list[str]:
 def _has_images(given: dict[str, Any]) -> bool:
     """Whether the arguments of the stock method that are not None hold images or token kinds."""
     return any(name != "compute_aux_loss" for name in given)
-
-
-def _is_reference(model: Any) -> bool:
-    """Whether PEFT has switched the adapter off, or to the frozen copy that TRL calls "ref"."""
-    # A property of PEFT's layers. transformers' models have a method of that name.
-    layer = next((m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)), None)
-    return layer is not None and (layer.disable_adapters or "ref" in layer.active_adapters)

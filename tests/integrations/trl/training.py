@@ -32,7 +32,10 @@ def use_float64_head(monkeypatch: pytest.MonkeyPatch) -> None:
         logits = (hidden @ weight.t() + (0 if bias is None else bias)) * scale
         logps = (logits / temperature).log_softmax(-1)
         entropy = -(logps.exp() * logps).sum(-1) if "entropy" in outputs else None
-        return logps.gather(-1, targets[:, None])[:, 0], entropy, None, None, None
+        sum_of_squares = (2 * logps).logsumexp(-1).detach() if "log_sum_sq_probs" in outputs else None
+        mean = (logits / temperature).mean(-1).detach() if "mean_logits" in outputs else None
+        is_top1 = logits.argmax(-1) == targets if "is_top1" in outputs else None
+        return logps.gather(-1, targets[:, None])[:, 0], entropy, sum_of_squares, mean, is_top1
 
     if hasattr(trl_utils, "_ChunkedLogProbFunction"):
         monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", type("Head", (), {"apply": staticmethod(head)}))

@@ -1,0 +1,40 @@
+"""What the mixins in front of TRL's trainers have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+from prefix_grouper_plugins.settings import TRL_OPTIONS
+
+# Parameters are cut into shards when training begins, and until then some processes hold none.
+SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+_DEFAULTS = {name: setting.default for name, setting in TRL_OPTIONS.items()} | {"use_prefix_grouper": True}
+
+
+def option(args: Any, name: str) -> Any:
+    """The training argument ``name``, or its default where the config is TRL's own."""
+    return getattr(args, name, _DEFAULTS[name])
+
+
+def must_stand_in_front(mixin: type, cls: type) -> None:
+    """
+    Raises:
+        ValueError: ``mixin`` stands behind a trainer in ``cls``, so that it would change nothing.
+    """
+    in_front = cls.__mro__[: cls.__mro__.index(mixin)]
+    trainer = next((c for c in in_front if issubclass(c, Trainer) and not issubclass(c, mixin)), None)
+    if trainer is not None:
+        raise ValueError(
+            f"{trainer.__name__} stands in front of {mixin.__name__} in {cls.__name__}, so its methods would run and "
+            f"nothing would be shared: write class {cls.__name__}({mixin.__name__}, {trainer.__name__})"
+        )
+
+
+def is_reference(model: Any) -> bool:
+    """Whether PEFT has switched the adapter off, or to a frozen copy that TRL calls "ref" or "teacher"."""
+    # A property of PEFT's layers. transformers' models have a method of that name.
+    layer = next((m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)), None)
+    return layer is not None and (layer.disable_adapters or bool({"ref", "teacher"} & set(layer.active_adapters)))
