@@ -16,21 +16,22 @@ class PaddedRows:
     """Rows that are padded on the left, on the right or on both sides, and their packed row.
 
     Rows share what they have in common from their first real token on, as a forest of any depth, provided that the tokens
-    have the same positions. A position of the packed row is one distinct beginning of a row, so ``T`` is the size of the
-    rows' trie.
+    have the same positions. With all levels shared, a position of the packed row is one distinct beginning of a row, so
+    ``T`` is the size of the rows' trie.
 
     Args:
         input_ids: ``[B, W]``, of any integer dtype, at least one real token in all.
         attention_mask: ``[B, W]``, other than 0 on real tokens; None where all are real.
         position_ids: ``[B, W]`` or ``[1, W]``; None where the model numbers tokens itself.
         padded_positions: without ``position_ids``, the model numbers padded columns, not each row's real tokens.
+        min_level: share levels of the trie of at least this many tokens.
 
     Attributes:
         layout (`PrefixLayout`): on the device of ``input_ids``. Its rows have one token in front of those of the batch, so
             that the transitions which it counts are the tokens of the batch; its :meth:`PrefixLayout.labels` mean nothing.
         input_ids, position_ids (`LongTensor[T]`): of the packed row.
         lengths (`list[int]`): real tokens of each row.
-        num_roots (`int`): rows that have nothing in common with a row before them.
+        num_roots (`int`): rows that share nothing with a row before them.
 
     Raises:
         ValueError: see :func:`why_not_rows`.
@@ -43,6 +44,7 @@ class PaddedRows:
         position_ids: Tensor | None = None,
         *,
         padded_positions: bool = False,
+        min_level: int = 1,
     ) -> None:
         device, self._shape = input_ids.device, tuple(input_ids.shape)
         ids = input_ids.cpu().long()
@@ -61,7 +63,9 @@ class PaddedRows:
             numbers = [torch.arange(start, start + len(row)) for start, row in zip(first, own, strict=True)]
 
         token = torch.zeros(1, dtype=torch.long)  # the one in front, and one behind for what is packed
-        layout = PrefixLayout.from_rows([torch.cat([token, row]) for row in own], [int(n[0]) for n in numbers])
+        layout = PrefixLayout.from_rows(
+            [torch.cat([token, row]) for row in own], [int(n[0]) for n in numbers], min_level=min_level
+        )
         self.layout = layout.to(device)
         self.num_roots = int((layout.segments[:, 2] < 0).sum())
         self.input_ids = layout.pack([torch.cat([row, token]) for row in own]).to(device)
@@ -77,7 +81,7 @@ class PaddedRows:
 
     @property
     def has_something_in_common(self) -> bool:
-        """Whether any two rows begin alike."""
+        """Whether any two rows share a token."""
         return self.layout.num_tokens < self.num_row_tokens
 
     def unpack(self, values: Tensor) -> Tensor:

@@ -41,7 +41,12 @@ _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_lo
 
 @contextmanager
 def share_rows(
-    model: nn.Module, *, backend: str = "auto", self_check: bool = True, on_unsupported: str = "error"
+    model: nn.Module,
+    *,
+    share: str = "auto",
+    backend: str = "auto",
+    self_check: bool = True,
+    on_unsupported: str = "error",
 ) -> Iterator[RowSharing]:
     """In this context, forwards of ``model`` with padded rows forward what the rows have in common once. Exact.
 
@@ -50,11 +55,12 @@ def share_rows(
     checkpointed layers run again in it.
 
     A forward that cannot be shared takes the ordinary path; its reason is logged once and counted in ``meter.fallbacks``.
-    Rows that have nothing in common take it as well, which is no fallback. No cache is kept unless ``use_cache=True`` asks for
+    Rows that have nothing in common, or too little to pay, take it as well, which is no fallback. No cache is kept unless ``use_cache=True`` asks for
     one, which is such a reason.
 
     Args:
         model: a transformers model with any head or none, bare or wrapped (PEFT, DDP, FSDP).
+        share: ``"tree"`` shares whatever rows begin alike with, ``"auto"`` what is long enough to pay.
         backend: attention backend of every layer, see :func:`~prefix_grouper_plugins.shared_prefix_attention`.
         self_check: compare packed rows with ordinary ones on a few tokens first, and the first batch of a model type that
             no test has compared; such types are refused without it.
@@ -66,7 +72,7 @@ def share_rows(
 
     Raises:
         UnsupportedModelError: ``model`` cannot be shared exactly, and ``on_unsupported`` is ``"error"``.
-        ValueError: the rows of ``model`` are being shared already, or there is no such backend.
+        ValueError: the rows of ``model`` are being shared already, or there is no such ``share`` or backend.
 
     Example:
         >>> with share_rows(model) as sharing:
@@ -76,7 +82,7 @@ def share_rows(
         0.41
     """
     gate = SharingGate(backend=backend, self_check=self_check, on_unsupported=on_unsupported)
-    sharing = RowSharing([model], gate)
+    sharing = RowSharing([model], gate, share=share)
     with sharing:
         sharing.self_check_now()
         yield sharing
@@ -88,6 +94,7 @@ class RowSharing:
     Args:
         models: each a transformers model with any head or none, bare or wrapped.
         gate: decides whether forwards are shared.
+        share: ``"auto"`` or ``"tree"``.
         reasons: the caller's own reasons why nothing can be shared.
         during: the pass that a forward belongs to (``metrics.PASSES``), by the model that runs.
 
@@ -101,10 +108,15 @@ class RowSharing:
         models: Sequence[nn.Module],
         gate: SharingGate,
         *,
+        share: str = "auto",
         reasons: Sequence[str] = (),
         during: Callable[[nn.Module], str] | None = None,
     ) -> None:
-        self.gate, self.meter = gate, gate.meter
+        if share not in ("auto", "tree"):
+            raise ValueError(
+                f"share is {share!r}: choose 'auto' or 'tree'; which tokens are prompts a decoder does not know"
+            )
+        self.gate, self.meter, self._share = gate, gate.meter, share
         self.paused = False
         self._models, self._reasons = list(models), list(reasons)
         self._during = during or (lambda model: UPDATE)
@@ -178,6 +190,10 @@ class RowSharing:
             yield
         finally:
             self.paused = before
+
+    def min_level(self, device: torch.device) -> int:
+        """Tokens that rows have to begin alike with to share them."""
+        return self.gate.min_level(self._share, device.type) or 1
 
     def pass_of(self, model: nn.Module) -> str:
         """The pass that a forward of ``model``, one of the models, belongs to now."""
@@ -282,7 +298,8 @@ class _DecoderHooks:
             )
         if self._left_padding_reasons and not bool(real[:, 0].all()):
             return None, self._left_padding_reasons[0]
-        return PaddedRows(ids, mask, positions, padded_positions=self._numbers_columns), None
+        min_level = self._sharing.min_level(ids.device)
+        return PaddedRows(ids, mask, positions, padded_positions=self._numbers_columns, min_level=min_level), None
 
     def _checked(self, decoder: Any, inputs: dict[str, Any], rows: PaddedRows) -> str | None:
         """The checks that are due before a packed forward; the reason why there must be none."""

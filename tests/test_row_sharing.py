@@ -56,7 +56,7 @@ def assert_shared(model: Any, ids: Tensor = IDS, mask: Tensor = MASK, tolerance:
     """Logits, and gradients of every parameter, are those of the ordinary forward; each distinct token ran once."""
     expected = logits_of(model, ids, mask, **inputs)
     expected_gradients = gradients(model, loss(expected))
-    with share_rows(model, self_check=False) as sharing:
+    with share_rows(model, share="tree", self_check=False) as sharing:
         got = logits_of(model, ids, mask, **inputs)
         got_gradients = gradients(model, loss(got))
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
@@ -143,7 +143,7 @@ def test_any_head_stays_as_it_is():
         return values.detach(), gradients(model, values.square().sum())
 
     (expected, expected_gradients) = scores()
-    with share_rows(model) as sharing:
+    with share_rows(model, share="tree") as sharing:
         (got, got_gradients) = scores()
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
     assert_same_gradients(got_gradients, expected_gradients, 1e-10)
@@ -310,6 +310,19 @@ def test_the_model_is_what_it_was_afterwards(qwen3):
     assert qwen3.config._attn_implementation == "sdpa"
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in qwen3.named_modules()}
     assert torch.equal(logits_of(qwen3), expected)
+
+
+def test_short_beginnings_do_not_pay(qwen3):
+    expected = logits_of(qwen3)
+    for share, tokens in (("tree", TRIE), ("auto", TOKENS - 2 * 11)):  # only the prompt of three rows is long enough
+        with share_rows(qwen3, share=share, self_check=False) as sharing:
+            torch.testing.assert_close(logits_of(qwen3), expected, rtol=1e-11, atol=1e-11)
+        assert sharing.meter.tokens_forwarded == tokens
+    with (
+        pytest.raises(ValueError, match="share is 'prompt': choose 'auto' or 'tree'"),
+        share_rows(qwen3, share="prompt"),
+    ):
+        pass
 
 
 def test_two_at_once_are_an_error(qwen3):

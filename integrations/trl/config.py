@@ -44,6 +44,7 @@ class ShareRowsArguments:
     """
 
     use_prefix_grouper: bool | None = settings.USE.field()
+    prefix_grouper_share: str = settings.SHARE.field()
     prefix_grouper_backend: str = settings.BACKEND.field()
     prefix_grouper_on_unsupported: str = settings.ON_UNSUPPORTED.field()
     prefix_grouper_self_check: bool = settings.SELF_CHECK.field()

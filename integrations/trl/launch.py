@@ -1,7 +1,7 @@
 """Run an unmodified TRL script with prefix grouping.
 
     prefix-grouper trl my_script.py ... --use_prefix_grouper
-    prefix-grouper trl grpo ... --use_prefix_grouper                 (TRL's own script; rloo likewise)
+    prefix-grouper trl grpo ... --use_prefix_grouper                 (TRL's own script; rloo, dpo, kto and reward likewise)
     accelerate launch -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
     torchrun --nproc_per_node 2 -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
 
@@ -17,14 +17,15 @@ The flag and its companions may stand before or after the script, or in the YAML
 
 Hyphens do as well as underscores. Anything else that looks like one of these options is an error, since a script that
 parses no arguments would ignore it. Without any of them the script runs as if it had been started by python itself. With
-them, `trl.GRPOTrainer` and `trl.GRPOConfig` (and RLOO's) are the prefix-grouping subclasses from the moment at which the
-script imports `trl`. Until then neither torch nor transformers is imported, so the environment variables that a script
+them, `trl.GRPOTrainer` and `trl.GRPOConfig` are the prefix-grouping subclasses from the moment at which the script imports
+them; so are those of RLOO, DPO, KTO, reward models and the experimental ORPO, CPO, TPO, OnlineDPO, SDPO and SDFT. Until then neither torch nor transformers is imported, so the environment variables that a script
 sets first are heeded.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import os
@@ -32,15 +33,17 @@ import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from prefix_grouper_plugins.import_hooks import after_import
 from prefix_grouper_plugins.integrations import trl as ours
+from prefix_grouper_plugins.integrations.trl.algorithms import ALGORITHMS, NOTHING_TO_SHARE, modules_of
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.settings import TRL_OPTIONS
 from prefix_grouper_plugins.usage import UsageError, told_in_one_line
 from prefix_grouper_plugins.version import __version__
 
-_TRL_SCRIPTS = {"grpo": "trl.scripts.grpo", "rloo": "trl.scripts.rloo"}
+_TRL_SCRIPTS = {name: f"trl.scripts.{name}" for name in ("grpo", "rloo", "dpo", "kto", "reward", "sft")}
 _YES, _NO = {"true", "yes", "t", "y", "1"}, {"false", "no", "f", "n", "0"}
 # Hyphens, and the dashes that word processors make of them.
 _DASHES = "-\N{EN DASH}\N{EM DASH}"
@@ -51,6 +54,14 @@ _ALIKE = 0.8
 _MODULES = {
     f"{ours.__name__}.config": "PrefixGrouperRLOOConfig",
     f"{ours.__name__}.trainer": "PrefixGrouperRLOOTrainer",
+}
+# Of TRL, with the class that is replaced as soon as each has been imported. Its packages take the class from there.
+_SAID: set[str] = set()  # trainers that have said that they share nothing
+_ROWS = {
+    module: f"{name}{kind}"
+    for kind in ("Trainer", "Config")
+    for name in ALGORITHMS
+    for module in modules_of(name, kind)
 }
 
 
@@ -74,7 +85,7 @@ def _prepare(argv: list[str]) -> tuple[str, list[str], bool]:
         print(__doc__)
         if rest:
             raise SystemExit(0)
-        raise UsageError("prefix-grouper trl: name the script to run, or grpo or rloo for TRL's own")
+        raise UsageError("prefix-grouper trl: name the script to run, or one of TRL's own: " + ", ".join(_TRL_SCRIPTS))
     if rest[0] == "--version":
         print(f"prefix-grouper-plugins {__version__}")
         raise SystemExit(0)
@@ -94,6 +105,10 @@ def _prepare(argv: list[str]) -> tuple[str, list[str], bool]:
             raise UsageError("trl is not installed: pip install 'prefix-grouper-plugins[trl]'")
         for module in ("trl", *_MODULES):
             after_import(module, _patch_unless_half_imported)
+        for module in _ROWS:
+            after_import(module, _patch_rows_trainer)
+        for module in NOTHING_TO_SHARE:
+            after_import(module, _say_that_nothing_is_shared)
     return target, arguments, wanted
 
 
@@ -178,6 +193,30 @@ def patch_trl() -> None:
                     setattr(home, name, getattr(ours, f"PrefixGrouper{name}"))
 
 
+def _patch_rows_trainer(module: ModuleType) -> None:
+    """Put our subclass in the place of the one class that ``module``, of TRL, is there for."""
+    name = _ROWS[module.__name__]
+    setattr(module, name, getattr(ours, f"PrefixGrouper{name}"))
+
+
+def _say_that_nothing_is_shared(module: ModuleType) -> None:
+    """Let the trainer of ``module``, whose rows have no prompt in common, say so once it is built."""
+    trainer = getattr(module, NOTHING_TO_SHARE[module.__name__])
+    build = trainer.__init__
+
+    @functools.wraps(build)
+    def built(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        _SAID.add(trainer.__name__)
+        logger.warning(
+            "prefix grouper: nothing is shared by %s, which forwards one completion of each prompt: it trains as without "
+            "use_prefix_grouper",
+            type(self).__name__,
+        )
+
+    trainer.__init__ = built
+
+
 def _patch_unless_half_imported(_: ModuleType) -> None:
     """Once TRL has been imported. Where our own modules import it, for a script that uses them, once they are done."""
     for name, last in _MODULES.items():
@@ -242,11 +281,15 @@ def _run(target: str, arguments: list[str]) -> None:
 
 
 def _warn_if_unused() -> None:
-    trainer = sys.modules.get(f"{ours.__name__}.trainer")  # never imported where the script did not import TRL
-    if trainer is None or not trainer.PrefixGrouperMixin.built:
+    built = 0
+    for module, mixin in (("trainer", "PrefixGrouperMixin"), ("rows_trainer", "ShareRowsMixin")):
+        found = sys.modules.get(f"{ours.__name__}.{module}")  # never imported where the script did not import TRL
+        built += 0 if found is None else getattr(found, mixin).built
+    if not built and not _SAID:
         logger.warning(
-            "prefix grouper: the script built no GRPOTrainer or RLOOTrainer of TRL, so nothing was shared. Scripts that "
-            "bring a trainer of their own can put PrefixGrouperMixin in front of its base class"
+            "prefix grouper: the script built no trainer of TRL that shares prompts (GRPOTrainer, DPOTrainer and others), so "
+            "nothing was shared. Scripts that bring a trainer of their own can put PrefixGrouperMixin or ShareRowsMixin in front "
+            "of its base class"
         )
 
 

@@ -79,8 +79,13 @@ class ShareRowsMixin:
         )
         self.sharing = self.gate.meter
         self._policy = self.model
+        share = option(self.args, "prefix_grouper_share")
         self._row_sharing = RowSharing(
-            self._models(), self.gate, reasons=why_not_share_settings(self.args), during=self._pass_of
+            self._models(),
+            self.gate,
+            share="auto" if share == "prompt" else share,  # a decoder does not know which tokens are prompts
+            reasons=why_not_share_settings(self.args),
+            during=self._pass_of,
         )
         if not self._shares:
             return
@@ -105,6 +110,12 @@ class ShareRowsMixin:
 
     def _pass_of(self, model: Any) -> str:
         return REF_LOG_PROB if self._is_reference or model is not self._policy or is_reference(model) else UPDATE
+
+    @property
+    def min_level(self) -> int:
+        """Tokens that rows have to begin alike with to share them."""
+        assert self._row_sharing is not None
+        return self._row_sharing.min_level(self.accelerator.device)
 
     def expected_sharing(self) -> str:
         """What the rows of a micro-batch can share. Which rows meet in one is up to TRL's sampler."""
@@ -178,8 +189,9 @@ class RowsWatch(TrainerCallback):
             )
         elif not update.packed and not update.fallbacks:
             trainer.gate.warn(
-                "no two rows of a micro-batch began alike in the first update, so nothing was shared: rows of a prompt share "
-                "where they stand in one micro-batch, with equal token ids and equal padding in front"
+                f"no two rows of a micro-batch began alike in the first update, with {trainer.min_level} tokens or more, so "
+                "nothing was shared: rows of a prompt share where they stand in one micro-batch, with equal token ids and equal "
+                "padding in front"
             )
 
 

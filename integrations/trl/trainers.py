@@ -10,47 +10,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from prefix_grouper_plugins.integrations.trl.algorithms import ALGORITHMS, modules_of
 from prefix_grouper_plugins.integrations.trl.config import ShareRowsArguments
 from prefix_grouper_plugins.integrations.trl.rows_trainer import ShareRowsMixin
-
-_PAIR = "the chosen and the rejected completion of a prompt share it"
-_SAMPLED = "completions sampled from one prompt share it"
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """
-    Attributes:
-        homes: modules of TRL that hold its trainer, the newest first, without ``_trainer`` at their end.
-        rows_in_common: which rows of a micro-batch begin alike.
-    """
-
-    homes: tuple[str, ...]
-    rows_in_common: str
-
-    def modules(self, kind: str) -> list[str]:
-        """Modules of TRL that may hold its ``trainer`` or its ``config``."""
-        return [f"{home}_{kind}" for home in self.homes]
-
-
-ALGORITHMS = {
-    "DPO": Algorithm(("trl.trainer.dpo",), _PAIR),
-    "KTO": Algorithm(
-        ("trl.trainer.kto", "trl.experimental.kto.kto"),
-        "completions of one prompt, and what they are compared with for the KL term, share it",
-    ),
-    "Reward": Algorithm(("trl.trainer.reward",), _PAIR),
-    "ORPO": Algorithm(("trl.experimental.orpo.orpo",), _PAIR),
-    "CPO": Algorithm(("trl.experimental.cpo.cpo",), _PAIR),
-    "TPO": Algorithm(
-        ("trl.experimental.tpo.tpo",), "the chosen, the rejected and the reference completion of a prompt share it"
-    ),
-    "OnlineDPO": Algorithm(("trl.experimental.online_dpo.online_dpo",), _SAMPLED),
-    "SDPO": Algorithm(("trl.experimental.sdpo.sdpo",), _SAMPLED),
-    "SDFT": Algorithm(("trl.experimental.sdft.sdft",), _SAMPLED),
-}
-# Whose rows have no prompt in common with others.
-NOTHING_TO_SHARE = {"SFT": "trl.trainer.sft", "Distillation": "trl.trainer.distillation"}
 
 NAMES = [f"PrefixGrouper{algorithm}{kind}" for algorithm in ALGORITHMS for kind in ("Trainer", "Config")]
 
@@ -61,6 +23,8 @@ def __getattr__(name: str) -> Any:
     kind = "Trainer" if name.endswith("Trainer") else "Config"
     algorithm = name.removeprefix("PrefixGrouper").removesuffix(kind)
     stock = _stock(algorithm, kind)
+    if name in globals():  # the launcher has asked for it as soon as TRL's module was imported
+        return globals()[name]
     if kind == "Config":
         made: type = dataclass(_subclass(name, ShareRowsArguments, stock, {}))
     else:
@@ -75,7 +39,7 @@ def _stock(algorithm: str, kind: str) -> type:
     Raises:
         ImportError: the installed TRL has none.
     """
-    for module in ALGORITHMS[algorithm].modules(kind.lower()):
+    for module in modules_of(algorithm, kind):
         try:
             return getattr(importlib.import_module(module), f"{algorithm}{kind}")  # type: ignore[no-any-return]
         except ModuleNotFoundError as error:

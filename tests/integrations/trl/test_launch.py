@@ -150,6 +150,55 @@ def test_trls_own_script_shares(folder):
     assert "prefix_grouper/rows_per_group" in done.stdout
 
 
+def pairs(folder: Path) -> None:
+    (folder / "data").mkdir()
+    rows = [{"prompt": text, "chosen": " w1 w2", "rejected": " w3"} for text in tiny.prompts(8, 6)["prompt"]]
+    (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.slow
+def test_trls_own_script_of_another_trainer_shares(folder):
+    pairs(folder)
+    settings = {k: v for k, v in SETTINGS.items() if k not in ("num_generations", "max_completion_length")}
+    own = ["--model_name_or_path", "model", "--dataset_name", "data"]
+    own += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    done = run_python(folder, "-m", "prefix_grouper_plugins.cli", "trl", "dpo", *own, "--use_prefix_grouper")
+    assert "prefix grouper is on for LlamaModel" in done.stderr
+    assert "'prefix_grouper/token_ratio': '0." in done.stdout
+
+
+OTHER_NAMES = """
+import os, sys
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+import trl
+from trl import DPOConfig, KTOTrainer, RewardConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.online_dpo import OnlineDPOTrainer
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperTPOTrainer
+from trl.experimental.tpo import TPOTrainer
+for cls in (trl.DPOTrainer, DPOConfig, KTOTrainer, RewardConfig, DPOTrainer, ORPOConfig, ORPOTrainer, OnlineDPOTrainer):
+    print(cls.__name__)
+print(TPOTrainer is PrefixGrouperTPOTrainer, [c.__name__ for c in TPOTrainer.__mro__][:3])
+from trl import SFTConfig, SFTTrainer
+from tests import tiny
+SFTTrainer(model="model", args=SFTConfig("out", use_cpu=True, bf16=False, report_to=[]),
+           train_dataset=tiny.prompts(8).rename_column("prompt", "text"), processing_class=tiny.tokenizer())
+"""
+
+
+@pytest.mark.slow
+def test_other_trainers_are_ours_too_and_sft_says_that_it_has_nothing_to_share(folder):
+    (folder / "script.py").write_text(OTHER_NAMES)
+    done = run_python(folder, *LAUNCH, "script.py", "--use_prefix_grouper")
+    *names, last = done.stdout.splitlines()
+    wanted = "DPOTrainer DPOConfig KTOTrainer RewardConfig DPOTrainer ORPOConfig ORPOTrainer OnlineDPOTrainer".split()
+    assert names == [f"PrefixGrouper{name}" for name in wanted]
+    assert last == "True ['PrefixGrouperTPOTrainer', 'ShareRowsMixin', 'TPOTrainer']"
+    assert done.stderr.count("nothing is shared by SFTTrainer, which forwards one completion of each prompt") == 1
+    assert "built no trainer" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_script_without_a_grpo_trainer_is_told_that_nothing_was_shared(tmp_path):
     (tmp_path / "script.py").write_text("print('no trainer here')")

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from prefix_grouper_plugins import UnsupportedModelError
 from prefix_grouper_plugins.integrations import trl as ours
 from prefix_grouper_plugins.integrations.trl import rows_trainer
-from prefix_grouper_plugins.integrations.trl.trainers import ALGORITHMS
+from prefix_grouper_plugins.integrations.trl.algorithms import modules_of
 from tests import tiny
 from tests.integrations.trl.training import largest_difference, use_float64_head
 
-STEPS = 3
+STEPS = 2
 
 
 def words(source: random.Random, shortest: int, longest: int) -> str:
@@ -119,7 +119,7 @@ def classes(algorithm: str, shared: bool) -> tuple[Any, Any]:
         return tuple(getattr(ours, f"PrefixGrouper{algorithm}{kind}") for kind in ("Trainer", "Config"))  # type: ignore[return-value]
     found = []
     for kind in ("Trainer", "Config"):
-        home = importlib.import_module(ALGORITHMS[algorithm].modules(kind.lower())[0])
+        home = importlib.import_module(modules_of(algorithm, kind)[0])
         found.append(getattr(home, f"{algorithm}{kind}"))
     return tuple(found)  # type: ignore[return-value]
 
