@@ -85,7 +85,7 @@ def _prepare(argv: list[str]) -> tuple[str, list[str], bool]:
         print(__doc__)
         if rest:
             raise SystemExit(0)
-        raise UsageError("prefix-grouper trl: name the script to run, or one of TRL's own: " + ", ".join(_TRL_SCRIPTS))
+        raise UsageError(f"prefix-grouper trl: name the script to run, or one of TRL's own: {', '.join(_TRL_SCRIPTS)}")
     if rest[0] == "--version":
         print(f"prefix-grouper-plugins {__version__}")
         raise SystemExit(0)
