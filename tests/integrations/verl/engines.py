@@ -1,18 +1,20 @@
 """Run stock and shared engines of verl side by side on a CPU, in processes of their own, and compare their numbers.
 
-    python -m tests.integrations.verl.engines CASES.json RESULTS.json PROCESSES
+    python -m tests.integrations.verl.engines FOLDER PROCESSES
 
 verl keeps its platform, its process groups and patched model classes per process, so the tests start one process (or
-two) for a list of cases and read the figures. conftest.py sets the environment.
+two), give it lists of cases, and read the figures: `Engines`. conftest.py sets the environment.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import subprocess
 import sys
-import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,7 +22,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from verl_on_cpu.run import PATIENCE, end_family, wait_for
+
 from tests.integrations.verl.vision import rows as vision
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass
@@ -485,7 +491,53 @@ def compare(case: Case, path: str) -> dict[str, Any]:
     return result
 
 
-def run(rank: int, world: int, meeting: str, cases: list[dict[str, Any]], folder: str, results: str) -> None:
+class Engines:
+    """Processes of this module, which take seconds to import verl, for any number of lists of cases.
+
+    Files in ``folder`` hold what goes in and out: ``cases-0.json``, ``results-0.json``, and so on.
+    """
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        self.folder, self.log, self.lists = folder, folder / "log.txt", 0
+        command = [sys.executable, "-m", __name__, str(folder), str(processes)]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        self.returncode: int | None = None
+
+    def results(self, cases: list[Case]) -> list[dict[str, Any]]:
+        """Those of ``cases``, in their order."""
+        write(self.folder / f"cases-{self.lists}.json", [vars(case) for case in cases])
+        self.answer = self.folder / f"results-{self.lists}.json"
+        self.lists += 1
+        wait_for(self, self.log, PATIENCE)  # type: ignore[arg-type]  # each case writes a line
+        return json.loads(self.answer.read_text())
+
+    def poll(self) -> int | None:
+        """As of the process: over, for `wait_for`, when the results are there."""
+        ended = self.process.poll()  # before the look for its last file
+        self.returncode = 0 if self.answer.exists() else None if ended is None else ended or 1
+        return self.returncode
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        end_family(self.process)
+        self.process.wait()
+
+
+def write(path: Path, content: Any) -> None:
+    """All at once, for readers that wait for the file."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content))
+    unfinished.rename(path)
+
+
+def read_when_there(path: Path) -> Any:
+    while not path.exists():
+        time.sleep(0.05)
+    return json.loads(path.read_text())
+
+
+def run(rank: int, world: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
     import verl  # noqa: F401
@@ -493,35 +545,41 @@ def run(rank: int, world: int, meeting: str, cases: list[dict[str, Any]], folder
     vision.stand_in_for_flash_attention()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    found = []
-    for values in cases:
-        case = Case(**values)
-        path = f"{folder}/{case.model}-{case.tied}"
-        if rank == 0 and not Path(path).exists():
-            save_model(case, Path(path))
-        dist.barrier()
-        try:
-            found.append(compare(case, path))
-        except Exception as error:
-            found.append({"error": f"{type(error).__name__}: {error}"})
-            if world > 1:
-                raise
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    for number in itertools.count():
+        cases = [Case(**values) for values in read_when_there(Path(folder) / f"cases-{number}.json")]
+        found = [result_of(case, f"{folder}/{case.model}-{case.tied}", rank, world) for case in cases]
+        if rank == 0:
+            write(Path(folder) / f"results-{number}.json", found)
+
+
+def result_of(case: Case, path: str, rank: int, world: int) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    if rank == 0 and not Path(path).exists():
+        save_model(case, Path(path))
+    dist.barrier()
+    try:
+        return compare(case, path)
+    except Exception as error:
+        if world > 1:
+            raise
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
         if rank == 0:
             print("done:", case, flush=True)
-    if rank == 0:
-        Path(results).write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 def main() -> None:
     import torch.multiprocessing as mp
 
-    cases, results, world = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], int(sys.argv[3])
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            run, (world, f"{folder}/meeting", cases, folder, results), nprocs=world, start_method="spawn"
-        )
+    folder, world, parent = sys.argv[1], int(sys.argv[2]), os.getppid()
+    ranks = mp.start_processes(run, (world, folder), nprocs=world, join=False, start_method="spawn")
+    while not ranks.join(timeout=1):
+        if os.getppid() != parent:  # the tests are gone
+            for process in ranks.processes:
+                process.kill()
+            return
 
 
 if __name__ == "__main__":

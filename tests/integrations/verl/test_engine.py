@@ -19,13 +19,13 @@ from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine
 from prefix_grouper_plugins.integrations.verl.micro_batch import mend_positions
 from prefix_grouper_plugins.sharing import SharingGate
 from tests.integrations.verl.engines import Case, make_batch, make_rows
-from tests.integrations.verl.test_equality import assert_equal, results
+from tests.integrations.verl.test_equality import assert_equal
 
 
 @pytest.mark.slow
-def test_what_log_prob_passes_shared_is_logged_with_the_next_update(tmp_path):
+def test_what_log_prob_passes_shared_is_logged_with_the_next_update(results):
     """verl drops their metrics. Micro-batches of one row share nothing there, and the update does."""
-    (result,) = results([Case(dynamic=False, micro_batch_size=4, log_prob_rows=1)], 1, tmp_path)
+    (result,) = results([Case(dynamic=False, micro_batch_size=4, log_prob_rows=1)], 1)
     assert_equal(Case(), result)
     assert result["metrics"]["prefix_grouper/token_ratio"] < 0.5
     assert "prefix_grouper/old_log_prob_token_ratio" not in result["metrics"], "there was none before the first update"
@@ -92,9 +92,9 @@ def test_rows_with_positions_of_images_can_be_selected_one_by_one(rows):
 
 
 @pytest.mark.slow
-def test_one_row_with_an_image_trains(tmp_path):
+def test_one_row_with_an_image_trains(results):
     case = Case(model="qwen3_vl", images="one", rows_per_group=1, groups=1, dynamic=False, micro_batch_size=1)
-    (result,) = results([case], 1, tmp_path)
+    (result,) = results([case], 1)
     assert_equal(case, result)
 
 

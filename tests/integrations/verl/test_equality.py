@@ -7,20 +7,12 @@ data-parallel ranks of verl: its own Ulysses needs flash-attn, and with sdpa it 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("verl")
 
-from verl_on_cpu.run import PATIENCE, end_family, wait_for
-
 from tests.integrations.verl.engines import Case
 
-ROOT = Path(__file__).resolve().parents[3]
 BUCKETS = {"pad_to_length": True, "pad_to_length_bucket": 64}
 CHUNKED = {"entropy_from_logits_with_chunking": True, "entropy_from_logits_chunk_size": 16}
 
@@ -68,19 +60,6 @@ ONE_SEQUENCE = [
 ]
 
 
-def results(cases: list[Case], processes: int, folder: Path) -> list[dict]:
-    given, found = folder / "cases.json", folder / "results.json"
-    given.write_text(json.dumps([vars(case) for case in cases]))
-    command = [sys.executable, "-m", "tests.integrations.verl.engines", str(given), str(found), str(processes)]
-    log = folder / "log.txt"
-    with log.open("wb") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
-        try:
-            wait_for(process, log, PATIENCE)  # each case writes a line
-        finally:
-            end_family(process)
-    return json.loads(found.read_text())
-
-
 def assert_equal(case: Case, result: dict) -> None:
     # In gated delta nets verl's own rows, padded and one by one, differ by 2e-5: gradients by decays are sums that cancel.
     bound = 1e-4 if case.model.startswith("qwen3_5") else 1e-5
@@ -97,8 +76,8 @@ def assert_equal(case: Case, result: dict) -> None:
     [(MODELS, 1), (MODES, 1), (TWO_RANKS, 2), (ONE_SEQUENCE, 2)],
     ids=["models", "modes", "two ranks", "one sequence on two ranks"],
 )
-def test_gradients_and_scores_equal_those_of_verl(cases, processes, tmp_path):
-    for case, result in zip(cases, results(cases, processes, tmp_path), strict=True):
+def test_gradients_and_scores_equal_those_of_verl(cases, processes, results):
+    for case, result in zip(cases, results(cases, processes), strict=True):
         assert_equal(case, result)
         assert result["fallbacks"] == {}, (str(case), result)
         assert result["metrics"]["prefix_grouper/fallbacks"] == 0
@@ -108,13 +87,13 @@ def test_gradients_and_scores_equal_those_of_verl(cases, processes, tmp_path):
 
 
 @pytest.mark.slow
-def test_responses_that_fork_late_and_steps_that_go_on_share_the_tree(tmp_path):
+def test_responses_that_fork_late_and_steps_that_go_on_share_the_tree(results):
     cases = [
         Case(forks=True, options={"share": "tree"}),
         Case(forks=True, options={"share": "tree"}, token_budget=70, v0=True),
         Case(forks=True, options={"share": "prompt"}),
     ]
-    found = results(cases, 1, tmp_path)
+    found = results(cases, 1)
     for case, result in zip(cases, found, strict=True):
         assert_equal(case, result)
         assert result["fallbacks"] == {}, (str(case), result)
@@ -124,13 +103,13 @@ def test_responses_that_fork_late_and_steps_that_go_on_share_the_tree(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_shared_goes_the_ordinary_way_and_is_counted(tmp_path):
+def test_what_cannot_be_shared_goes_the_ordinary_way_and_is_counted(results):
     reasons = {
         "each row has a temperature of its own": Case(temperature=[0.7, 1.0, 1.3]),
         "`prompts` is missing": Case(without_prompts=True),
         "attention dropout is 0.1": Case(dropout=0.1, options={"on_unsupported": "fallback"}),
     }
-    for (reason, case), result in zip(reasons.items(), results(list(reasons.values()), 1, tmp_path), strict=True):
+    for (reason, case), result in zip(reasons.items(), results(list(reasons.values()), 1), strict=True):
         assert "error" not in result, result
         assert [reason in text for text in result["fallbacks"]] == [True]
         assert result["metrics"]["prefix_grouper/fallbacks"] >= 1  # and those of earlier log-prob passes
@@ -140,11 +119,11 @@ def test_what_cannot_be_shared_goes_the_ordinary_way_and_is_counted(tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_stay_in_their_micro_batches_where_the_loss_depends_on_them(tmp_path):
+def test_rows_stay_in_their_micro_batches_where_the_loss_depends_on_them(results):
     """geo_mean averages over a micro-batch: three rows of three groups stand in each, and share nothing."""
     coupled = Case(loss_mode="geo_mean", dynamic=False, micro_batch_size=3)
     together = Case(loss_mode="geo_mean", dynamic=False, micro_batch_size=12)
-    split, whole = results([coupled, together], 1, tmp_path)
+    split, whole = results([coupled, together], 1)
     assert_equal(coupled, split)
     assert_equal(together, whole)
     assert split["metrics"]["prefix_grouper/rows_per_group"] == 1
@@ -155,17 +134,17 @@ def test_rows_stay_in_their_micro_batches_where_the_loss_depends_on_them(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_group_larger_than_the_budget_is_split_and_exact(tmp_path):
+def test_a_group_larger_than_the_budget_is_split_and_exact(results):
     case = Case(token_budget=40, rows_per_group=8)
-    (result,) = results([case], 1, tmp_path)
+    (result,) = results([case], 1)
     assert_equal(case, result)
     assert 4 <= result["metrics"]["prefix_grouper/rows_per_group"] < 8
     assert result["metrics"]["prefix_grouper/fallbacks"] == 0
 
 
 @pytest.mark.slow
-def test_an_unsupported_model_stops_before_training_and_says_what_to_do(tmp_path):
-    settings, patched = results([Case(dropout=0.1), Case(wrong_positions=True)], 1, tmp_path)
+def test_an_unsupported_model_stops_before_training_and_says_what_to_do(results):
+    settings, patched = results([Case(dropout=0.1), Case(wrong_positions=True)], 1)
     assert settings["error"].startswith("UnsupportedModelError: attention dropout is 0.1")
     assert "packed rows of FSDPQwen3ForCausalLM are not its rows" in patched["error"]
     for result in (settings, patched):

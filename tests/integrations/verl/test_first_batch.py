@@ -9,7 +9,7 @@ pytest.importorskip("verl")
 from prefix_grouper_plugins.integrations.verl.planning import Limits, rows_together, rows_within
 from prefix_grouper_plugins.micro_batches import RowSize
 from tests.integrations.verl.engines import Case
-from tests.integrations.verl.test_equality import assert_equal, results
+from tests.integrations.verl.test_equality import assert_equal
 
 FALLBACK = {"on_unsupported": "fallback"}
 RIGHT = Case(own_class="right", token_budget=48)
@@ -38,9 +38,9 @@ def assert_fell_back(what: str, result: dict) -> None:
 
 
 @pytest.mark.slow
-def test_first_batches_in_one_process(tmp_path):
+def test_first_batches_in_one_process(results):
     right, scored, verified, unchecked, *wrong = results(
-        [RIGHT, SCORED_FIRST, VERIFIED, UNCHECKED, *WRONG.values(), *STOPPED], 1, tmp_path
+        [RIGHT, SCORED_FIRST, VERIFIED, UNCHECKED, *WRONG.values(), *STOPPED], 1
     )
     for case, result in ((RIGHT, right), (SCORED_FIRST, scored)):
         assert_equal(case, result)
@@ -63,8 +63,8 @@ def test_first_batches_in_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_first_batches_on_two_ranks(tmp_path):
-    right, ordinary, *wrong = results([RIGHT, ORDINARY_ON_RANK_1, *WRONG.values()], 2, tmp_path)
+def test_first_batches_on_two_ranks(results):
+    right, ordinary, *wrong = results([RIGHT, ORDINARY_ON_RANK_1, *WRONG.values()], 2)
     assert_equal(RIGHT, right)
     assert len(first_batches(right)) == 1
     assert_equal(ORDINARY_ON_RANK_1, ordinary)

@@ -21,7 +21,7 @@ from prefix_grouper_plugins.integrations.verl.losses import (
     why_rows_stay,
 )
 from tests.integrations.verl.engines import Case
-from tests.integrations.verl.test_equality import assert_equal, results
+from tests.integrations.verl.test_equality import assert_equal
 
 NORM = "seq-mean-token-sum-norm"
 
@@ -56,16 +56,16 @@ STAYING = [
 
 
 @pytest.mark.slow
-def test_each_loss_has_the_gradients_of_verl_and_only_sums_over_rows_move_them(tmp_path):
-    for case, result in zip(MOVING + STAYING, results(MOVING + STAYING, 1, tmp_path), strict=True):
+def test_each_loss_has_the_gradients_of_verl_and_only_sums_over_rows_move_them(results):
+    for case, result in zip(MOVING + STAYING, results(MOVING + STAYING, 1), strict=True):
         assert_equal(case, result)
         assert (result["metrics"]["prefix_grouper/rows_per_group"] == 4) is (case in MOVING), (str(case), result)
 
 
 @pytest.mark.slow
-def test_moving_the_rows_of_a_coupled_loss_would_be_noticed(tmp_path):
+def test_moving_the_rows_of_a_coupled_loss_would_be_noticed(results):
     """`regroup=group` moves them whatever the loss is: the comparison above can fail."""
-    (result,) = results([Case(actor={"loss_agg_mode": NORM}, options={"regroup": "group"}, **FIXED)], 1, tmp_path)
+    (result,) = results([Case(actor={"loss_agg_mode": NORM}, options={"regroup": "group"}, **FIXED)], 1)
     assert result["gradient"] > 0.1
 
 

@@ -18,7 +18,6 @@ from prefix_grouper_plugins.integrations.verl.micro_batch import row_sizes
 from prefix_grouper_plugins.integrations.verl.switch import ASK_WORKERS
 from prefix_grouper_plugins.integrations.verl.worker import WholeGroups, _shuffle_whole_groups
 from tests.integrations.verl.engines import Case, make_batch, make_rows
-from tests.integrations.verl.test_equality import results
 
 
 def test_a_shuffle_of_whole_groups_has_every_row_once_and_another_order_each_time():
@@ -81,6 +80,6 @@ def test_a_worker_without_an_actor_has_nothing_against_moving_rows():
 
 
 @pytest.mark.slow
-def test_weights_that_a_separate_trainer_saves_come_back(tmp_path):
-    (result,) = results([Case(saves_to_cpu=True)], 1, tmp_path)
+def test_weights_that_a_separate_trainer_saves_come_back(results):
+    (result,) = results([Case(saves_to_cpu=True)], 1)
     assert result["restored"] == [True, True]  # of verl's engine and of ours

@@ -25,7 +25,7 @@ from prefix_grouper_plugins.integrations.verl.engine import gate_of
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, row_sizes
 from prefix_grouper_plugins.integrations.verl.vision import images, model_patches
 from tests.integrations.verl.engines import Case, make_batch, make_rows
-from tests.integrations.verl.test_equality import BUCKETS, assert_equal, results
+from tests.integrations.verl.test_equality import BUCKETS, assert_equal
 from tests.integrations.verl.vision.rows import IMAGE, make_model, patched_classes
 
 COMPARED = [
@@ -114,7 +114,7 @@ FALLBACKS = [
 
 
 @pytest.fixture(scope="module")
-def result_of(tmp_path_factory):
+def result_of(results):
     """Results of the cases of one process, which start together."""
     given = [
         *COMPARED,
@@ -124,7 +124,7 @@ def result_of(tmp_path_factory):
         STOCK_LEAVES_OUT,
         *(case for case, _ in PATCHES + ROWS_PER_GROUP + FALLBACKS + STOCK_FAILS),
     ]
-    found = results(given, 1, tmp_path_factory.mktemp("images"))
+    found = results(given, 1)
     by_case = {str(case): result for case, result in zip(given, found, strict=True)}
     return lambda case: by_case[str(case)]
 
@@ -141,8 +141,8 @@ def test_gradients_and_scores_with_images_equal_those_of_verl(case, result_of):
 
 
 @pytest.mark.slow
-def test_they_do_on_two_ranks_too_data_parallel_or_of_one_sequence(tmp_path):
-    for case, result in zip(TWO_RANKS, results(TWO_RANKS, 2, tmp_path), strict=True):
+def test_they_do_on_two_ranks_too_data_parallel_or_of_one_sequence(results):
+    for case, result in zip(TWO_RANKS, results(TWO_RANKS, 2), strict=True):
         assert_equal(case, result)
         assert result["fallbacks"] == {}, (str(case), result)
         assert result["metrics"]["prefix_grouper/token_ratio"] < 0.6
