@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -89,11 +90,18 @@ def peak_mib(make: Callable[[], Step], device: str) -> float:
     return (_peak() - before) / 2**20
 
 
-def in_a_fresh_process(arguments: list[str]) -> Any:
-    """What ``python arguments``, a script of this folder, prints as its last line, read as JSON."""
+def in_a_fresh_process(arguments: list[str], environment: Mapping[str, str] | None = None) -> Any:
+    """What ``python arguments``, a script of this folder, prints as its last line, read as JSON.
+
+    Args:
+        arguments: the script and its own arguments.
+        environment: variables in addition to those of this process.
+    """
     script, *rest = arguments
     command = [sys.executable, str(Path(__file__).parent / script), *rest]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])

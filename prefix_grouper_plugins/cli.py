@@ -12,6 +12,9 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from prefix_grouper_plugins.plan.command import add_arguments as add_plan_arguments
+from prefix_grouper_plugins.plan.command import check as check_plan
+from prefix_grouper_plugins.plan.command import count
 from prefix_grouper_plugins.settings import BACKEND
 from prefix_grouper_plugins.usage import UsageError, first_line, told_in_one_line
 from prefix_grouper_plugins.version import __version__
@@ -26,7 +29,7 @@ Encode each prompt of a GRPO group once.
 
   prefix-grouper trl SCRIPT ... --use_prefix_grouper    run a TRL script with sharing (prefix-grouper trl --help)
   prefix-grouper doctor [--model NAME_OR_PATH]          what this machine can run, and how a model would be run
-  prefix-grouper plan --prompt 4096 --responses 512     what sharing saves: tokens, FLOPs, memory; nothing is run
+  prefix-grouper plan prompts.jsonl --responses 512     what sharing would save in your training; nothing is run
   prefix-grouper bench --prompt 4096 --response 512     how fast attention is on this machine, shared and row by row
 """
 
@@ -39,16 +42,6 @@ LAYERS: dict[str, dict[str, Any]] = {
     "sliding window": {"sliding_window": 4096},
     "softcap": {"softcap": 50.0},
 }
-# The lines of `plan`: label, field of `cost.Cost`, unit.
-FIGURES = (
-    ("Tokens forwarded", "tokens", 1),
-    ("Pairs of query and key, million", "pairs", 1e6),
-    ("Training step, TFLOP", "training_flops", 1e12),
-    ("  with gradient checkpointing", "checkpointed_training_flops", 1e12),
-    ("Keys and values of all layers, GiB", "kv_bytes", 2**30),
-    ("Activations kept for the backward, GiB", "activation_bytes", 2**30),
-    ("  with gradient checkpointing", "checkpointed_bytes", 2**30),
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,19 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, attention backends, and whether a model is supported")
     doctor.add_argument("--model", help="a model's folder or hub name: only its config is read")
     doctor.add_argument("--trust-remote-code", action="store_true", help="as in transformers")
-    plan = commands.add_parser("plan", help="what a batch would cost with sharing and without; nothing is run")
-    plan.add_argument("--prompt", type=int, required=True, help="tokens of the prompt")
-    plan.add_argument(
-        "--responses", type=int, nargs="+", required=True, help="tokens of the responses: one for all, or each"
-    )
-    plan.add_argument(
-        "--group", type=_count, help="responses to the prompt, where one length is given for all (default: 8)"
-    )
+    plan = commands.add_parser("plan", help="what sharing would save in a training on your data; nothing is run")
+    add_plan_arguments(plan)
     bench = commands.add_parser("bench", help="time attention on this machine, packed and row by row")
-    bench.add_argument("--prompt", type=_count, default=2048, help="tokens of the prompt (default: 2048)")
-    bench.add_argument("--response", type=_count, default=128, help="tokens of each response (default: 128)")
-    bench.add_argument("--group", type=_count, default=8, help="responses to the prompt (default: 8)")
-    bench.add_argument("--repeats", type=_count, default=3, help="how often each is timed (default: 3)")
+    bench.add_argument("--prompt", type=count, default=2048, help="tokens of the prompt (default: 2048)")
+    bench.add_argument("--response", type=count, default=128, help="tokens of each response (default: 128)")
+    bench.add_argument("--group", type=count, default=8, help="responses to the prompt (default: 8)")
+    bench.add_argument("--repeats", type=count, default=3, help="how often each is timed (default: 3)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     for command in (plan, bench):
         which = command.add_mutually_exclusive_group()
@@ -129,16 +116,6 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"prefix-grouper-plugins {__version__}")
 
 
-def _count(text: str) -> int:
-    """
-    Raises:
-        argparse.ArgumentTypeError: ``text`` is not a whole number from 1 on.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _config(name: str, *, trust_remote_code: bool = False) -> Any:
     """
     Raises:
@@ -152,16 +129,17 @@ def _config(name: str, *, trust_remote_code: bool = False) -> Any:
         raise UsageError(f"--model {name}: its config cannot be read: {first_line(error)}") from error
 
 
-def _shape(options: argparse.Namespace) -> tuple[str, ModelShape]:
-    """Name and sizes of the model that the options name."""
+def _shape(options: argparse.Namespace) -> tuple[str, ModelShape, Any]:
+    """Name and sizes of the model that the options name, and its config (None for a shape by name)."""
     from prefix_grouper_plugins.cost import SHAPES, ModelShape
 
     if options.model is None:
         if options.shape not in SHAPES:
             raise UsageError(f"there is no shape {options.shape!r}: choose one of {', '.join(SHAPES)}, or give --model")
-        return options.shape, SHAPES[options.shape]
+        return options.shape, SHAPES[options.shape], None
+    config = _config(options.model)
     try:
-        return options.model, ModelShape.from_config(_config(options.model))
+        return options.model, ModelShape.from_config(config), config
     except ValueError as error:
         raise UsageError(f"{options.model}: {error}") from error
 
@@ -170,35 +148,29 @@ def _shape(options: argparse.Namespace) -> tuple[str, ModelShape]:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Tokens, FLOPs and memory of a training step on one group, packed and row by row."""
-    name, shape = _shape(options)
-    if options.group is not None and len(options.responses) > 1:
-        raise UsageError("--group goes with one length for all responses; leave it out where each has its own")
-    responses = options.responses if len(options.responses) > 1 else options.responses * (options.group or 8)
-    from prefix_grouper_plugins.cost import compare
-    from prefix_grouper_plugins.layout import PrefixLayout
+    """What sharing saves, in a training on data or for one group of given lengths."""
+    check_plan(options)
+    name, shape, config = _shape(options)
+    if options.data is None:
+        from prefix_grouper_plugins.plan.one_group import as_json, compare_group, lengths_of, print_group
 
-    try:
-        layout = PrefixLayout.from_groups([options.prompt], [responses])
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    both = compare(shape, layout, scored=sum(responses))
-    if options.json:
-        costs = {"shared": both.shared, "row_by_row": both.ordinary}
-        figures = {kind: {field: getattr(cost, field) for _, field, _ in FIGURES} for kind, cost in costs.items()}
-        asked = {"model": name, "prompt": options.prompt, "responses": responses}
-        _print_json(asked | figures | {"token_ratio": both.token_ratio, "speedup": both.speedup})
+        group = options.prompt, lengths_of(options.responses, options.group)
+        both = compare_group(shape, *group)
+        if options.json:
+            _print_json(as_json(name, *group, both))
+        else:
+            print_group(name, *group, both)
         return 0
-    print(f"{name}, a prompt of {options.prompt:,} tokens, {len(responses)} responses of {sum(responses):,} in all")
-    print(f"\n{'':44}{'shared':>12}{'row by row':>12}{'ratio':>8}")
-    for label, field, unit in FIGURES:
-        ours, theirs = (getattr(cost, field) / unit for cost in (both.shared, both.ordinary))
-        form = ",.0f" if unit in (1, 1e6) else ",.2f"
-        print(f"{label:44}{ours:>12{form}}{theirs:>12{form}}{theirs / ours:>8.2f}")
-    print(
-        f"\nToken ratio {both.token_ratio:.3f}. A training step is at most {both.speedup:.2f} times as fast, at equal "
-        "FLOP/s and without padding.\nMemory in bfloat16, without weights, logits and optimizer."
-    )
+    from prefix_grouper_plugins.plan import report
+    from prefix_grouper_plugins.plan.command import figures
+
+    found = figures(options, name, shape, config)
+    if options.plot is not None:
+        report.draw(found, options.plot)
+    if options.json:
+        _print_json(found)
+    else:
+        report.print_report(found)
     return 0
 
 
@@ -211,7 +183,7 @@ def bench(options: argparse.Namespace) -> int:
 
     from prefix_grouper_plugins.bench import Case, describe_machine, row_step, shared_step, take_turns, times_as_fast
 
-    name, shape = _shape(options)
+    name, shape, _ = _shape(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: torch {torch.__version__} sees no GPU on this machine")

@@ -192,13 +192,21 @@ def compare(shape: ModelShape, layout: PrefixLayout, *, scored: int | None = Non
     alone = [visible_pairs_of_rows(layout.row_lengths, window) for window in (None, shape.sliding_window)]
     packed = [visible_pairs(layout.segments, window) for window in (None, shape.sliding_window)]
     return Comparison(
-        shared=_cost(shape, layout.num_tokens, packed, scored, element_size),
-        ordinary=_cost(shape, layout.num_row_tokens, alone, scored, element_size),
+        shared=cost_of(shape, layout.num_tokens, packed, scored, element_size=element_size),
+        ordinary=cost_of(shape, layout.num_row_tokens, alone, scored, element_size=element_size),
     )
 
 
-def _cost(shape: ModelShape, tokens: int, pairs: Sequence[int], scored: int, element_size: int) -> Cost:
-    """``pairs``: without and with the shape's window."""
+def cost_of(shape: ModelShape, tokens: int, pairs: Sequence[int], scored: int, *, element_size: int = 2) -> Cost:
+    """Cost of a forward.
+
+    Args:
+        shape: the model.
+        tokens: positions that are forwarded.
+        pairs: of query and key that attention computes for one head, in a layer without a window and in one with it.
+        scored: positions that go through the language-model head.
+        element_size: bytes of an activation.
+    """
     full = shape.num_layers - shape.num_windowed_layers
     all_pairs = full * pairs[0] + shape.num_windowed_layers * pairs[1]
     layer = tokens * _saved_bytes(shape, element_size)

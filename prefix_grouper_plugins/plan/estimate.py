@@ -1,0 +1,122 @@
+"""From what micro-batches forward to FLOPs, expected speed-up and peak memory of a process.
+
+The speed-up is the ratio of FLOPs, as in :mod:`prefix_grouper_plugins.cost`, of what each way really runs: the stock
+trainer's padding, and the masked halves of its attention, included. Peak memory is weights, gradients and optimizer states,
+what autograd keeps of the largest micro-batch, and the buffers of the step in which the backward begins. How far both are
+from measurements is in docs/benchmarks.md (``benchmarks/plan_check.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from prefix_grouper_plugins.cost import Cost, ModelShape, cost_of
+from prefix_grouper_plugins.plan.schedule import Load
+from prefix_grouper_plugins.scoring import CHUNK_SIZE
+
+SHARES_OUTSIDE = (0.25, 0.5, 0.75)  # of a stock step: generation, rewards, optimizer
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is trained.
+
+    Attributes:
+        shape: the model.
+        num_weights: all of its weights; of a mixture of experts more than ``shape.num_weights``.
+        element_size: bytes of a weight, a gradient and an activation.
+        lora_rank: None where all weights are trained.
+        checkpointing: gradient checkpointing of every layer.
+        full_logits: the head's output exists for all scored positions at once (verl), instead of in chunks.
+        forward_passes: passes without gradients in a step: old-policy and reference log-probs.
+        optimizer_size: bytes of a trained weight's optimizer states, and of a master copy where there is one.
+        shards: processes over which weights, gradients and optimizer states are cut (FSDP).
+    """
+
+    shape: ModelShape
+    num_weights: int
+    element_size: int = 2
+    lora_rank: int | None = None
+    checkpointing: bool = False
+    full_logits: bool = False
+    forward_passes: int = 0
+    optimizer_size: int = 4
+    shards: int = 1
+
+    @property
+    def num_trained(self) -> int:
+        """Weights that have a gradient. Of LoRA: two thin matrices for each linear layer, head and embeddings left out."""
+        if self.lora_rank is None:
+            return self.num_weights
+        shape = self.shape
+        heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        attention = 2 * (shape.hidden_size + heads) + 2 * (shape.hidden_size + kv_heads)
+        mlp = shape.mlp_matrices * (shape.hidden_size + shape.intermediate_size)
+        return self.lora_rank * shape.num_layers * (attention + mlp)
+
+    @property
+    def static_bytes(self) -> int:
+        """Weights, gradients and optimizer states of a process."""
+        weights = self.num_weights + (0 if self.lora_rank is None else self.num_trained)
+        trained = self.num_trained * (self.element_size + self.optimizer_size)
+        return (weights * self.element_size + trained) // self.shards
+
+    # ----------------------------------------------------------------------------------------------------------- FLOPs
+
+    def cost(self, load: Load) -> Cost:
+        return cost_of(
+            self.shape, load.tokens, (load.pairs, load.windowed_pairs), load.scored, element_size=self.element_size
+        )
+
+    def update_flops(self, loads: Iterable[Load]) -> int:
+        """Forward and backward. Frozen weights need no gradient of their own: LoRA does two thirds of the products."""
+        return sum(self._update_flops(self.cost(load)) for load in loads)
+
+    def _update_flops(self, cost: Cost) -> int:
+        products = 3 if self.lora_rank is None else 2
+        again = cost.linear + cost.attention if self.checkpointing else 0
+        head = (products if self.full_logits else products + 1) * cost.head  # a chunked head runs again in the backward
+        return products * cost.linear + 7 * cost.attention // 2 + again + head
+
+    def step_flops(self, loads: Sequence[Load]) -> int:
+        """The update and the passes without gradients."""
+        return self.update_flops(loads) + self.forward_passes * sum(self.cost(load).forward_flops for load in loads)
+
+    # ---------------------------------------------------------------------------------------------------------- memory
+
+    def peak_bytes(self, loads: Iterable[Load]) -> int:
+        """Of a process, at the beginning of the backward of the largest micro-batch."""
+        return self.static_bytes + max(map(self._activations, loads))
+
+    def _activations(self, load: Load) -> int:
+        """The larger of two moments: the head's backward, when all layers hold theirs, and that of the last MLP."""
+        shape, size = self.shape, self.element_size
+        held = self.cost(load._replace(tokens=load.tokens + load.open_tokens))
+        inputs = shape.num_layers * held.tokens * shape.hidden_size * size  # of each layer
+        before = inputs if self.checkpointing else held.activation_bytes
+        norm = held.tokens * shape.hidden_size * (4 + 2 * size)  # the last norm's input and output, and the embedding
+        in_layer = held.checkpointed_bytes if self.checkpointing else before + norm
+        layers = 1 if self.checkpointing else shape.num_layers
+        masked = 0
+        if load.mask_entries:  # keys and values repeated for each query head, and the mask as numbers
+            repeated = 2 * load.tokens * (shape.num_heads - shape.num_kv_heads) * shape.head_dim * size
+            masked = layers * repeated + load.mask_entries * (1 + size)
+        cached = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * load.cached_tokens * (size + 4)
+        return masked + cached + max(before + norm + self._head(load), in_layer + self._mlp(load))
+
+    def _head(self, load: Load) -> int:
+        """Logits with their gradient, in float32 where they come in chunks."""
+        if self.full_logits:
+            return 2 * load.scored * self.shape.vocab_size * self.element_size
+        chunk = min(load.scored, CHUNK_SIZE) * self.shape.vocab_size
+        return chunk * (3 * 4 if self.element_size == 4 else 3 * 4 + 2 * self.element_size)
+
+    def _mlp(self, load: Load) -> int:
+        """Gradients inside one MLP: three of its width, where its own last input is freed before."""
+        return 2 * load.tokens * self.shape.intermediate_size * self.element_size
+
+
+def step_speedups(flops_speedup: float, shares: Iterable[float] = SHARES_OUTSIDE) -> dict[float, float]:
+    """How many times as fast a whole step becomes, by the share of a stock step that lies outside the policy's passes."""
+    return {share: 1 / (share + (1 - share) / flops_speedup) for share in shares}

@@ -1,0 +1,122 @@
+"""Time the update of one group on this machine with a model of the user's shape: stock, and with its prompt shared.
+
+An update is forward and backward of a policy-gradient loss, in micro-batches of so many rows, without the optimizer.
+Stock forwards padded rows, as TRL does it; shared forwards each micro-batch as a packed row, and where the group is
+larger than a micro-batch, each of them reuses one forward of the prompt. Both score completion tokens alone and in chunks,
+as TRL's fused head and :func:`~prefix_grouper_plugins.prefix_grouped_logps` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.bench import Step
+from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.modeling import packed_inputs, transformers_model, without_prefix_grouper
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, decoder
+from prefix_grouper_plugins.scoring import CHUNK_SIZE
+
+STOCK, SHARED = "stock", "shared"
+
+
+@dataclass(frozen=True)
+class Update:
+    """The rows of one group, as a trainer holds them.
+
+    Attributes:
+        prompt_ids: ``[G, P]``, every row the same.
+        completion_ids, completion_mask: ``[G, C]``, padded on the right.
+        rows: rows of a micro-batch.
+    """
+
+    prompt_ids: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    rows: int
+
+    @classmethod
+    def random(cls, prompt: int, responses: Sequence[int], rows: int, vocabulary: int, device: str) -> Update:
+        """Random tokens of these lengths, the same at every call."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.tensor(responses)
+        prompt_ids = torch.randint(vocabulary, (1, prompt), generator=generator).expand(len(responses), -1)
+        completion_ids = torch.randint(vocabulary, (len(responses), max(responses)), generator=generator)
+        mask = (torch.arange(max(responses)) < lengths[:, None]).long()
+        return cls(prompt_ids.to(device), completion_ids.to(device), mask.to(device), rows)
+
+    @property
+    def micro_batches(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Prompts and completions of each with their masks."""
+        blocks = (self.prompt_ids, torch.ones_like(self.prompt_ids), self.completion_ids, self.completion_mask)
+        return list(zip(*(block.split(self.rows) for block in blocks), strict=True))
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens that each way forwards, padding included."""
+        (group, prompt), width = self.prompt_ids.shape, self.completion_ids.shape[1]
+        return {STOCK: group * (prompt + width), SHARED: prompt - 1 + int(self.completion_mask.sum())}
+
+
+def steps_of(model: nn.Module, update: Update) -> dict[str, Step]:
+    """The update in both ways, by name.
+
+    Args:
+        model: a causal LM in training mode that has been through ``enable_prefix_grouper``.
+        update: the group.
+    """
+    ways: dict[str, Callable[[nn.Module, Update], None]] = {STOCK: _stock, SHARED: _shared}
+
+    def step_of(way: Callable[[nn.Module, Update], None]) -> Step:
+        def step() -> None:
+            try:
+                way(model, update)
+            finally:  # out of memory too
+                model.zero_grad(set_to_none=True)
+
+        return step
+
+    return {name: step_of(way) for name, way in ways.items()}
+
+
+def _stock(model: nn.Module, update: Update) -> None:
+    with without_prefix_grouper(model):  # the backward inside, since checkpointed layers look the name up again
+        for prompt_ids, prompt_mask, completion_ids, mask in update.micro_batches:
+            ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
+            hidden = decoder(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            scored = hidden[:, prompt_ids.shape[1] - 1 : -1]
+            _backward(model, scored[mask.bool()], completion_ids[mask.bool()])
+
+
+def _shared(model: nn.Module, update: Update) -> None:
+    batches = [GroupedBatch(*blocks) for blocks in update.micro_batches]
+    cache = PromptCache()
+    if len(batches) > 1:
+        prompt = update.prompt_ids[0]
+        cache.run(model, PrefixLayout.from_rows([prompt.cpu()]).to(prompt.device), prompt[:-1])
+        batches = [batch.behind_prompt() for batch in batches]
+    for number, batch in enumerate(batches, 1):
+        if len(batches) > 1:
+            cache.prepare(batch.layout, last=number == len(batches))
+        inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+        hidden = decoder(model)(**inputs).last_hidden_state
+        _backward(model, hidden[0, batch.positions], batch.labels[batch.positions])
+
+
+def _backward(model: nn.Module, hidden: Tensor, labels: Tensor) -> None:
+    """Backward of a loss in which each token has an advantage of its own: ``hidden [N, H]``, ``labels [N]``."""
+    head: Any = transformers_model(model).get_output_embeddings()  # type: ignore[operator]
+    parts = zip(hidden.split(CHUNK_SIZE), labels.split(CHUNK_SIZE), strict=True)
+    logps = torch.cat([checkpoint(_logps, head, x, y, use_reentrant=False) for x, y in parts])
+    (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
+
+
+def _logps(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    logits = head(hidden).float()
+    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
