@@ -29,7 +29,7 @@ from prefix_grouper_plugins.plan.estimate import Training
 from prefix_grouper_plugins.plan.schedule import Prompts, Schedule, TRLSizes, trl_schedule
 from prefix_grouper_plugins.update_bench import SHARED, STOCK, Update, steps_of
 
-SHAPE = ModelShape(512, 4, 8, 2, 64, 1536, 8192, tied_head=True)
+SHAPE = ModelShape(512, 2, 8, 2, 64, 1536, 8192, tied_head=True)
 TINY = ModelShape(64, 2, 4, 2, 16, 128, 256, tied_head=True)
 
 
@@ -50,11 +50,11 @@ CASES = {
     for case in (
         Case("long prompt", 1024, (64,) * 8, 8),
         Case("long responses", 512, (256,) * 8, 8),
-        Case("micro-batches of 2 rows", 1024, (64,) * 8, 2),
+        Case("micro-batches of 2 rows", 512, (256,) * 8, 2),
         Case("responses of many lengths", 256, RAGGED, 8),
         Case("gradient checkpointing", 2048, (32,) * 4, 4, checkpointing=True),
         Case("LoRA, 16 rows by 4", 768, RAGGED * 2, 4, lora=True),
-        Case("tiny", 24, (4, 6, 8, 8), 2),
+        Case("tiny", 24, (16, 20, 24, 24), 1),
     )
 }
 # glibc's malloc keeps what was freed, so that a process looks larger than what it holds; from this size on it must not.

@@ -217,6 +217,27 @@ def update_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def plan_table(rows: list[Row]) -> str:
+    """Estimates of `prefix-grouper plan`, what was measured, and how far they are apart."""
+
+    def both(row: Row, name: str, unit: str, error: str) -> str:
+        estimated, measured = (f"{float(row[f'{name}_{kind}']):.3g}" for kind in ("estimated", "measured"))
+        return f"{estimated} / {measured}{unit} ({float(row[error]):+.0f} %)"
+
+    lines = [
+        "| Update | Prompt, responses in all, G, rows | Times as fast: estimated / measured | Peak memory of stock | Of shared |",
+        "|---" * 5 + "|",
+    ]
+    lines += [
+        f"| {r['case']} | {r['prompt']}, {r['responses']}, {r['group']}, {r['rows']} | "
+        f"{both(r, 'times_as_fast', '', 'speed_error_percent')} | "
+        f"{both(r, 'stock_peak_mib', ' MiB', 'stock_memory_error_percent')} | "
+        f"{both(r, 'shared_peak_mib', ' MiB', 'shared_memory_error_percent')} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
 def origin(path: Path) -> str:
     """One sentence about where a file comes from."""
     facts = read_facts(path)
@@ -234,6 +255,7 @@ PARTS: dict[str, tuple[str, Table | None]] = {
     "flops": ("flops.csv", flops_table),
     "actor-update-cpu": ("actor-update-cpu.csv", update_table),
     "actor-update-cuda": ("actor-update-cuda.csv", update_table),
+    "plan-check-cpu": ("plan-check-cpu.csv", plan_table),
 }
 
 

@@ -1,8 +1,8 @@
 """Time the update of one group on this machine with a model of the user's shape: stock, and with its prompt shared.
 
 An update is forward and backward of a policy-gradient loss, in micro-batches of so many rows, without the optimizer.
-Stock forwards padded rows, as TRL does it; shared forwards each micro-batch as a packed row, and where the group is
-larger than a micro-batch, each of them reuses one forward of the prompt. Both score completion tokens alone and in chunks,
+Stock forwards padded rows, as TRL does it; shared forwards packed rows, as many micro-batches at a time as hold no more
+tokens than one of stock, and where the group is larger than that, each forward reuses the prompt of the first. Both score completion tokens alone and in chunks,
 as TRL's fused head and :func:`~prefix_grouper_plugins.prefix_grouped_logps` do.
 """
 
@@ -22,6 +22,7 @@ from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling import packed_inputs, transformers_model, without_prefix_grouper
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, decoder
 from prefix_grouper_plugins.scoring import CHUNK_SIZE
+from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
 
 STOCK, SHARED = "stock", "shared"
 
@@ -33,7 +34,7 @@ class Update:
     Attributes:
         prompt_ids: ``[G, P]``, every row the same.
         completion_ids, completion_mask: ``[G, C]``, padded on the right.
-        rows: rows of a micro-batch.
+        rows: rows of a micro-batch, a divisor of ``G``.
     """
 
     prompt_ids: Tensor
@@ -54,8 +55,27 @@ class Update:
     @property
     def micro_batches(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Prompts and completions of each with their masks."""
+        return self._split([self.rows] * (len(self.prompt_ids) // self.rows))
+
+    @property
+    def forwards(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The same, joined where several fit into the tokens of one that is padded, as ours does it in TRL."""
+        prompt, width = self.prompt_ids.shape[1], self.completion_ids.shape[1]
+        lengths = self.completion_mask.sum(1).tolist()
+        rows = [RowTokens(0, prompt - 1, length) for length in lengths]
+        waiting = [rows[start : start + self.rows] for start in range(0, len(rows), self.rows)]
+        sizes: list[int] = []
+        while waiting:
+            opened = {0} if sizes else set()
+            budget, held = self.rows * (prompt + width), (prompt - 1) * len(opened)
+            count = num_that_fit(waiting, budget, held=held, opened=opened)
+            sizes.append(sum(map(len, waiting[:count])))
+            waiting = waiting[count:]
+        return self._split(sizes)
+
+    def _split(self, sizes: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         blocks = (self.prompt_ids, torch.ones_like(self.prompt_ids), self.completion_ids, self.completion_mask)
-        return list(zip(*(block.split(self.rows) for block in blocks), strict=True))
+        return list(zip(*(block.split(sizes) for block in blocks), strict=True))
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -64,12 +84,13 @@ class Update:
         return {STOCK: group * (prompt + width), SHARED: prompt - 1 + int(self.completion_mask.sum())}
 
 
-def steps_of(model: nn.Module, update: Update) -> dict[str, Step]:
+def steps_of(model: nn.Module, update: Update, *, zero_grad: bool = True) -> dict[str, Step]:
     """The update in both ways, by name.
 
     Args:
         model: a causal LM in training mode that has been through ``enable_prefix_grouper``.
         update: the group.
+        zero_grad: whether a step lets go of its gradients at the end.
     """
     ways: dict[str, Callable[[nn.Module, Update], None]] = {STOCK: _stock, SHARED: _shared}
 
@@ -78,7 +99,8 @@ def steps_of(model: nn.Module, update: Update) -> dict[str, Step]:
             try:
                 way(model, update)
             finally:  # out of memory too
-                model.zero_grad(set_to_none=True)
+                if zero_grad:
+                    model.zero_grad(set_to_none=True)
 
         return step
 
@@ -95,7 +117,7 @@ def _stock(model: nn.Module, update: Update) -> None:
 
 
 def _shared(model: nn.Module, update: Update) -> None:
-    batches = [GroupedBatch(*blocks) for blocks in update.micro_batches]
+    batches = [GroupedBatch(*blocks) for blocks in update.forwards]
     cache = PromptCache()
     if len(batches) > 1:
         prompt = update.prompt_ids[0]
@@ -118,5 +140,6 @@ def _backward(model: nn.Module, hidden: Tensor, labels: Tensor) -> None:
 
 
 def _logps(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    logits = head(hidden).float()
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)

@@ -65,7 +65,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--prompt", type=int, help="tokens of the prompt, to look at one group without data")
     plan.add_argument(
-        "--responses", nargs="+", required=True,
+        "--responses", nargs="+",
         help="tokens of the responses: one number for all, or each; with DATA also a file of samples (lengths or texts)",
     )  # fmt: skip
     plan.add_argument("--group", type=count, help="responses to a prompt (default: 8)")
@@ -113,8 +113,15 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         UsageError: neither data nor a prompt's length, both, or options of the other kind or the other trainer.
     """
-    if (options.data is None) == (options.prompt is None):
-        raise UsageError("prefix-grouper plan: give either DATA or --prompt; see prefix-grouper plan --help")
+    prompts = "--prompt" if options.data is None and options.prompt is None else None
+    missing = [name for name in (prompts, "--responses" if options.responses is None else None) if name]
+    if missing:
+        needed = f"the following arguments are required: {', '.join(missing)}"
+        raise UsageError(
+            f"prefix-grouper plan: {needed} (DATA can take the place of --prompt); see prefix-grouper plan --help"
+        )
+    if options.data is not None and options.prompt is not None:
+        raise UsageError("--prompt looks at one group, and DATA at a training: give one of them")
     given = [name for name in DATA_OPTIONS if getattr(options, name) is not None]
     if options.data is None:
         if given:
@@ -153,7 +160,7 @@ def figures(options: argparse.Namespace, name: str, shape: ModelShape, config: A
     sizes = _sizes(options, trainer, group, len(ids))
     if len(ids) < sizes.prompts_needed:
         raise UsageError(
-            f"{options.data}: {len(ids)} prompts were read, and one {'generation batch' if trainer == 'trl' else 'optimizer step'} "
+            f"{options.data}: {len(ids)} prompt(s) were read, and one {'generation batch' if trainer == 'trl' else 'optimizer step'} "
             f"takes {sizes.prompts_needed}: give more data or smaller batches"
         )
     training = _training(options, trainer, shape, config)

@@ -141,7 +141,7 @@ def tokenizer_of(name: str) -> Tokenize:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of the hub, of a parser
         raise UsageError(f"--tokenizer {name}: it cannot be read: {first_line(error)}") from error
 
@@ -201,9 +201,9 @@ def _lengths_in(path: Path, tokenize: Tokenize, column: str | None) -> list[int]
         if wrong is not None:
             raise UsageError(f"--responses {path}: {wrong!r} is not a number of tokens")
         return [int(word) for word in words]
-    lengths = []
+    lengths: list[int] = []
     for number, record in enumerate(read_records(path), 1):
-        value = record
+        value: Any = record
         if isinstance(record, dict):
             column = column or _column(path, record, RESPONSE_COLUMNS, "--response-column")
             value = record.get(column)

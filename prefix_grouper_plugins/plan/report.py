@@ -134,7 +134,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     dark, pale = "#17375e", "#f4b183"
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
         for axis, name in zip(axes, ("prompts", "responses"), strict=False):

@@ -1,8 +1,8 @@
 """Which rows of a training lie in which micro-batch, and what each micro-batch forwards: in TRL, in verl, stock and shared.
 
 TRL samples completions group by group, shuffles the rows of a process's generation batch and cuts it into micro-batches;
-ours brings rows of a prompt side by side again and lets micro-batches reuse an open prompt (``integrations/trl/regroup.py``
-and ``reuse.py``). verl cuts each optimizer step of a rank into micro-batches by rows or by tokens; ours plans them with
+ours brings rows of a prompt side by side again, runs several micro-batches in one forward where they fit, and lets
+forwards reuse an open prompt (``integrations/trl/regroup.py`` and ``reuse.py``). verl cuts each optimizer step of a rank into micro-batches by rows or by tokens; ours plans them with
 every prompt counted once. What is counted here is what the metric ``prefix_grouper/token_ratio`` counts: exactly, where the
 order of rows makes no difference, and for one order drawn at random where it does (prompts that begin alike).
 """
@@ -23,6 +23,7 @@ from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.micro_batches import RowSize, plan_micro_batches, spread_micro_batches
 from prefix_grouper_plugins.step_order import regrouped_order
+from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
 from prefix_grouper_plugins.usage import UsageError
 
 
@@ -184,7 +185,7 @@ class Prompts:
             groups.setdefault(row.group, []).append(row.response)  # type: ignore[arg-type]
         if len(groups) == 1 or not self._beginnings_share:
             return PrefixLayout.from_groups([len(self.ids[number]) for number in groups], list(groups.values()))
-        tokens = [torch.cat([self.ids[row.group], torch.zeros(row.response, dtype=torch.long)]) for row in rows]  # type: ignore[index]
+        tokens = [torch.cat([self.ids[row.group], torch.zeros(row.response, dtype=torch.long)]) for row in rows]  # type: ignore[call-overload]
         keys = [row.prompt if self._padded_positions else None for row in rows]
         return PrefixLayout.from_rows(tokens, keys, shareable=[row.prompt for row in rows])
 
@@ -219,8 +220,10 @@ def trl_schedule(prompts: Prompts, lengths: Sequence[int], sizes: TRLSizes, seed
             used += sum(row.prompt + row.response for row in share)
             stock += _padded(prompts, shuffled, sizes.batch_size)
             span = sizes.window * sizes.batch_size
+            width = max(row.prompt for row in share) + max(row.response for row in share)
             for first in range(0, local, span):
-                shared += _reused(prompts, _cut(_side_by_side(shuffled[first : first + span]), sizes.batch_size))
+                window = _cut(_side_by_side(shuffled[first : first + span]), sizes.batch_size)
+                shared += _reused(prompts, window, sizes.group, width)
     count = len(batches) * sizes.generation_rows
     steps = count / (sizes.batch_size * sizes.accumulation * sizes.processes)
     return Schedule(stock, shared, used, count, steps)
@@ -254,20 +257,38 @@ def _padded(prompts: Prompts, rows: Sequence[RowSize], size: int) -> list[Load]:
     return loads
 
 
-def _reused(prompts: Prompts, micro_batches: list[list[RowSize]]) -> list[Load]:
-    """Micro-batches of one window: prompts that go beyond one are forwarded by the first and held until the last."""
+def _reused(prompts: Prompts, micro_batches: list[list[RowSize]], group: int, padded_width: int) -> list[Load]:
+    """Micro-batches of one window. A forward takes as many of them as hold no more tokens than the padded rows of one, up
+    to a group; prompts that go beyond it are forwarded once and held until their last rows.
+    """
     loads: list[Load] = []
-    opened: set[object] = set()
-    for number, batch in enumerate(micro_batches):
-        later = Counter(row.group for rows in micro_batches[number + 1 :] for row in rows)
-        beyond = {row.group for row in batch if row.prompt > 1 and (row.group in opened or later[row.group])}
-        others = [row for row in batch if row.group not in beyond]
+    opened: set[int] = set()
+    start = 0
+    while start < len(micro_batches):
+        count = _num_joint(micro_batches[start:], opened, group, padded_width)
+        joint = [row for batch in micro_batches[start : start + count] for row in batch]
+        start += count
+        later = Counter(row.group for batch in micro_batches[start:] for row in batch)
+        beyond = {row.group for row in joint if row.prompt > 1 and (row.group in opened or later[row.group])}
+        others = [row for row in joint if row.group not in beyond]
         parts = [prompts.packed(others)] if others else []
-        for group in beyond:
-            parts.append(_part(prompts, [row for row in batch if row.group == group], is_first=group not in opened))
-        loads.append(_sum(parts))
-        opened = (opened | beyond) - {group for group in beyond if not later[group]}
+        for number in beyond:
+            parts.append(_part(prompts, [row for row in joint if row.group == number], is_first=number not in opened))
+        idle = sum(len(prompts.ids[number]) - 1 for number in opened - beyond)
+        load = _sum(parts)
+        loads.append(load._replace(open_tokens=load.open_tokens + idle, cached_tokens=load.cached_tokens + idle))
+        opened = {number for number in opened | beyond if later[number]}
     return loads
+
+
+def _num_joint(coming: list[list[RowSize]], opened: set[int], group: int, padded_width: int) -> int:
+    """How many micro-batches one forward takes (``integrations/trl/reuse.py``)."""
+    size = len(coming[0])
+    tokens = [[RowTokens(row.group, row.prompt - 1, row.response) for row in batch] for batch in coming]
+    held = sum(
+        row.prompt - 1 for row in {row.group: row for batch in coming for row in batch if row.group in opened}.values()
+    )
+    return num_that_fit(tokens[: math.ceil(group / size)], size * padded_width, held=held, opened=opened)
 
 
 def _part(prompts: Prompts, rows: Sequence[RowSize], *, is_first: bool) -> Load:

@@ -22,13 +22,14 @@ import attention  # noqa: E402
 import flops  # noqa: E402
 import growth  # noqa: E402
 import methods  # noqa: E402
+import plan_check  # noqa: E402
 import plot  # noqa: E402
 import training  # noqa: E402
 from harness import RESULTS, peak_mib, read_csv, read_facts  # noqa: E402
 
-from prefix_grouper_plugins import bench, shared_prefix_attention  # noqa: E402
+from prefix_grouper_plugins import bench, shared_prefix_attention, update_bench  # noqa: E402
 
-SCRIPTS = ("actor_update", "attention", "flops", "growth", "plot", "training")
+SCRIPTS = ("actor_update", "attention", "flops", "growth", "plan_check", "plot", "training")
 CASE = bench.Case(12, 5, 3, 4, 2, 8, dtype=torch.float64)
 
 
@@ -355,3 +356,38 @@ def test_measured_attention_was_never_slower_where_nothing_can_be_gained() -> No
 def test_measured_memory_was_about_half_of_the_published_packages() -> None:
     case = (4096, 128, 16)
     assert float(measured(case, "ours:auto")["peak_mib"]) <= float(measured(case, "published")["peak_mib"]) / 1.9
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_both_ways_of_a_timed_update_have_the_same_gradients() -> None:
+    """Micro-batches of 1 of 4 rows: the prompt is reused. Responses of several lengths: stock pads."""
+    case = plan_check.CASES["tiny"]
+    assert len(plan_check.update_of(case, "cpu").forwards) == 4
+    model = plan_check.make_model(case, "cpu")
+    found = {}
+    for name, step in update_bench.steps_of(model, plan_check.update_of(case, "cpu"), zero_grad=False).items():
+        model.zero_grad()
+        step()
+        found[name] = [weight.grad.clone() for weight in model.parameters()]
+    for shared, stock in zip(*found.values(), strict=True):
+        assert (shared - stock).abs().max() < 1e-4 * stock.abs().max()
+    assert any(grad.abs().max() > 1e-3 for grad in found["stock"])
+
+
+def test_plan_is_compared_with_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_check, "memory", lambda case, way, device: 1.0)
+    plan_check.main(["--cases", "tiny", "--repeats", "1", "--output", str(tmp_path / "check.csv")])
+    (row,) = read_csv(tmp_path / "check.csv")
+    assert float(row["times_as_fast_estimated"]) > 1 and row["shared_peak_mib_measured"] == "1"
+    assert plot.plan_table([row]).count("|") == 3 * 6
+
+
+CHECKED = read_csv(RESULTS / "plan-check-cpu.csv") if (RESULTS / "plan-check-cpu.csv").exists() else []
+
+
+@pytest.mark.parametrize("row", CHECKED, ids=[row["case"] for row in CHECKED])
+def test_estimates_of_plan_were_within_15_percent_of_what_was_measured(row: dict[str, str]) -> None:
+    errors = {name: float(value) for name, value in row.items() if name.endswith("_error_percent")}
+    assert len(errors) == 3 and max(map(abs, errors.values())) <= 15, errors
