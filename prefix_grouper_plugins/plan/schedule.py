@@ -277,7 +277,7 @@ def _reused(prompts: Prompts, micro_batches: list[list[RowSize]], group: int, pa
         idle = sum(len(prompts.ids[number]) - 1 for number in opened - beyond)
         load = _sum(parts)
         loads.append(load._replace(open_tokens=load.open_tokens + idle, cached_tokens=load.cached_tokens + idle))
-        opened = {number for number in opened | beyond if later[number]}
+        opened = {number for number in {*opened, *beyond} if later[number]}  # type: ignore[misc]
     return loads
 
 

@@ -45,6 +45,7 @@ def metric(model_path: str, prompts: list[str], **sizes: Any) -> float:
         max_completion_length=TOKENS,
         generation_kwargs={"min_new_tokens": TOKENS},
         prefix_grouper_generation=False,
+        prefix_grouper_share="prompt",  # few words, so that completions begin alike by chance
         prefix_grouper_self_check=False,
         max_steps=-1,
         num_train_epochs=1,
