@@ -9,6 +9,8 @@ import pytest
 
 from tests.processes import Processes
 
+COSTLY = {"processes", "results"}  # fixtures that start processes for a whole session
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers, bring forward what one of them should keep to itself, and then what takes long.
@@ -18,7 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
 
     def key(item: pytest.Item) -> tuple[bool, bool]:
-        shares = item.get_closest_marker("shares_a_fixture") or "processes" in getattr(item, "fixturenames", ())
+        shares = item.get_closest_marker("shares_a_fixture") or COSTLY & set(getattr(item, "fixturenames", ()))
         return not shares, item.get_closest_marker("slow") is None
 
     if hasattr(config, "workerinput"):

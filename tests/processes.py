@@ -28,7 +28,7 @@ _SLOW_IMPORTS = (
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(_SLOW_IMPORTS.split())
 SIZES = (2, 4)
-SECONDS = 1200  # a process that waits for another one longer than this fails: stuck, not slow on a busy machine
+SECONDS = 1200  # what a process waits for another one in a collective: one that takes longer is stuck, not slow
 _groups: dict[int, dist.ProcessGroup] = {}
 
 
@@ -46,7 +46,7 @@ class Processes:
         ``function`` is one of a test module, or a method of a picklable object.
         """
         futures = [pool.submit(_call, size, function, arguments) for pool in self._pools[:size]]
-        return [future.result(SECONDS) for future in futures]
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         self._on_each(dist.destroy_process_group)
@@ -56,7 +56,7 @@ class Processes:
 
     def _on_each(self, function: Callable[[], Any]) -> None:
         for future in [pool.submit(function) for pool in self._pools]:
-            future.result(SECONDS)
+            future.result()
 
 
 def _join(rank: int, store: str) -> None:

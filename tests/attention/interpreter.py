@@ -20,7 +20,6 @@ import torch
 TABLE_BLOCK = 64
 SHORTEST_ITEM = 128
 TILES = "forward=64x64x4x1 dq=32x64x4x1 dkdv=64x32x4x1"
-SECONDS = 1800
 
 
 def why_not() -> str | None:
@@ -39,7 +38,7 @@ def interpreter() -> Iterator[Callable[..., Any]]:
     # Spawned: a fork would inherit triton as it was imported, and threads of torch that do not run.
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
     try:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result(SECONDS)
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
     finally:
         pool.shutdown()
 

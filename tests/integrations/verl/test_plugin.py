@@ -20,7 +20,7 @@ QUIET = {"PYTHONWARNINGS": "ignore"}
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run ``code`` in an interpreter of its own, where verl loads its plugins afresh."""
     variables = os.environ | QUIET | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=1800)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
 
 
 REGISTERED = """

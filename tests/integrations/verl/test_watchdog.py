@@ -9,35 +9,62 @@ import pytest
 
 pytest.importorskip("verl")
 
-from verl_on_cpu.run import TrainingError, end_family, wait_for
+import verl_on_cpu.run
+from verl_on_cpu.run import PATIENCE, TrainingError, wait_for
 
-WRITES = "import time\nfor i in range({count}):\n    print({text}, flush=True)\n    time.sleep(0.3)\n"
+
+class Writer:
+    """A process that writes a line every 0.3 s, and its clock: time passes while somebody sleeps, on any machine alike."""
+
+    def __init__(self, log, line, count):
+        self.log, self.line, self.count = log, line, count
+        self.now, self.written, self.returncode = 0.0, 0, None
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def poll(self):
+        with self.log.open("a") as log:
+            while self.written < min(self.now / 0.3, self.count):
+                log.write(self.line(self.written) + "\n")
+                self.written += 1
+        self.returncode = 0 if self.written == self.count else None
+        return self.returncode
 
 
-def waited(tmp_path, text: str, count: int = 10, **also):
+@pytest.fixture
+def waited(tmp_path, monkeypatch):
+    """A function that waits 1.5 s for a new line of a process, and returns for how many seconds it waited in all."""
+
+    def wait(line, count=10, **also):
+        (log := tmp_path / "log.txt").write_text("")
+        process = Writer(log, line, count)
+        monkeypatch.setattr(verl_on_cpu.run, "time", process)
+        wait_for(process, log, patience=1.5, **also)
+        return process.now
+
+    return wait
+
+
+def test_a_process_that_writes_something_new_may_take_longer_than_our_patience(waited):
+    assert waited(lambda i: "layer " + "x" * i) > 1.5
+
+
+def test_a_process_that_repeats_itself_with_other_numbers_is_ended(waited):
+    with pytest.raises(TrainingError, match=r"(?s)waiting for 3 of 8 .*There was no progress for 2 s"):
+        waited(lambda i: f"waiting for {i} of 8 (0x{i}f)", count=1000)
+
+
+def test_a_logged_step_is_progress(waited):
+    assert waited(lambda i: "the same", also=lambda: True) > 1.5
+
+
+def test_a_process_that_fails_is_named_with_its_log(tmp_path):
     log = tmp_path / "log.txt"
     with log.open("wb") as output:
-        process = subprocess.Popen([sys.executable, "-c", WRITES.format(count=count, text=text)], stdout=output)
-    try:
-        wait_for(process, log, patience=1.5, **also)
-    finally:
-        end_family(process)
-        process.wait()
-
-
-def test_a_process_that_writes_something_new_may_take_longer_than_our_patience(tmp_path):
-    waited(tmp_path, "'layer ' + 'x' * i")
-
-
-def test_a_process_that_repeats_itself_with_other_numbers_is_ended(tmp_path):
-    with pytest.raises(TrainingError, match=r"(?s)waiting for 3 of 8 .*There was no progress for 2 s"):
-        waited(tmp_path, "f'waiting for {i} of 8 (0x{i}f)'", count=1000)
-
-
-def test_a_logged_step_is_progress(tmp_path):
-    waited(tmp_path, "'the same'", also=lambda: True)
-
-
-def test_a_process_that_fails_is_told_of_with_its_log(tmp_path):
-    with pytest.raises(TrainingError, match="It stopped with exit code 1"):
-        waited(tmp_path, "1 / 0")
+        process = subprocess.Popen([sys.executable, "-c", "print(1 / 0)"], stdout=output, stderr=output)
+    with pytest.raises(TrainingError, match=r"(?s)ZeroDivisionError.*It stopped with exit code 1"):
+        wait_for(process, log, PATIENCE)
