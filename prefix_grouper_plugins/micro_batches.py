@@ -6,6 +6,7 @@ set of rows costs the size of its tree: rows that share most stay together, and 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -105,18 +106,104 @@ def plan_micro_batches(
         ValueError: a single row is longer than ``max_tokens``.
     """
     limits = _Limits(max_tokens, max_rows)
-    for row, size in enumerate(sizes):
-        if max_tokens is not None and size.tokens > max_tokens:
-            raise ValueError(
-                f"row {row} has {size.prompt} + {size.response} tokens, a micro-batch may hold {max_tokens}: "
-                "raise the token budget"
-            )
+    _check_rows(sizes, max_tokens)
     top, *levels = _tree(sizes)
     for level in reversed(levels):  # branches before what they branch from
         assert level.above is not None
         level.above.parts += [part.in_tree_order() for part in _put_together(level, limits)]
     plan = _put_together(top, limits)
     return [part.rows for part in sorted(plan, key=lambda part: -part.tokens)]
+
+
+def cut_groups(
+    sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None, at_least: Sequence[int] = ()
+) -> list[list[list[int]]]:
+    """Each group in as few parts as the limits allow.
+
+    Args:
+        sizes, max_tokens, max_rows: as in :func:`plan_micro_batches`.
+        at_least: how many parts the first groups of the result have to have, where they have as many rows. Processes that
+            agree on it cut their groups alike.
+
+    Returns:
+        the groups, those of most parts and then of most tokens first; row indices of each part.
+
+    Raises:
+        ValueError: a single row is longer than ``max_tokens``.
+    """
+    _check_rows(sizes, max_tokens)
+    groups = [_plan_some(rows, sizes, max_tokens, max_rows) for rows in rows_by_group(sizes, range(len(sizes)))]
+    groups.sort(key=lambda parts: (-len(parts), -packed_tokens(sizes[i] for part in parts for i in part)))
+    for number, (parts, count) in enumerate(zip(groups, at_least, strict=False)):
+        most = sum(map(len, parts))
+        groups[number] = spread_micro_batches(parts, sizes, max(min(count, most), len(parts)))
+    return groups
+
+
+def plan_parts(
+    groups: Sequence[Sequence[Sequence[int]]], sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Micro-batches for parts that reuse one forward of their prompt.
+
+    Args:
+        groups: from :func:`cut_groups`, with the same limits.
+
+    Returns:
+        row indices of each micro-batch: one for each part of a group that was cut; and those of whole groups, several
+        together where they fit.
+    """
+    whole = [row for parts in groups if len(parts) == 1 for row in parts[0]]
+    cut = [list(part) for parts in groups if len(parts) > 1 for part in parts]
+    return cut, _plan_some(whole, sizes, max_tokens, max_rows)
+
+
+def runs_of_parts(
+    plan: Sequence[Sequence[int]], sizes: Sequence[RowSize]
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """The plan with the parts of a group side by side, and where they stand.
+
+    Args:
+        plan: row indices of each micro-batch.
+        sizes: the rows.
+
+    Returns:
+        the micro-batches, groups in several of them first, those in most of them at the front; and ``(first, end)`` of
+        each run of micro-batches that hold nothing but one group, which lies in no other micro-batch and has a prompt to
+        reuse: the last token of a prompt is forwarded with each response.
+    """
+    homes: dict[Hashable, list[int]] = {}
+    for number, rows in enumerate(plan):
+        for group in dict.fromkeys(sizes[row].group for row in rows):
+            homes.setdefault(group, []).append(number)
+    mixed = {number for number, rows in enumerate(plan) if _holds_several_groups(rows, sizes)}
+    cut = [numbers for numbers in homes.values() if len(numbers) > 1 and not mixed.intersection(numbers)]
+    cut.sort(key=len, reverse=True)
+    order = [number for numbers in cut for number in numbers]
+    order += sorted(set(range(len(plan))) - set(order))
+    ends = list(itertools.accumulate(map(len, cut)))
+    runs = [
+        (end - len(numbers), end)
+        for end, numbers in zip(ends, cut, strict=True)
+        if sizes[plan[numbers[0]][0]].prompt > 1
+    ]
+    return [list(plan[number]) for number in order], runs
+
+
+def _check_rows(sizes: Sequence[RowSize], max_tokens: int | None) -> None:
+    for row, size in enumerate(sizes):
+        if max_tokens is not None and size.tokens > max_tokens:
+            raise ValueError(
+                f"row {row} has {size.prompt} + {size.response} tokens, a micro-batch may hold {max_tokens}: "
+                "raise the token budget"
+            )
+
+
+def _plan_some(
+    rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None
+) -> list[list[int]]:
+    """:func:`plan_micro_batches` of ``rows``, indices into ``sizes``."""
+    plan = plan_micro_batches([sizes[row] for row in rows], max_tokens=max_tokens, max_rows=max_rows)
+    return [[rows[i] for i in micro_batch] for micro_batch in plan]
 
 
 def spread_micro_batches(plan: Sequence[Sequence[int]], sizes: Sequence[RowSize], count: int) -> list[list[int]]:

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from prefix_grouper_plugins import PrefixLayout
 from prefix_grouper_plugins.micro_batches import (
     RowSize,
+    cut_groups,
     packed_tokens,
     plan_micro_batches,
+    plan_parts,
     rows_by_group,
+    runs_of_parts,
     sizes_in,
     spread_micro_batches,
 )
@@ -253,3 +256,48 @@ def test_a_micro_batch_is_cut_where_rows_have_least_in_common():
     rows = [torch.tensor([9, 9, 9, *tail]) for tail in ([1, 1, 1, 5], [1, 1, 1, 6], [1, 1, 1, 7], [2, 3])]
     sizes = sizes_in(PrefixLayout.from_rows(rows), ["g"] * 4, [3] * 4)
     assert spread_micro_batches([[0, 1, 2, 3]], sizes, 2) == [[0, 1, 2], [3]]
+
+
+# ------------------------------------------------------------------------------------------ parts that reuse a prompt
+
+
+@settings(deadline=None, max_examples=200)
+@given(planned(), st.lists(st.integers(1, 5), max_size=6), st.data())
+def test_parts_keep_the_limits_and_stand_alone_in_runs(case, at_least, data):
+    sizes, *limits = case
+    groups = cut_groups(sizes, *limits, at_least)
+    assert [len(parts) for parts in cut_groups(sizes, *limits)] == sorted(map(len, cut_groups(sizes, *limits)))[::-1]
+    for parts, count in zip(groups, at_least, strict=False):
+        assert len(parts) >= min(count, sum(map(len, parts)))
+    in_parts, whole = plan_parts(groups, sizes, *limits)
+    assert_each_row_once(in_parts + whole, sizes)
+    spread = spread_micro_batches(in_parts + whole, sizes, data.draw(st.integers(len(in_parts + whole), len(sizes))))
+    plan, runs = runs_of_parts(spread, sizes)
+    assert sorted(map(sorted, plan)) == sorted(map(sorted, spread))
+    for rows in plan:
+        assert limits[0] is None or forwarded([sizes[row] for row in rows]) <= limits[0]
+        assert limits[1] is None or len(rows) <= limits[1]
+    in_runs = {number for first, end in runs for number in range(first, end)}
+    for first, end in runs:
+        (group,) = {sizes[row].group for rows in plan[first:end] for row in rows}
+        assert sum(len(rows) for rows in plan[first:end]) == sum(size.group == group for size in sizes)
+        assert end - first > 1
+    # Every prompt of two tokens or more is forwarded once.
+    outside = [(i, sizes[row]) for i, rows in enumerate(plan) for row in rows if i not in in_runs]
+    homes = {(number, size.group) for number, size in outside if size.prompt > 1}
+    assert len(homes) == len({group for _, group in homes})
+
+
+def test_the_groups_that_are_cut_most_come_first_and_are_cut_as_others_cut_theirs():
+    sizes = [RowSize("a", 5, 3)] * 2 + [RowSize("b", 5, 3)] * 5 + [RowSize("c", 5, 9)] * 4
+    assert [[len(part) for part in parts] for parts in cut_groups(sizes, None, 2)] == [[2, 2, 1], [2, 2], [2]]
+    groups = cut_groups(sizes, None, 2, [4, 3, 1])
+    assert [[len(part) for part in parts] for parts in groups] == [[1, 1, 2, 1], [1, 1, 2], [2]]
+    in_parts, whole = plan_parts(groups, sizes, None, 2)
+    assert whole == [[0, 1]]
+    plan, runs = runs_of_parts([*whole, *in_parts], sizes)
+    assert plan == [*in_parts, *whole] and runs == [(0, 4), (4, 7)]
+
+
+def test_a_prompt_of_one_token_leaves_nothing_to_reuse():
+    assert runs_of_parts([[0], [1]], [RowSize("a", 1, 3)] * 2) == ([[0], [1]], [])

@@ -16,7 +16,6 @@ In passes without gradients (old-policy and reference log-probs) the chunks of a
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -31,7 +30,8 @@ from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
-from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
+from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
+from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
 from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
 
@@ -63,8 +63,7 @@ class PromptReuse:
 
     def __init__(self, trainer: Any, forward: PackedForward) -> None:
         self._trainer, self._forward = trainer, forward
-        self._open: dict[Hashable, PromptCache] = {}
-        self._closing: list[PromptCache] = []
+        self._prompts = OpenPrompts()
         self._ahead: ScoresAhead | None = None
         self._micro_batches: list[MicroBatch] = []  # of the generation batch
         self._tokens: list[list[RowTokens]] = []  # of their rows
@@ -140,17 +139,8 @@ class PromptReuse:
         if self._ahead is not None and self._ahead.num_left and not step_ends:
             return
         ahead, self._ahead = self._ahead, None
-        unfinished = sum(not cache.is_closed for cache in self._closing)
-        unfinished += ahead is not None and not ahead.is_closed
-        if step_ends:
-            unfinished += len(self._open)
-            self._open = {}
-        self._closing = []
-        if unfinished:
-            raise RuntimeError(
-                f"{unfinished} forward(s) that micro-batches share have not got their gradient: a micro-batch was not "
-                "scored, or its log-probs do not reach the loss. Set prefix_grouper_regroup='none'"
-            )
+        unfinished = int(ahead is not None and not ahead.is_closed)
+        self._prompts.leave(step_ends=step_ends, remedy="Set prefix_grouper_regroup='none'", unfinished=unfinished)
 
     def score_update(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, list[Counts]] | None:
         """Scores of the micro-batch that was entered; None if it shares nothing with others."""
@@ -159,10 +149,10 @@ class PromptReuse:
         if self._ahead is not None:
             return self._from_ahead(self._ahead, model, rows)
         joint = [rows] if self._leaves_experts_out(model) else self._joint(rows)
-        later = self._later(model, [self._tokens[number] for number in self._coming[len(joint) :]])
+        self._expect(self._prompts, model, [self._tokens[number] for number in self._coming[len(joint) :]])
         if len(joint) == 1:
-            return self._score(model, rows, self._open, later, entropy)
-        self._ahead, counts = self._score_joint(model, joint, self._open, later, entropy)
+            return self._score(model, rows, self._prompts, entropy)
+        self._ahead, counts = self._score_joint(model, joint, self._prompts, entropy)
         return (*self._ahead.take(), None), counts
 
     def _anatomy(self, model: Any) -> Anatomy | None:
@@ -177,7 +167,7 @@ class PromptReuse:
 
     def _joint(self, rows: Rows) -> list[Rows]:
         """``rows``, of the micro-batch that was entered, and those of the following ones that fit into the same forward."""
-        count = self._num_joint([self._tokens[number] for number in self._coming], rows, self._open)
+        count = self._num_joint([self._tokens[number] for number in self._coming], rows, self._prompts)
         if count == 1:
             return [rows]
         joint = [self._rows_of(number) for number in self._coming[:count]]
@@ -210,16 +200,16 @@ class PromptReuse:
         if len(chunks) < 2 or torch.is_grad_enabled() or self.why_not_ahead(model, update=False) is not None:
             return [None] * len(chunks)
         tokens = [tokens_of_rows(chunk.blocks) for chunk in chunks]
-        opened: dict[Hashable, PromptCache] = {}
+        prompts = OpenPrompts()
         found: list[tuple[Scores, list[Counts]] | None] = []
         while len(found) < len(chunks):
             start = len(found)
-            count = self._num_joint(tokens[start:], chunks[start], opened)
-            later = self._later(model, tokens[start + count :], update=False)
+            count = self._num_joint(tokens[start:], chunks[start], prompts)
+            self._expect(prompts, model, tokens[start + count :], update=False)
             if count == 1:
-                found.append(self._score(model, chunks[start], opened, later, entropy))
+                found.append(self._score(model, chunks[start], prompts, entropy))
                 continue
-            scores, counts = self._score_joint(model, chunks[start : start + count], opened, later, entropy)
+            scores, counts = self._score_joint(model, chunks[start : start + count], prompts, entropy)
             found += [((*scores.take(), None), counts if first else []) for first in (True, *[False] * (count - 1))]
         return found
 
@@ -232,29 +222,28 @@ class PromptReuse:
         own: list[Hashable] = [key for key in dict.fromkeys(keys) if isinstance(key, tuple)]
         if not own:
             return self._forward.score(model, rows, entropy=entropy, aux_loss=False)[0]
-        return self._score_pieces(model, rows, keys, own, {}, Counter(), [], entropy)[0]
+        return self._score_pieces(model, rows, keys, own, OpenPrompts(), entropy)[0]
 
     # -------------------------------------------------------------------------------------------------------- planning
 
-    def _num_joint(
-        self, coming: Sequence[Sequence[RowTokens]], first: Rows, opened: dict[Hashable, PromptCache]
-    ) -> int:
+    def _num_joint(self, coming: Sequence[Sequence[RowTokens]], first: Rows, prompts: OpenPrompts) -> int:
         """How many micro-batches go into one forward: until it has as many rows as a group, if it then holds no more
         tokens than the padded rows ``first``.
         """
         coming = coming[: max(1, math.ceil(self._trainer.num_generations / len(first)))]
-        held = sum(cache.num_tokens for cache in opened.values())
-        count = num_that_fit(coming, first.input_ids.numel(), held=held, opened=opened)
+        held = sum(cache.num_tokens for cache in prompts.open.values())
+        count = num_that_fit(coming, first.input_ids.numel(), held=held, opened=prompts.open)
         if HAS_FUSED_HEAD:
             return count
         scored = [[row._replace(prompt_tokens=0) for row in rows] for rows in coming]  # their logits are kept
         return min(count, num_that_fit(scored, len(first) * first.num_scored))
 
-    def _later(self, model: Any, coming: Sequence[Sequence[RowTokens]], *, update: bool = True) -> Counter[Hashable]:
-        """Rows of each prompt in later micro-batches, for which it stays open."""
-        if self.why_not(model, update=update) is not None:
-            return Counter()
-        return Counter(row.prompt for rows in coming for row in rows if row.prompt is not None)
+    def _expect(
+        self, prompts: OpenPrompts, model: Any, coming: Sequence[Sequence[RowTokens]], *, update: bool = True
+    ) -> None:
+        """Keep ``prompts`` open for the rows of later micro-batches."""
+        stays_open = self.why_not(model, update=update) is None
+        prompts.expect(row.prompt for rows in coming for row in rows if stays_open)
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -262,13 +251,12 @@ class PromptReuse:
         self,
         model: Any,
         parts: list[Rows],
-        opened: dict[Hashable, PromptCache],
-        later: Counter[Hashable],
+        prompts: OpenPrompts,
         entropy: bool,
     ) -> tuple[ScoresAhead, list[Counts]]:
         """Scores of several micro-batches, or chunks, from one forward."""
         rows = Rows.join(parts)
-        found = self._score(model, rows, opened, later, entropy)
+        found = self._score(model, rows, prompts, entropy)
         if found is None:
             scores, count = self._forward.score(model, rows, entropy=entropy, aux_loss=False)
             found = scores, [count]
@@ -279,15 +267,14 @@ class PromptReuse:
         self,
         model: Any,
         rows: Rows,
-        opened: dict[Hashable, PromptCache],
-        later: Counter[Hashable],
+        prompts: OpenPrompts,
         entropy: bool,
     ) -> tuple[Scores, list[Counts]] | None:
         keys = _keys_of(rows)
-        shared = [key for key in dict.fromkeys(keys) if key is not None and (key in opened or later[key])]
+        shared = prompts.of(keys)
         if not shared:
             return None
-        return self._score_pieces(model, rows, keys, shared, opened, later, self._closing, entropy)
+        return self._score_pieces(model, rows, keys, shared, prompts, entropy)
 
     def _score_pieces(
         self,
@@ -295,15 +282,10 @@ class PromptReuse:
         rows: Rows,
         keys: list[Hashable],
         shared: list[Hashable],
-        opened: dict[Hashable, PromptCache],
-        later: Counter[Hashable],
-        closing: list[PromptCache],
+        prompts: OpenPrompts,
         entropy: bool,
     ) -> tuple[Scores, list[Counts]]:
-        """Scores of rows whose prompts in ``shared`` go through caches: those that are ``opened``, or new ones.
-
-        A prompt without ``later`` rows goes from ``opened`` to ``closing``.
-        """
+        """Scores of rows whose prompts in ``shared`` go through the caches of ``prompts``."""
         logps: Tensor | None = None
         entropies: Tensor | None = None
         counts = []
@@ -312,11 +294,10 @@ class PromptReuse:
             if key is None:
                 (values, more, _), count = self._forward.score(model, piece, entropy=entropy, aux_loss=False)
             else:
-                cache, is_last = opened.get(key), not later[key]
-                (values, more), count, cache = self._forward.score_part(model, piece, cache, is_last, entropy=entropy)
-                opened[key] = cache
-                if is_last:
-                    closing.append(opened.pop(key))
+                (values, more), count, cache = self._forward.score_part(
+                    model, piece, prompts.cache(key), prompts.is_last(key), entropy=entropy
+                )
+                prompts.keep(key, cache)
             counts.append(count)
             place = torch.tensor(members, device=values.device)
             logps = _placed(logps, values, place, len(rows))

@@ -8,6 +8,7 @@ packed row the next token does not always stand next.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -27,11 +28,13 @@ from prefix_grouper_plugins.integrations.verl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
 from prefix_grouper_plugins.integrations.verl.planning import (
     Limits,
+    Plan,
     plan_on_all_ranks,
     rows_together,
     rows_within,
     why_groups_are_cut,
 )
+from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, autocast, why_not_reuse, why_positions_differ
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures, show_what_is_decided
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
@@ -73,6 +76,10 @@ _NO_SELF_CHECK_UNDER_ULYSSES = (
     "no self-check: Ulysses cuts rows into pieces, and the few tokens of the check are too short for that; "
     "prefix_grouper.verify=true compares the first update"
 )
+
+
+def _not_reused(notice: str, reason: str) -> str:
+    return f"{notice} (its parts do not reuse one forward of it: {reason})"
 
 
 def gate_of(options: PrefixGrouperOptions, ulysses: bool, is_main: bool = True) -> SharingGate:
@@ -128,6 +135,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._pass = UPDATE
         self._announced = False
         self._cut: set[str] = set()  # passes whose groups are cut, of which one line of the log tells
+        self._reuse: PromptReuse | None = None  # of the call that runs
         self._without_adapter = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._model_type = self.model_config.hf_config.model_type
@@ -153,9 +161,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _self_check(self) -> None:
         """Before the first batch, on all ranks, as FSDP demands, and under autocast, as verl's forwards are."""
-        device, dtype = torch.device(get_device_name()), self._autocast_dtype
-        autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-        with autocast, numbered_rows(self.module):
+        device = torch.device(get_device_name())
+        with autocast(device, self._autocast_dtype), numbered_rows(self.module):
             self.gate.self_check(self.module, device)
 
     def _announce(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> None:
@@ -167,11 +174,15 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         sizes = row_sizes(data, self._placeholders, self._min_level)
         limit = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size)
         together, group = rows_together(sizes, limit)
-        stay = self._why_rows_stay(loss_function, data)
-        limits = [*self.gate.reports[0].notes, stay, why_groups_are_cut(sizes, limit)]
+        stay, cut = self._why_rows_stay(loss_function, data), why_groups_are_cut(sizes, limit)
+        reason = stay or self._why_not_reuse(data, loss_function, forward_only)
+        limits = [*self.gate.reports[0].notes, stay]
+        if cut is not None and reason is not None:
+            limits.append(cut if stay else _not_reused(cut, reason))
+        reuses = " and reuse one forward of it" if cut and not reason else ""
         self.gate.announce(
             f"the {'reference policy' if only_scores else 'actor'}'s micro-batches ({limit}) hold up to {together} of the "
-            f"{group} rows of a prompt, {'rows stay where verl puts them' if stay else 'rows are regrouped'} "
+            f"{group} rows of a prompt{reuses}, {'rows stay where verl puts them' if stay else 'rows are regrouped'} "
             f"(regroup={self.options.regroup})",
             [text for text in limits if text is not None],
         )
@@ -266,26 +277,34 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _run(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> dict[str, Any]:
         dynamic = tu.get_non_tensor_data(data, "use_dynamic_bsz", True)
         try:
-            with self._planning(loss_function):
-                return super().forward_backward_batch(data, loss_function, forward_only=forward_only)  # type: ignore[no-any-return]
+            with self._planning(loss_function, forward_only):
+                output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+            if self._reuse is not None:
+                self._reuse.leave()
+            return output  # type: ignore[no-any-return]
         finally:
+            self._reuse = None
             tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning
 
     @contextmanager
-    def _planning(self, loss_function: Callable[..., Any] | None) -> Iterator[None]:
+    def _planning(self, loss_function: Callable[..., Any] | None, forward_only: bool) -> Iterator[None]:
         """Let verl's batch loop cut micro-batches by our plan: it looks the function up in its module."""
         stock = fsdp.prepare_micro_batches
 
         def planned(data: TensorDict, dp_group: Any = None, **kwargs: Any) -> tuple[list[TensorDict], Any]:
-            plan = self._plan(data, dp_group) if self._may_move_rows(loss_function, data) else None
+            plan = None
+            if self._may_move_rows(loss_function, data):
+                plan = self._plan(data, dp_group, self._why_not_reuse(data, loss_function, forward_only))
             if plan is None:
-                micro_batches, plan = stock(data=data, dp_group=dp_group, **kwargs)
+                micro_batches, order = stock(data=data, dp_group=dp_group, **kwargs)
             else:
                 tu.assign_non_tensor(data, use_dynamic_bsz=True)  # verl restores the order of rows only then
-                micro_batches = [tu.index_select_tensor_dict(data, rows) for rows in plan]
+                order = plan.micro_batches
+                micro_batches = [tu.index_select_tensor_dict(data, rows) for rows in order]
+                self._reuse = self._reuse_by(plan)
             if self._waits_for_towers:
                 add_dummy_images(micro_batches, self._placeholders, dp_group)
-            return micro_batches, plan
+            return micro_batches, order
 
         fsdp.prepare_micro_batches = planned
         try:
@@ -314,18 +333,32 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             return why_rows_stay(loss_function) is None
         return self.options.regroup == "group"
 
-    def _plan(self, data: TensorDict, dp_group: Any) -> list[list[int]] | None:
-        """Row indices of each micro-batch, as many on every data-parallel rank; None where some rank cannot share."""
+    def _plan(self, data: TensorDict, dp_group: Any, why_not_reuse: str | None) -> Plan | None:
+        """The micro-batches, as many on every data-parallel rank; None where some rank cannot share."""
         # A reference policy that is the actor without its adapter has the limits of the actor's own log-probs.
         options = OLD_LOG_PROB if self._without_adapter else self._pass
         limits = Limits.of(data, options, self.ulysses_sequence_parallel_size)
         sizes = None if self._why_not_share(data) else row_sizes(data, self._placeholders, self._min_level)
         longest = int(data["input_ids"].offsets().diff().max())
-        plan = plan_on_all_ranks(sizes, longest, limits, dp_group)
-        if sizes and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
+        plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=why_not_reuse is None)
+        repeats = plan is not None and not plan.runs
+        if sizes and repeats and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
             self._cut.add(self._pass)
-            self.gate.warn(f"{self._pass}: {notice}")
+            self.gate.warn(f"{self._pass}: {_not_reused(notice, why_not_reuse or 'rows of another rank cannot')}")
         return plan
+
+    def _why_not_reuse(
+        self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
+    ) -> str | None:
+        """Why parts of a group do not reuse its prompt."""
+        return why_not_reuse(self, loss_function, gradients=not forward_only) or why_positions_differ(data)
+
+    def _reuse_by(self, plan: Plan) -> PromptReuse | None:
+        if not any(plan.ends) and not plan.runs:
+            return None
+        context = functools.partial(autocast, torch.device(get_device_name()), self._autocast_dtype)
+        defers = getattr(self.engine_config, "use_no_sync_for_gradient_accumulation", True)
+        return PromptReuse(self.module, plan, context, syncs_always=not defers)
 
     def _why_not_share(self, data: TensorDict) -> str | None:
         """Why rows of ``data`` go the ordinary way, None where they are shared."""
@@ -349,14 +382,19 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
         reason, packed = self._packed(micro_batch)
         if packed is None:
+            if self._reuse is not None:
+                self._reuse.refuse(str(reason))
             lengths = micro_batch["input_ids"].offsets().diff().tolist()
             self.sharing.count_fallback(str(reason), lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
         if packed.some_share_nothing:
             self.gate.warn("rows with an image in the response, or at the very end of the prompt, share nothing")
+        if self._reuse is not None:
+            packed = self._reuse.enter(packed)
         self.sharing.count_packed(packed.counts, during=self._pass)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
-        layout = packed.layout.pad_to(packed.num_tokens + output_args.get("pad_size", 0))
+        width = packed.layout.num_given + packed.num_tokens
+        layout = packed.layout.pad_to(width + output_args.get("pad_size", 0))
         labels = pad(packed.labels, (0, layout.num_padding))
         travelling: PrefixLayout | ShardedLayout = layout
         if self.use_ulysses_sp:
@@ -405,7 +443,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if packed is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[no-any-return]
         outputs = super().prepare_model_outputs(output, output_args, packed.surrogate, logits_processor_func)
-        return {name: packed.unpack(values.values()) for name, values in outputs.items()}
+        values = {name: nested.values() for name, nested in outputs.items()}
+        if self._reuse is not None:
+            values = self._reuse.outputs(packed, values)
+        return {name: packed.unpack(name, of_tokens) for name, of_tokens in values.items()}
 
     # -------------------------------------------------------------------------------------------------- verification
 
@@ -460,9 +501,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
     def _one_micro_batch(self, data: TensorDict) -> TensorDict:
         """Rows of ``data`` that the memory of one micro-batch suffices for on the ordinary path too. A collective."""
         group, lengths = self.get_data_parallel_group(), data["input_ids"].offsets().diff().tolist()
-        plan = self._plan(data, group)
+        plan = self._plan(data, group, self._why_not_reuse(data, None, forward_only=True))
         limits = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size)
-        rows = list(range(len(lengths)))[: limits.max_rows] if plan is None else plan[0]
+        rows = list(range(len(lengths)))[: limits.max_rows] if plan is None else plan.micro_batches[0]
         micro_batches = [tu.index_select_tensor_dict(data, rows_within(rows, lengths, limits.max_tokens))]
         if self._waits_for_towers:
             add_dummy_images(micro_batches, self._placeholders, group)

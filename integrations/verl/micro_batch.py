@@ -7,6 +7,7 @@ code as a micro-batch of a single, long row; what comes out of it is spread over
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 
 import torch
 from tensordict import TensorDict
@@ -125,12 +126,13 @@ class PackedMicroBatch:
         layout (`PrefixLayout`): of the rows, on that device.
         surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
             original one.
-        num_tokens: of the surrogate: those of the layout, and the placeholders of a dummy image behind them.
+        num_tokens: of the surrogate: those that are forwarded, and the placeholders of a dummy image behind them.
         labels (`LongTensor[T]`): next token of each packed position.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
         some_share_nothing (`bool`): whether the images of some rows keep them from sharing.
         reason_not_to_share: None, unless rows differ in what they should share.
         counts (`Counts`): what is forwarded, and what would have been.
+        ids, positions (`LongTensor[T]`, with mRoPE ``[4, T]``): of the packed row.
     """
 
     def __init__(
@@ -147,7 +149,9 @@ class PackedMicroBatch:
         self.counts.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
         self.counts.groups = len(set(keyed.groups))
         self.counts += Counts.of_levels(layout.shared_by_level)
-        self.layout = layout = layout.to(ids.device)
+        self._prompt_length = keyed.prompt_lengths[0]
+        self._prompt_outputs: dict[str, Tensor] = {}
+        self._whole = self.layout = layout = layout.to(ids.device)
         positions = micro_batch["position_ids"].values()  # [tokens], with mRoPE [4, tokens]
         packed_positions = positions[..., layout.source_index]
         self._offsets = ids.offsets()
@@ -168,17 +172,47 @@ class PackedMicroBatch:
             self.images = merged([dummy.inputs])
             self.counts.tokens_forwarded += len(dummy.placeholders)
             self.counts.squares += len(dummy.placeholders) ** 2
-        self.num_tokens = len(packed_ids)
-        self.surrogate = TensorDict(
-            {"input_ids": _one_row(packed_ids), "position_ids": _one_row(packed_positions)}, batch_size=[1]
-        )
-        settings = {key: tu.get(micro_batch, key) for key in _SETTINGS if key in micro_batch}
-        tu.assign_non_tensor(self.surrogate, **settings)
+        self.ids, self.positions = packed_ids, packed_positions
+        self._settings = {key: tu.get(micro_batch, key) for key in _SETTINGS if key in micro_batch}
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def surrogate(self) -> TensorDict:
+        packed = TensorDict({"input_ids": _one_row(self.ids), "position_ids": _one_row(self.positions)}, batch_size=[1])
+        tu.assign_non_tensor(packed, **self._settings)
+        return packed
+
+    def behind_prompt(self) -> PackedMicroBatch:
+        """This micro-batch, text of one prompt, with the prompt's first ``P - 1`` tokens given: see `PrefixLayout.given`.
+
+        Its counts are of the part alone.
+
+        Raises:
+            ValueError: the micro-batch has several prompts, or images.
+        """
+        if self.counts.groups != 1 or self.images:
+            raise ValueError(
+                f"a part has one prompt and no image, this one {self.counts.groups} and {len(self.images)}"
+            )
+        part, given = copy(self), self._prompt_length - 1
+        part.layout = self.layout.given(given)
+        part.labels, part.ids, part.positions = self.labels[given:], self.ids[given:], self.positions[given:]
+        part.counts = self.counts + Counts(-given, squares=-(given**2), groups=-1, shared_1=given)
+        return part
+
+    def with_prompt_outputs(self, outputs: dict[str, Tensor]) -> PackedMicroBatch:
+        """This part, to whose outputs :meth:`unpack` adds those of the prompt, by name: ``[P - 1]``, from another forward."""
+        part = copy(self)
+        part._prompt_outputs = outputs
+        return part
 
     def _agree(self, values: Tensor) -> bool:
         """Whether the rows' ``values [..., tokens]`` are equal where they share."""
-        packed = values[..., self.layout.source_index]
-        return torch.equal(packed[..., self.layout.row_index], values[..., self._transitions])
+        packed = values[..., self._whole.source_index]
+        return torch.equal(packed[..., self._whole.row_index], values[..., self._transitions])
 
     def token_inputs(self, model_type: str, layout: PrefixLayout) -> dict[str, Tensor]:
         """What the model takes for each token beside its id and position; images that see themselves go to ``layout``.
@@ -201,10 +235,19 @@ class PackedMicroBatch:
     def _packed(self, rows: Tensor, layout: PrefixLayout, padding: int) -> Tensor:
         return pad(rows[self.layout.source_index], (0, layout.num_padding), value=padding)
 
-    def unpack(self, values: Tensor) -> Tensor:
-        """Packed values ``[T]`` as a nested tensor of the rows, zero at each row's last token. Differentiable."""
-        rows = values.new_zeros(self.layout.num_row_tokens, *values.shape[1:])
-        rows = rows.index_put((self._transitions,), values[self.layout.row_index])
+    def unpack(self, name: str, values: Tensor) -> Tensor:
+        """Packed values ``[T]`` as a nested tensor of the rows, zero at each row's last token. Differentiable.
+
+        Args:
+            name: of the model's output. In a part its given positions are those of :meth:`with_prompt_outputs`, by default
+                zero.
+            values: for each token of the surrogate.
+        """
+        if (given := self.layout.num_given) > 0:
+            prompt = self._prompt_outputs.get(name, values.new_zeros(given, *values.shape[1:]))
+            values = torch.cat([prompt, values])
+        rows = values.new_zeros(self._whole.num_row_tokens, *values.shape[1:])
+        rows = rows.index_put((self._transitions,), values[self._whole.row_index])
         return torch.nested.nested_tensor_from_jagged(rows, self._offsets)
 
 

@@ -15,11 +15,15 @@ from verl.utils.device import get_device_name
 
 from prefix_grouper_plugins.micro_batches import (
     RowSize,
+    cut_groups,
     packed_tokens,
     plan_micro_batches,
+    plan_parts,
     rows_by_group,
+    runs_of_parts,
     spread_micro_batches,
 )
+from prefix_grouper_plugins.modeling.prompt_reuse import matched_ends
 
 # Names of verl's limits by pass: of tokens (dynamic batches) and of rows.
 _OPTIONS = {
@@ -61,16 +65,32 @@ class Limits:
         return -(-tokens // self.ranks)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Which rows go together on this rank.
+
+    Attributes:
+        micro_batches: row indices of each, as many as on every other data-parallel rank.
+        runs: ``(first, end)`` of the micro-batches that hold the parts of one group, and reuse one forward of its prompt.
+        ends: for each micro-batch, the last ones of the runs that begin with it on any rank.
+    """
+
+    micro_batches: list[list[int]]
+    runs: list[tuple[int, int]]
+    ends: list[set[int]]
+
+
 def plan_on_all_ranks(
-    sizes: Sequence[RowSize] | None, longest: int, limits: Limits, group: Any
-) -> list[list[int]] | None:
-    """Row indices of each micro-batch. A collective of ``group``, whose ranks get equally many micro-batches.
+    sizes: Sequence[RowSize] | None, longest: int, limits: Limits, group: Any, *, reuses: bool = False
+) -> Plan | None:
+    """The plan of this rank. A collective of ``group``, whose ranks get equally many micro-batches.
 
     Args:
         sizes: the rows of this rank, None where they cannot share prompts.
         longest: tokens of the longest of them.
         limits: what a micro-batch may hold.
         group: data-parallel ranks.
+        reuses: whether parts of a group may reuse its prompt on this rank. They do if they may on every rank.
 
     Returns:
         the plan, None where the rows of some rank cannot share, so that all take verl's micro-batches.
@@ -79,12 +99,14 @@ def plan_on_all_ranks(
         ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
     """
     plan: list[list[int]] = []
+    parts: list[list[list[int]]] = []
+    most = limits.max_tokens, limits.max_rows
     # Nothing is raised before all ranks know: those that went on would wait for this one.
     if sizes is not None and (limits.max_tokens is None or longest - 1 <= limits.max_tokens):
-        plan = plan_micro_batches(sizes, max_tokens=limits.max_tokens, max_rows=limits.max_rows)
-    told = torch.tensor([len(plan), int(sizes is None), longest], device=get_device_name())
-    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
-    count, refused, longest = told.tolist()
+        plan = plan_micro_batches(sizes, max_tokens=most[0], max_rows=most[1])
+        parts = cut_groups(sizes, *most)
+    told = [len(plan), int(sizes is None), longest, int(not reuses), sum(len(of_group) > 1 for of_group in parts)]
+    count, refused, longest, repeats, cut = _largest(told, group)
     needed = longest if refused else longest - 1  # a packed row does without the last token of its rows
     if limits.max_tokens is not None and needed > limits.max_tokens:
         raise ValueError(
@@ -92,7 +114,38 @@ def plan_on_all_ranks(
             f"{f' on each of {limits.ranks} sequence-parallel ranks' if limits.ranks > 1 else ''}. Set it to at least "
             f"{limits.per_rank(needed)}, or make prompts and responses shorter"
         )
-    return None if refused or sizes is None else spread_micro_batches(plan, sizes, count)
+    if refused or sizes is None:
+        return None
+    if repeats or not cut:
+        spread = spread_micro_batches(plan, sizes, count)
+        return Plan(spread, [], [set() for _ in spread])
+    # Ranks that cut their groups alike forward their prompts at the same time, so that none has to wait.
+    at_least = _largest([*map(len, parts[:cut]), *[1] * (cut - len(parts))], group)
+    in_parts, whole = plan_parts(cut_groups(sizes, *most, at_least), sizes, *most)
+    (count,) = _largest([len(in_parts) + len(whole)], group)
+    missing = count - len(in_parts)
+    if missing <= sum(map(len, whole)):  # parts stay as they are, alike on all ranks
+        plan = in_parts + (spread_micro_batches(whole, sizes, missing) if whole else [])
+    else:
+        plan = spread_micro_batches(in_parts + whole, sizes, count)
+    plan, runs = runs_of_parts(plan, sizes)
+    return Plan(plan, runs, _ends_on_all_ranks(runs, count, group))
+
+
+def _largest(values: Sequence[int], group: Any) -> list[int]:
+    """The largest of each value over the ranks of ``group``. A collective."""
+    told = torch.tensor(values, device=get_device_name())
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
+    return told.tolist()  # type: ignore[no-any-return]
+
+
+def _ends_on_all_ranks(runs: Sequence[tuple[int, int]], count: int, group: Any) -> list[set[int]]:
+    own = torch.full((count,), -1, device=get_device_name())
+    for first, end in runs:
+        own[first] = end - 1
+    of_all = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_all, own, group=group)
+    return matched_ends([ends.tolist() for ends in of_all])
 
 
 def rows_together(sizes: Sequence[RowSize], limits: Limits) -> tuple[int, int]:

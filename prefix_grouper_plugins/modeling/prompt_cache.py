@@ -18,6 +18,10 @@ Keys and values of a part are written behind those of the prompt into one buffer
 once, not once for each part. Recurrent layers start each part from the prompt's state (modeling/mixers/state_forking.py).
 A cache costs, for each layer, the prompt's graph, its keys and values a second time, and
 their gradients from the second part on.
+
+Under FSDP2 the prompt's forward goes through the root module, whose hooks gather the parameters. A layer's parameters are
+gathered for its backward when a gradient arrives at the layer's output, and that of the last layer is read by nobody, so
+the last part's values send it a gradient of zero (:meth:`PromptCache.attach`).
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
 
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
@@ -128,6 +133,20 @@ class _SendOn(torch.autograd.Function):
         return total, None, None
 
 
+class _Attach(torch.autograd.Function):
+    """``values`` as they are, whose backward sends ``output`` a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.output = (output.shape, output.dtype, output.device)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        shape, dtype, device = ctx.output
+        return torch.zeros(shape, dtype=dtype, device=device), *gradients
+
+
 class PromptCache:
     """Keys, values and states of one prompt in every layer, and the gradients that its responses send back.
 
@@ -138,9 +157,10 @@ class PromptCache:
         self._layers: dict[nn.Module, tuple[_Given, _Given]] = {}
         self._states: dict[tuple[nn.Module, str], _State] = {}
         self._num_tokens = 0
-        self._runs = False
+        self._runs = self._collects = False
         self._waiting: set[tuple[nn.Module, int | str]] = set()
         self._is_last = False
+        self._output: Tensor | None = None
 
     def run(
         self, model: nn.Module, layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor | None = None
@@ -159,9 +179,11 @@ class PromptCache:
         layout.cache = self
         self._num_tokens, self._runs = layout.num_tokens, True
         try:
-            decoder(model)(**packed_inputs(layout, input_ids, position_ids))
+            output = _run_decoder(model, packed_inputs(layout, input_ids, position_ids)).last_hidden_state
         finally:
             self._runs = False
+        if isinstance(model, FSDPModule) and output.requires_grad:
+            self._output = output
         if not self._layers and not self._states:
             raise UnsupportedModelError(f"no layer of {type(model).__name__} has brought keys or a state to the cache")
         self._waiting = {
@@ -171,6 +193,33 @@ class PromptCache:
             if given.live.requires_grad
         }
         self._waiting |= {place for place, state in self._states.items() if state.live.requires_grad}
+
+    @classmethod
+    def of_one_token(cls, model: nn.Module, device: torch.device) -> PromptCache:
+        """A prompt without parts: a forward of one token, to which nothing but :meth:`attach` sends gradients, all zero.
+
+        For processes that have to forward something while others forward a prompt.
+        """
+        cache, token = cls(), torch.zeros(1, dtype=torch.long, device=device)
+        cache.run(model, PrefixLayout.from_groups([1], [[1]], device=device), token)
+        cache._layers, cache._states, cache._waiting = {}, {}, set()
+        return cache
+
+    def collect(self, layout: PrefixLayout, num_tokens: int) -> None:
+        """Take keys and values from the forward of ``layout`` that comes next, without gradients, instead of :meth:`run`.
+
+        Not for recurrent layers, whose state behind the prompt is not at hand there.
+
+        Args:
+            layout: of the prompt's first part, prompt included.
+            num_tokens: of the prompt, in front of ``layout``.
+
+        Raises:
+            RuntimeError: gradients are on, and would go through the part's graph, which its own backward frees.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("a part's own forward can fill a PromptCache without gradients only: call run() first")
+        layout.cache, self._num_tokens, self._collects = self, num_tokens, True
 
     def prepare(self, part: PrefixLayout, *, last: bool) -> None:
         """Let ``part``, a layout whose given tokens are this prompt, be forwarded against it.
@@ -184,7 +233,21 @@ class PromptCache:
         """
         if part.num_given != self._num_tokens:
             raise ValueError(f"the part has {part.num_given} given tokens and the prompt {self._num_tokens}")
-        part.cache, self._is_last = self, last
+        part.cache, self._is_last, self._collects = self, last, False
+
+    def when_reached(self, call: Callable[[], None]) -> None:
+        """Call ``call`` when the backward that :meth:`attach` lets in arrives at the prompt."""
+        if self._output is not None:
+            self._output.register_hook(lambda _: call())
+
+    def attach(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """``values``, computed from the last part, whose backward reaches every layer of the prompt.
+
+        The same values where that makes no difference. A caller puts what enters its loss through this function; under
+        FSDP2 the backward would meet parameters that nobody has gathered otherwise.
+        """
+        output, self._output = self._output, None
+        return values if output is None else _Attach.apply(output, *values)  # type: ignore[no-any-return]
 
     @property
     def num_tokens(self) -> int:
@@ -194,7 +257,7 @@ class PromptCache:
     @property
     def is_closed(self) -> bool:
         """Whether nothing is left to send back: the prompt's backward has run, or it has no graph."""
-        return not self._waiting
+        return not self._waiting and self._output is None
 
     def join(self, module: nn.Module, key: Tensor, value: Tensor, layout: PrefixLayout) -> tuple[Tensor, Tensor]:
         """Called by the attention of each layer.
@@ -249,7 +312,9 @@ class PromptCache:
         return state.for_part(self._is_last, functools.partial(self._waiting.discard, (module, name)))
 
     def _take(self, module: nn.Module, key: Tensor, value: Tensor) -> None:
-        if not self._runs:  # gradient checkpointing runs the layer again: its first keys hold the graph
+        if self._collects:
+            key, value = key[: self._num_tokens].clone(), value[: self._num_tokens].clone()
+        elif not self._runs:  # gradient checkpointing runs the layer again: its first keys hold the graph
             return
         if module in self._layers:
             raise UnsupportedModelError(_TWICE.format(type(module).__name__))
@@ -276,6 +341,19 @@ def _check_graph(module: nn.Module, live: Tensor) -> None:
         )
 
 
+def _run_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Forward of the decoder in ``model``; under FSDP2 as a forward of ``model``, which gathers what it holds itself."""
+    if not isinstance(model, FSDPModule):
+        return decoder(model)(**inputs)
+    name = "_prefix_grouper_run_decoder"
+    object.__setattr__(model, name, lambda **given: decoder(model)(**given))
+    register_fsdp_forward_method(model, name)
+    try:
+        return getattr(model, name)(**inputs)
+    finally:
+        object.__delattr__(model, name)
+
+
 def decoder(model: nn.Module) -> Any:
     """The transformers model inside ``model``, without its language-model head."""
     return transformers_model(model).base_model
@@ -288,6 +366,9 @@ def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | Non
         model: the model, bare or wrapped.
         anatomy: its parts, where the caller knows them already: finding them walks the whole module tree.
     """
+    config = transformers_model(model).config
+    if config.get_text_config(decoder=True) is not config:
+        return "the model takes images"
     mixers = (Anatomy(model) if anatomy is None else anatomy).mixers
     for _, mixer in mixers:
         if (reason := why_on_rows(mixer)) is not None:
@@ -297,6 +378,8 @@ def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | Non
             )
     if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, model.modules())):
         return "reentrant gradient checkpointing hides the prompt's graph: set use_reentrant=False"
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "FSDP1 gathers parameters for one forward and its backward at a time: use FSDP2"
     if decoder(model) is transformers_model(model):
         return f"{type(transformers_model(model)).__name__} has no decoder apart from its head"
     return None

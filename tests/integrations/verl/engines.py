@@ -45,6 +45,7 @@ class Case:
     temperature: float | list[float] = 0.7
     rows_per_group: int = 4
     groups: int = 3
+    members: list[int] = field(default_factory=list)  # rows of each group, dealt group by group, in place of those two
     token_budget: int = 100_000
     micro_batch_size: int = 8
     loss_mode: str = "vanilla"
@@ -230,9 +231,9 @@ def make_rows(case: Case) -> list[dict[str, Any]]:
 
     torch.manual_seed(1)
     rows: list[dict[str, Any]] = []
-    for group in range(case.groups):
+    for group, members in enumerate(case.members or [case.rows_per_group] * case.groups):
         prompt = torch.randint(4, 250, (9 + 7 * group,))
-        for member in range(case.rows_per_group):
+        for member in range(members):
             length = int(torch.randint(1, 9, ()))
             rows.append(
                 {
@@ -243,7 +244,7 @@ def make_rows(case: Case) -> list[dict[str, Any]]:
                     "old": -5.5 + 0.3 * torch.randn(length),
                     "ref": -5.5 + 0.3 * torch.randn(length),
                     "advantage": torch.randn(()) * torch.ones(length),
-                    "order": member * case.groups + group,
+                    "order": group if case.members else member * case.groups + group,
                 }
             )
     if case.images:
@@ -385,12 +386,18 @@ def gradients(engine: Any, batch: Any, case: Case) -> tuple[dict[str, Any], dict
 
 
 def scores(engine: Any, batch: Any) -> dict[str, Any]:
-    """Log-probs, entropies and so on of the response tokens, ``[rows, longest response]``."""
+    """Log-probs, entropies and so on of the response tokens, ``[rows, longest response]``, and log-probs of whole rows."""
+    from torch import Tensor
+    from torch.nn.utils.rnn import pad_sequence
     from verl.workers.utils.padding import no_padding_2_padding
 
     with engine.eval_mode():
         output = engine.forward_backward_batch(batch, None, forward_only=True)
-    return {name: no_padding_2_padding(values, batch) for name, values in output["model_output"].items()}
+    found = {name: no_padding_2_padding(values, batch) for name, values in output["model_output"].items()}
+    if not isinstance(batch["temperature"], Tensor):
+        rows = [row[:-1] for row in output["model_output"]["log_probs"].unbind()]  # nothing follows a row's last token
+        found["log_probs of rows"] = pad_sequence(rows, batch_first=True)
+    return found
 
 
 def saved_and_restored(engine: Any, strategy: str) -> bool:

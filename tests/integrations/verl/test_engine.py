@@ -24,13 +24,14 @@ from tests.integrations.verl.test_equality import assert_equal
 
 @pytest.mark.slow
 def test_what_log_prob_passes_shared_is_logged_with_the_next_update(results):
-    """verl drops their metrics. Micro-batches of one row share nothing there, and the update does."""
+    """verl drops their metrics. Micro-batches of one row reuse prompts there, too."""
     (result,) = results([Case(dynamic=False, micro_batch_size=4, log_prob_rows=1)], 1)
     assert_equal(Case(), result)
     assert result["metrics"]["prefix_grouper/token_ratio"] < 0.5
     assert "prefix_grouper/old_log_prob_token_ratio" not in result["metrics"], "there was none before the first update"
     assert result["later_metrics"]["prefix_grouper/token_ratio"] < 0.5
-    assert result["later_metrics"]["prefix_grouper/old_log_prob_token_ratio"] > 0.6  # of one pass whole, one cut
+    assert result["later_metrics"]["prefix_grouper/old_log_prob_token_ratio"] < 0.5
+    assert result["later_metrics"]["prefix_grouper/old_log_prob_rows_per_group"] == 4
 
 
 def bare_engine(**attributes) -> PrefixGrouperEngine:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("verl")
 
-from tests.integrations.verl.engines import Case
+from tests.integrations.verl.engines import Case, make_rows
 
 BUCKETS = {"pad_to_length": True, "pad_to_length_bucket": 64}
 CHUNKED = {"entropy_from_logits_with_chunking": True, "entropy_from_logits_chunk_size": 16}
@@ -20,16 +20,17 @@ MODELS = [Case(model=model, lora=lora) for model in ("qwen2", "qwen3", "llama") 
 MODES = [
     Case(dynamic=False, micro_batch_size=6),
     Case(dynamic=False, micro_batch_size=3),
+    Case(dynamic=False, micro_batch_size=1, rows_per_group=8, groups=2),
     Case(token_budget=48),
     Case(remove_padding=False),
     Case(remove_padding=False, dynamic=False, micro_batch_size=4, lora=True),
     Case(fused=True, tied=True),
-    Case(fused=True, tied=True, remove_padding=False, model="qwen2"),
+    Case(fused=True, tied=True, remove_padding=False, model="qwen2", dynamic=False, micro_batch_size=2),
     Case(fused=True, tied=True, engine=BUCKETS, lora=True),
-    Case(checkpointing=True, lora=True),
+    Case(checkpointing=True, lora=True, dynamic=False, micro_batch_size=1),
     Case(v0=True),
     Case(v0=True, remove_padding=False, checkpointing=True, model="llama"),
-    Case(engine=BUCKETS),
+    Case(engine=BUCKETS, dynamic=False, micro_batch_size=2),
     Case(engine=CHUNKED),
     Case(engine={"entropy_checkpointing": True}),
     Case(engine={**CHUNKED, "entropy_checkpointing": True}, checkpointing=True),
@@ -45,6 +46,7 @@ TWO_RANKS = [
     Case(dynamic=False, micro_batch_size=3),
     Case(token_budget=48),
     Case(v0=True, token_budget=48),
+    Case(members=[8, 4, 4], dynamic=False, micro_batch_size=1),  # one rank has a whole group, the other one two halves
     Case(options={"verify": True}),
 ]
 ONE_SEQUENCE = [
@@ -82,8 +84,22 @@ def test_gradients_and_scores_equal_those_of_verl(cases, processes, results):
         assert result["fallbacks"] == {}, (str(case), result)
         assert result["metrics"]["prefix_grouper/fallbacks"] == 0
         assert result["metrics"]["prefix_grouper/token_ratio"] < 0.7
-        if processes == 1 and case.micro_batch_size >= case.rows_per_group:
+        if processes == 1:
             assert result["metrics"]["prefix_grouper/rows_per_group"] == case.rows_per_group, str(case)
+        if processes == 1 or case.members:
+            # Every prompt once, whatever a micro-batch holds. An update adds a token where another rank forwards a prompt.
+            forwarded, tokens = tokens_of_whole_groups(case)
+            added = 3 if case.members else 0
+            assert result["metrics"]["prefix_grouper/token_ratio"] == pytest.approx((forwarded + added) / tokens), case
+            assert result["forwarded"]["tokens_forwarded"] == forwarded, str(case)  # of the log-probs, which come last
+
+
+def tokens_of_whole_groups(case: Case) -> tuple[int, int]:
+    """Tokens that an update forwards where each prompt is forwarded once, and those of its rows."""
+    rows = make_rows(case)
+    prompts = {row["uid"]: len(row["prompt"]) - 1 for row in rows}
+    responses = sum(len(row["response"]) for row in rows)
+    return sum(prompts.values()) + responses, sum(len(row["prompt"]) for row in rows) + responses
 
 
 @pytest.mark.slow
@@ -138,8 +154,11 @@ def test_a_group_larger_than_the_budget_is_split_and_exact(results):
     case = Case(token_budget=40, rows_per_group=8)
     (result,) = results([case], 1)
     assert_equal(case, result)
-    assert 4 <= result["metrics"]["prefix_grouper/rows_per_group"] < 8
+    assert result["metrics"]["prefix_grouper/rows_per_group"] == 8
     assert result["metrics"]["prefix_grouper/fallbacks"] == 0
+    (line,) = [message for message in result["said"] if "prefix grouper is on" in message]
+    assert "of the 8 rows of a prompt and reuse one forward of it, rows are regrouped" in line
+    assert "limited" not in line
 
 
 @pytest.mark.slow
