@@ -292,7 +292,7 @@ def test_the_groups_that_are_cut_most_come_first_and_are_cut_as_others_cut_their
     sizes = [RowSize("a", 5, 3)] * 2 + [RowSize("b", 5, 3)] * 5 + [RowSize("c", 5, 9)] * 4
     assert [[len(part) for part in parts] for parts in cut_groups(sizes, None, 2)] == [[2, 2, 1], [2, 2], [2]]
     groups = cut_groups(sizes, None, 2, [4, 3, 1])
-    assert [[len(part) for part in parts] for parts in groups] == [[1, 1, 2, 1], [1, 1, 2], [2]]
+    assert [[len(part) for part in parts] for parts in groups] == [[2, 1, 1, 1], [2, 1, 1], [2]]
     in_parts, whole = plan_parts(groups, sizes, None, 2)
     assert whole == [[0, 1]]
     plan, runs = runs_of_parts([*whole, *in_parts], sizes)

@@ -18,6 +18,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
 import prefix_grouper_plugins.integrations.verl.engine as engine_module
+from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, why_not_reuse, why_positions_differ
 from prefix_grouper_plugins.sharing import SharingGate
@@ -100,6 +101,7 @@ def test_where_prompts_are_not_reused_the_log_says_why_once_for_each_pass(monkey
     monkeypatch.setattr(engine_module, "plan_on_all_ranks", lambda *_, **__: plan)
     case = Case(dynamic=False, micro_batch_size=2, groups=1)
     attributes = {"_without_adapter": False, "ulysses_sequence_parallel_size": 1, "_placeholders": (), "_cut": set()}
+    attributes["options"] = PrefixGrouperOptions()
     engine = bare_engine(gate=SharingGate(), **attributes)
     for name in ("update", "update", "old_log_prob"):
         engine._pass = name

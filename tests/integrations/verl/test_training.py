@@ -21,11 +21,11 @@ pytestmark = (
 )  # `train` remembers trainings without sharing, which several tests compare with
 
 STEPS, RESPONSES = 5, 4
-DYNAMIC = [
+DYNAMIC = [  # a row may have 312 tokens, and its group more than the limit
     "actor_rollout_ref.actor.use_dynamic_bsz=True",
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=700",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=320",
     "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
-    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=700",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=320",
 ]
 LORA = [
     "actor_rollout_ref.model.lora_rank=8",
@@ -55,9 +55,16 @@ def train(tmp_path_factory):
     return lambda *overrides, workers: run(tuple(overrides), workers)
 
 
+# Micro-batches smaller than a group, whose parts reuse its prompt.
+SINGLE_ROWS = [
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=1",
+]
+
 CASES = {
     "V1, two ranks, dynamic batch": ([*DYNAMIC, *REMOVE_PADDING], 2, ON),
-    "V0, one rank, LoRA, verl's own flag": ([*V0, *LORA], 1, [*FLAG, *OFF]),
+    "V0, one rank, LoRA, verl's own flag": ([*V0, *LORA, *SINGLE_ROWS], 1, [*FLAG, *OFF]),
 }
 
 
