@@ -182,6 +182,42 @@ class PrefixLayout:
         roots = [root for trie in tries for root in trie.children]
         return cls(roots, lengths, rows[0].device)
 
+    @classmethod
+    def from_segments(cls, lengths: Sequence[int], parents: Sequence[int]) -> PrefixLayout:
+        """Layout of a forest whose segments are known, in depth-first pre-order: a row for each leaf.
+
+        Args:
+            lengths: tokens of each segment, at least 1.
+            parents: which segment each of them branches from, -1 for a root.
+
+        Raises:
+            ValueError: the segments are not in that order.
+        """
+        nodes: list[_Node] = []
+        roots: list[_Node] = []
+        for length, parent in zip(lengths, parents, strict=True):
+            if not -1 <= parent < len(nodes) or length < 1:
+                raise ValueError(
+                    f"segment {len(nodes)} has {length} tokens and parent {parent}: parents come before their branches, "
+                    "and each segment has a token"
+                )
+            start = nodes[parent].end if parent >= 0 else 0
+            nodes.append(_Node(start, start + length, len(nodes)))
+            (nodes[parent].children if parent >= 0 else roots).append(nodes[-1])
+        row_lengths: list[int] = []
+        first_rows: dict[int, int] = {}
+        for index, node in enumerate(nodes):
+            first_rows[index] = len(row_lengths)
+            if not node.children:
+                node.rows.append(len(row_lengths))
+                row_lengths.append(node.end + 1)
+        for index, node in enumerate(nodes):
+            node.first_row = first_rows[index]
+        layout = cls(roots, row_lengths)
+        if layout.segments[:, 2].tolist() != list(parents):
+            raise ValueError("the segments are not in depth-first pre-order: a segment's branches follow it")
+        return layout
+
     @property
     def num_tokens(self) -> int:
         """``T``, the tokens that have keys: those that are forwarded, and given ones."""
@@ -394,7 +430,7 @@ def _trie(members: Sequence[int], heads: Sequence[np.ndarray], lengths: Sequence
     path = [top]
     previous: int | None = None
     for row in order:
-        shared = 0 if previous is None else max(_common_prefix(heads[previous], heads[row]) - 1, 0)
+        shared = 0 if previous is None else max(common_prefix(heads[previous], heads[row]) - 1, 0)
         while len(path) > 1 and path[-1].start >= shared:
             path.pop()
         if path[-1].start < shared < path[-1].end:
@@ -437,7 +473,8 @@ def _dissolve_short_levels(top: _Node, min_level: int) -> None:
                 node.children.append(leaf)
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading tokens of two rows are equal."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     first = int(differs.argmax()) if n else 0
