@@ -320,6 +320,7 @@ def test_what_is_not_one_prompt_cannot_be_given(count, message):
         whole.given(5).given(5)
 
 
+@settings(deadline=None)
 @given(small_rows, st.data())
 def test_levels_that_are_long_enough_and_prompts_are_shared_and_no_others(rows, data):
     """A level is what rows have in common until some of them part. Each row still sees its own tokens, once each."""
@@ -349,6 +350,7 @@ def test_levels_that_are_long_enough_and_prompts_are_shared_and_no_others(rows, 
         assert torch.equal(found, row[1:])
 
 
+@settings(deadline=None)
 @given(small_rows, st.data())
 def test_fewer_rows_share_at_least_what_they_share_in_the_tree_of_all(rows, data):
     prompts = data.draw(st.lists(st.integers(0, 8), min_size=len(rows), max_size=len(rows)))
