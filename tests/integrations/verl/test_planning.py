@@ -49,6 +49,47 @@ def test_both_ranks_find_the_same_where_one_of_them_cannot_go_on(lengths, shares
         assert found in (tmp_path / str(rank)).read_text()
 
 
+# Rank 0 has a group of eight rows, rank 1 two of four; or both have one of two parts and one whole.
+UNEQUAL = [group(8, 10, 3), group(4, 10, 3, "b") + group(4, 10, 3, "c")]
+ALIKE = [group(4, 10, 30) + group(4, 10, 3, "b"), group(4, 10, 12, "c") + group(4, 10, 3, "d")]
+
+
+def planned_parts(rank: int, meeting: str, folder: str, rows: list, limit: dict, reuses: list[bool]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    plan = plan_on_all_ranks(rows[rank], 40, Limits(OPTION, **limit), None, reuses=reuses[rank])
+    with open(f"{folder}/{rank}", "w") as file:
+        file.write(repr((list(map(len, plan.micro_batches)), plan.runs, plan.ends)))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "reuses", "found"),
+    [
+        (
+            UNEQUAL,
+            {"max_rows": 1},
+            [True, True],
+            [
+                ([1] * 8, [(0, 8)], [{3, 7}, set(), set(), set(), {7}, set(), set(), set()]),
+                ([1] * 8, [(0, 4), (4, 8)], [{3, 7}, set(), set(), set(), {7}, set(), set(), set()]),
+            ],
+        ),
+        (
+            ALIKE,
+            {"max_tokens": 70},
+            [True, True],
+            [([2, 2, 4], [(0, 2)], [{1}, set(), set()]), ([2, 2, 4], [(0, 2)], [{1}, set(), set()])],
+        ),
+        (UNEQUAL, {"max_rows": 1}, [True, False], [([1] * 8, [], [set()] * 8)] * 2),
+    ],
+    ids=["unequal groups", "cut alike", "one rank does not reuse"],
+)
+def test_ranks_cut_their_groups_alike_and_know_when_others_forward_a_prompt(rows, limit, reuses, found, tmp_path):
+    arguments = (f"{tmp_path}/meeting", str(tmp_path), rows, limit, reuses)
+    mp.start_processes(planned_parts, arguments, nprocs=2, start_method="fork")
+    assert [eval((tmp_path / str(rank)).read_text()) for rank in range(2)] == found
+
+
 @pytest.mark.parametrize(
     ("limits", "sizes", "told"),
     [
