@@ -12,9 +12,11 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from prefix_grouper_plugins.bench_command import BACKEND_VARIABLE
+from prefix_grouper_plugins.bench_command import add_arguments as add_bench_arguments
+from prefix_grouper_plugins.bench_command import run as run_bench
 from prefix_grouper_plugins.plan.command import add_arguments as add_plan_arguments
 from prefix_grouper_plugins.plan.command import check as check_plan
-from prefix_grouper_plugins.plan.command import count
 from prefix_grouper_plugins.settings import BACKEND
 from prefix_grouper_plugins.usage import UsageError, first_line, told_in_one_line
 from prefix_grouper_plugins.version import __version__
@@ -30,10 +32,9 @@ Encode each prompt of a GRPO group once.
   prefix-grouper trl SCRIPT ... --use_prefix_grouper    run a TRL script with sharing (prefix-grouper trl --help)
   prefix-grouper doctor [--model NAME_OR_PATH]          what this machine can run, and how a model would be run
   prefix-grouper plan prompts.jsonl --responses 512     what sharing would save in your training; nothing is run
-  prefix-grouper bench --prompt 4096 --response 512     how fast attention is on this machine, shared and row by row
+  prefix-grouper bench --prompt 4096 --response 512     how fast attention, or an update, is here, shared and not
 """
 
-BACKEND_VARIABLE = "PREFIX_GROUPER_BACKEND"  # as in attention.registry, which imports torch
 PACKAGES = ("prefix-grouper-plugins", "torch", "transformers", "trl", "peft", "verl")
 # What `doctor` asks each backend about.
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -96,12 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--trust-remote-code", action="store_true", help="as in transformers")
     plan = commands.add_parser("plan", help="what sharing would save in a training on your data; nothing is run")
     add_plan_arguments(plan)
-    bench = commands.add_parser("bench", help="time attention on this machine, packed and row by row")
-    bench.add_argument("--prompt", type=count, default=2048, help="tokens of the prompt (default: 2048)")
-    bench.add_argument("--response", type=count, default=128, help="tokens of each response (default: 128)")
-    bench.add_argument("--group", type=count, default=8, help="responses to the prompt (default: 8)")
-    bench.add_argument("--repeats", type=count, default=3, help="how often each is timed (default: 3)")
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    bench = commands.add_parser("bench", help="time attention, or the update of your model, on this machine")
+    add_bench_arguments(bench)
     for command in (plan, bench):
         which = command.add_mutually_exclusive_group()
         which.add_argument("--model", help="a model's folder or hub name: only its config is read")
@@ -178,58 +175,8 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Attention of one layer, forward and backward: each backend that runs here against each row on its own."""
-    import torch
-
-    from prefix_grouper_plugins.bench import Case, describe_machine, row_step, shared_step, take_turns, times_as_fast
-
-    name, shape, _ = _shape(options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch {torch.__version__} sees no GPU on this machine")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    sizes = (options.prompt, options.response, options.group)
-    case = Case(*sizes, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, dtype)
-    machine = describe_machine(device)
-    if not options.json:
-        print(", ".join(f"{key} {value}" if key != "machine" else value for key, value in machine.items()))
-        print(
-            f"One attention layer of {name}, {str(dtype).removeprefix('torch.')}: "
-            f"{sizes[0]} + {sizes[2]} x {sizes[1]} tokens"
-        )
-    steps = {"row by row": row_step(case)}
-    steps |= {backend: shared_step(case, backend) for backend in _backends(device, dtype, shape.head_dim)}
-    timings = take_turns(steps, repeats=options.repeats, device=device)
-    seconds = {
-        step: sorted(timing.wall for timing in times)[len(times) // 2]  # the median
-        for step, times in timings.items()
-    }
-    ratios = {step: times_as_fast(times, timings["row by row"], "wall") for step, times in timings.items()}
-    if options.json:
-        asked = dict(zip(("prompt", "response", "group"), sizes, strict=True)) | {"repeats": options.repeats}
-        measured = {"seconds": seconds, "times_as_fast": ratios, "pair_ratio": case.pair_ratio}
-        _print_json({"machine": machine, "model": name, "dtype": str(dtype), **asked, **measured})
-        return 0
-    print(f"\n{'':16}{'seconds':>10}{'times as fast as row by row':>30}")
-    for step in timings:
-        print(f"{step:16}{seconds[step]:>10.4f}{ratios[step]:>30.2f}")
-    print(f"\nThe ratio of visible pairs of query and key, {case.pair_ratio:.2f}, is what sharing can gain here.")
-    return 0
-
-
-def _backends(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Those that run such a layer; the one in the environment alone, where there is one, since it wins over all names.
-
-    Raises:
-        UsageError: the one in the environment does not run it.
-    """
-    from prefix_grouper_plugins.attention import available_backends
-
-    reasons = available_backends(device, dtype, head_dim)
-    forced = os.environ.get(BACKEND_VARIABLE, "auto")
-    if reason := reasons.get(forced):
-        raise UsageError(f"{BACKEND_VARIABLE}={forced} cannot run this layer: {reason}")
-    return [name for name, reason in reasons.items() if reason is None and forced in ("", "auto", name)]
+    """Attention of one layer, or the update of a model, shared and not."""
+    return run_bench(options, *_shape(options), _print_json)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -291,3 +291,45 @@ def test_bench_times_each_backend_against_row_by_row(tmp_path, capsys):
     assert {"merged_lse", "blockwise"} <= table.keys() and all(float(row[0]) > 0 for row in table.values())
     pairs = 4 * 104 * 105 / 2, 95 * 96 / 2 + 4 * (95 * 8 + 8 * 9 / 2)
     assert f"visible pairs of query and key, {pairs[0] / pairs[1]:.2f}," in output
+
+
+def test_bench_times_an_update_and_its_seconds_and_ratios_agree(tmp_path, capsys):
+    model = tiny.saved_model(tmp_path, "qwen3", max_position_embeddings=1024)
+    sizes = [
+        "--prompt",
+        "96",
+        "--response",
+        "8",
+        "--group",
+        "4",
+        "--batch-size",
+        "2",
+        "--layers",
+        "1",
+        "--repeats",
+        "2",
+    ]
+    files = ["--csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png")]
+    cli.main(["bench", "--update", *sizes, "--device", "cpu", "--model", model, "--json", *files])
+    found = json.loads(capsys.readouterr().out)
+    seconds = found["seconds"]
+    assert found["times_as_fast"]["shared"] == seconds["stock"] / seconds["shared"]
+    low, high = found["spread"]["shared"]
+    assert 0 < low <= high and found["flop_ratio"] > 2
+    lines = [line for line in (tmp_path / "a.csv").read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "turn,stock seconds,shared seconds" and len(lines) == 3
+    assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "1"], "--layers goes with --update"),
+        (["--update"], "--update builds the model: give --model"),
+        (["--update", "--group", "4", "--batch-size", "3"], "--batch-size 3 does not divide --group 4"),
+        (["--csv", "no/such/a.csv"], "--csv no/such/a.csv: it cannot be written"),
+    ],
+)
+def test_mistakes_of_bench_are_told_in_one_line(capsys, options, message):
+    error = stderr_of(capsys, *BENCH, "--device", "cpu", "--repeats", "1", "--json", *options)
+    assert message in error and error.count("\n") == 1
