@@ -222,7 +222,7 @@ def _print(measured: Measured) -> None:
     for way, seconds in measured.seconds.items():
         print(f"{way:16}{seconds:>10.4f}{measured.times_as_fast[way]:>30.2f}")
     turns = [f"{way} {low:.2f} to {high:.2f}" for way, (low, high) in measured.spread.items() if way != measured.base]
-    print(f"\nTimes as fast in single turns: {', '.join(turns)}.")
+    print(f"\nIn single turns: {', '.join(turns)} times as fast.")
     ratio, of = measured.bound
     print(f"The ratio of {of}, {ratio:.2f}, is what sharing can gain here.")
 
