@@ -34,7 +34,7 @@ from prefix_grouper_plugins.integrations.verl.planning import (
     rows_within,
     why_groups_are_cut,
 )
-from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, autocast, why_not_reuse, why_positions_differ
+from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, autocast, why_not_reuse, why_not_reuse_rows
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures, show_what_is_decided
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
@@ -76,6 +76,9 @@ _NO_SELF_CHECK_UNDER_ULYSSES = (
     "no self-check: Ulysses cuts rows into pieces, and the few tokens of the check are too short for that; "
     "prefix_grouper.verify=true compares the first update"
 )
+
+
+_NOTHING_TO_REUSE = "another rank's rows cannot, or the prompts have one token, which is forwarded with each response"
 
 
 def _not_reused(notice: str, reason: str) -> str:
@@ -344,14 +347,14 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         repeats = plan is not None and not plan.runs
         if sizes and repeats and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
             self._cut.add(self._pass)
-            self.gate.warn(f"{self._pass}: {_not_reused(notice, why_not_reuse or 'rows of another rank cannot')}")
+            self.gate.warn(f"{self._pass}: {_not_reused(notice, why_not_reuse or _NOTHING_TO_REUSE)}")
         return plan
 
     def _why_not_reuse(
         self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
     ) -> str | None:
         """Why parts of a group do not reuse its prompt."""
-        return why_not_reuse(self, loss_function, gradients=not forward_only) or why_positions_differ(data)
+        return why_not_reuse(self, loss_function, gradients=not forward_only) or why_not_reuse_rows(data)
 
     def _reuse_by(self, plan: Plan) -> PromptReuse | None:
         if not any(plan.ends) and not plan.runs:

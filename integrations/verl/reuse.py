@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.integrations.verl.losses import why_prompts_are_read
-from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch
+from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, row_lengths
 from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
@@ -50,8 +50,13 @@ def why_not_reuse(engine: Any, loss_function: Any, *, gradients: bool) -> str | 
         return prompt_cache.why_not_reuse(engine.module, engine.gate.anatomies[0])
 
 
-def why_positions_differ(data: TensorDict) -> str | None:
-    """Why rows of ``data`` may not agree on the positions of their prompt; None where each counts from 0."""
+def why_not_reuse_rows(data: TensorDict) -> str | None:
+    """Why rows of ``data``, which are shared, do not reuse prompts; None if they do."""
+    if "prompts" not in data:  # and nothing is shared
+        return None
+    lengths, prompt_lengths = row_lengths(data)
+    if any(length <= prompt for length, prompt in zip(lengths, prompt_lengths, strict=True)):
+        return "a row has an empty response"
     positions, offsets = data["position_ids"], data["input_ids"].offsets()
     counted = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(offsets.diff())
     if positions.dim() == 2 and torch.equal(positions.values(), counted.to(positions.values())):

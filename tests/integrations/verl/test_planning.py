@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("verl")
@@ -57,8 +60,7 @@ ALIKE = [group(4, 10, 30) + group(4, 10, 3, "b"), group(4, 10, 12, "c") + group(
 def planned_parts(rank: int, meeting: str, folder: str, rows: list, limit: dict, reuses: list[bool]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     plan = plan_on_all_ranks(rows[rank], 40, Limits(OPTION, **limit), None, reuses=reuses[rank])
-    with open(f"{folder}/{rank}", "w") as file:
-        file.write(repr((list(map(len, plan.micro_batches)), plan.runs, plan.ends)))
+    Path(f"{folder}/{rank}").write_bytes(pickle.dumps((list(map(len, plan.micro_batches)), plan.runs, plan.ends)))
     dist.destroy_process_group()
 
 
@@ -87,7 +89,7 @@ def planned_parts(rank: int, meeting: str, folder: str, rows: list, limit: dict,
 def test_ranks_cut_their_groups_alike_and_know_when_others_forward_a_prompt(rows, limit, reuses, found, tmp_path):
     arguments = (f"{tmp_path}/meeting", str(tmp_path), rows, limit, reuses)
     mp.start_processes(planned_parts, arguments, nprocs=2, start_method="fork")
-    assert [eval((tmp_path / str(rank)).read_text()) for rank in range(2)] == found
+    assert [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)] == found
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from verl.workers.utils.losses import ppo_loss, sft_loss
 import prefix_grouper_plugins.integrations.verl.engine as engine_module
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.planning import Plan
-from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, why_not_reuse, why_positions_differ
+from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, why_not_reuse, why_not_reuse_rows
 from prefix_grouper_plugins.sharing import SharingGate
 from tests import tiny
 from tests.integrations.verl.engines import Case, make_batch, make_rows
@@ -68,9 +68,17 @@ def test_classes_that_no_test_has_compared_do_not_reuse_prompts():
 
 def test_rows_that_number_their_tokens_in_another_way_do_not_reuse_prompts():
     rows = make_rows(Case())
-    assert why_positions_differ(make_batch(Case(), rows, len(rows))) is None
+    assert why_not_reuse_rows(make_batch(Case(), rows, len(rows))) is None
     rows[3]["positions"] = rows[3]["positions"] + 1
-    assert "do not count from 0" in why_positions_differ(make_batch(Case(), rows, len(rows)))
+    assert "do not count from 0" in why_not_reuse_rows(make_batch(Case(), rows, len(rows)))
+
+
+def test_rows_without_a_response_do_not_reuse_prompts():
+    rows = make_rows(Case())
+    for name in ("response", "mask", "old", "ref", "advantage"):
+        rows[2][name] = rows[2][name][:0]
+    rows[2]["positions"] = rows[2]["positions"][: len(rows[2]["prompt"])]
+    assert why_not_reuse_rows(make_batch(Case(), rows, len(rows))) == "a row has an empty response"
 
 
 def reuse_of(plan: Plan) -> PromptReuse:
