@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from prefix_grouper_plugins.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from prefix_grouper_plugins.integrations.trl.async_grpo import PrefixGrouperAsyncGRPOTrainer
     from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperGRPOConfig, PrefixGrouperRLOOConfig
     from prefix_grouper_plugins.integrations.trl.rows_trainer import ShareRowsMixin
     from prefix_grouper_plugins.integrations.trl.trainer import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "PrefixGrouperAsyncGRPOTrainer",
     "PrefixGrouperCPOConfig",
     "PrefixGrouperCPOTrainer",
     "PrefixGrouperDPOConfig",
@@ -62,6 +64,7 @@ __all__ = [
 
 __getattr__ = lazy_names(
     __name__,
+    async_grpo=["PrefixGrouperAsyncGRPOTrainer"],
     config=["PrefixGrouperGRPOConfig", "PrefixGrouperRLOOConfig"],
     rows_trainer=["ShareRowsMixin"],
     trainer=["PrefixGrouperGRPOTrainer", "PrefixGrouperMixin", "PrefixGrouperRLOOTrainer"],
