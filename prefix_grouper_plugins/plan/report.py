@@ -84,10 +84,9 @@ def _print_largest_group(found: dict[str, Any]) -> None:
     print(
         f"The largest group in one micro-batch within {memory:g} GiB, all rows as long as the longest: {', '.join(names)}."
     )
-    if found["trainer"] == "trl":
-        print(
-            "Micro-batches smaller than a group reuse its prompt, so a larger group needs more micro-batches, not more memory."
-        )
+    print(
+        "Micro-batches smaller than a group reuse its prompt, so a larger group needs more micro-batches, not more memory."
+    )
 
 
 def _print_settings(found: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.micro_batches import RowSize, plan_micro_batches, spread_micro_batches
+from prefix_grouper_plugins.micro_batches import RowSize, cut_groups, plan_parts, runs_of_parts, spread_micro_batches
 from prefix_grouper_plugins.step_order import regrouped_order
 from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
 from prefix_grouper_plugins.usage import UsageError
@@ -346,16 +346,30 @@ def _ordinary(prompts: Prompts, rows: Sequence[RowSize], sizes: VerlSizes) -> li
 
 
 def _planned(prompts: Prompts, ranks: Sequence[Sequence[RowSize]], sizes: VerlSizes) -> list[Load]:
-    """Ours, equally many on each rank; every position of the packed row is scored."""
-    limits = {
-        "max_tokens": sizes.max_token_len,
-        "max_rows": sizes.micro_batch_size if sizes.max_token_len is None else None,
-    }
-    plans = [plan_micro_batches(rows, **limits) for rows in ranks]
-    count = max(map(len, plans))
-    packed = [
-        prompts.packed([rows[i] for i in batch])
-        for plan, rows in zip(plans, ranks, strict=True)
-        for batch in spread_micro_batches(plan, rows, count)
-    ]
-    return [load._replace(scored=load.tokens) for load in packed]
+    """Ours, equally many on each rank; the parts of a group that exceeds a micro-batch reuse its prompt, as under FSDP2.
+
+    As ``integrations/verl/planning.py`` does it, whose ranks agree by collectives.
+    """
+    most = sizes.max_token_len, sizes.micro_batch_size if sizes.max_token_len is None else None
+    groups = [cut_groups(rows, *most) for rows in ranks]
+    cut = max(sum(len(parts) > 1 for parts in of_rank) for of_rank in groups)
+    at_least = [max(len(of_rank[i]) if i < len(of_rank) else 1 for of_rank in groups) for i in range(cut)]
+    plans = [plan_parts(cut_groups(rows, *most, at_least), rows, *most) for rows in ranks]
+    count = max(len(in_parts) + len(whole) for in_parts, whole in plans)
+    loads = []
+    for (in_parts, whole), rows in zip(plans, ranks, strict=True):
+        missing = count - len(in_parts)
+        if missing <= sum(map(len, whole)):
+            plan = in_parts + (spread_micro_batches(whole, rows, missing) if whole else [])
+        else:
+            plan = spread_micro_batches(in_parts + whole, rows, count)
+        plan, runs = runs_of_parts(plan, rows)
+        first_of = {number: first for first, end in runs for number in range(first, end)}
+        for number, batch in enumerate(plan):
+            members = [rows[i] for i in batch]
+            if number in first_of:
+                loads.append(_part(prompts, members, is_first=number == first_of[number]))
+            else:
+                packed = prompts.packed(members)
+                loads.append(packed._replace(scored=packed.tokens))
+    return loads

@@ -88,16 +88,19 @@ def test_prompts_that_begin_alike_share_their_beginning_where_they_are_equally_l
     assert tokens(longer, padded_positions=False) < tokens(longer)
 
 
-@pytest.mark.parametrize(
-    ("limits", "tokens"),
-    [((G, None), 2 * (P - 1 + G * R)), ((2, None), 4 * (P - 1 + 2 * R)), ((None, 60), 2 * (P - 1 + G * R))],
-    ids=["whole groups", "half groups", "dynamic"],
-)
-def test_verl_forwards_a_prompt_once_for_each_micro_batch(limits: tuple[int | None, int | None], tokens: int) -> None:
+@pytest.mark.parametrize("limits", [(G, None), (None, 60), (2, None), (1, None)], ids=str)
+def test_verl_forwards_a_prompt_once_for_each_optimizer_step(limits: tuple[int | None, int | None]) -> None:
     schedule = verl_schedule(prompts(False), LENGTHS, VerlSizes(G, 2, *limits))
-    assert sum(load.tokens for load in schedule.shared) == sum(load.scored for load in schedule.shared) == tokens
+    assert sum(load.tokens for load in schedule.shared) == 2 * (P - 1 + G * R)
     assert sum(load.tokens for load in schedule.stock) == schedule.row_tokens == 2 * G * (P + R)
     assert schedule.optimizer_steps == 1
+
+
+def test_verl_scores_every_position_but_those_of_a_prompt_that_its_parts_reuse() -> None:
+    whole, reused = (verl_schedule(prompts(False), LENGTHS, VerlSizes(G, 2, rows, None)).shared for rows in (G, 2))
+    assert [load.scored for load in whole] == [P - 1 + G * R] * 2
+    assert [load.scored for load in reused] == [2 * R] * 4
+    assert [load.open_tokens for load in reused] == [0, P - 1] * 2
 
 
 def test_verl_gives_whole_groups_to_each_of_several_processes() -> None:
