@@ -441,8 +441,11 @@ def compare(case: Case, path: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from prefix_grouper_plugins import self_check
+    from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine
+    from prefix_grouper_plugins.metrics import SharingCounts
     from prefix_grouper_plugins.modeling import is_enabled
 
+    PrefixGrouperEngine._log_prob_counts = SharingCounts()  # those of the case before wait for an update
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == case.ordinary_on_rank:
         case = replace(case, temperature=[case.temperature])

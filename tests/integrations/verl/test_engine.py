@@ -101,7 +101,7 @@ def test_one_row_with_an_image_trains(results):
 
 def test_the_planning_hook_is_gone_after_a_failure():
     stock = fsdp.prepare_micro_batches
-    planning = bare_engine()._planning(None)
+    planning = bare_engine()._planning(None, forward_only=False)
     planning.__enter__()
     assert fsdp.prepare_micro_batches is not stock
     planning.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
