@@ -17,12 +17,14 @@ class RowTokens(NamedTuple):
     Attributes:
         prompt: what it has in common with the rows of its prompt; None where the row is not forwarded.
         prompt_tokens: tokens of the prompt that are forwarded once for all rows, ``P - 1``.
-        completion_tokens: tokens that are forwarded for this row alone.
+        completion_tokens: tokens of the completion.
+        levels: name and tokens of what its completion has in common with others of its prompt, where that is shared.
     """
 
     prompt: Hashable
     prompt_tokens: int
     completion_tokens: int
+    levels: tuple[tuple[Hashable, int], ...] = ()
 
 
 def num_that_fit(
@@ -37,12 +39,15 @@ def num_that_fit(
         opened: prompts that have been forwarded, and count in ``held``.
     """
     prompts, tokens = set(opened), held
+    levels: set[Hashable] = set()
     for number, rows in enumerate(micro_batches):
         for row in rows:
             if row.prompt is None:
                 continue
             tokens += row.completion_tokens + (0 if row.prompt in prompts else row.prompt_tokens)
             prompts.add(row.prompt)
+            tokens -= sum(shared for name, shared in row.levels if name in levels)
+            levels.update(name for name, _ in row.levels)
         if tokens > budget:
             return max(number, 1)
     return len(micro_batches)

@@ -29,3 +29,12 @@ def test_a_prompt_that_is_open_counts_as_held():
 def test_rows_without_a_completion_cost_nothing():
     rows = batches(("a", 9, 3), (None, 9, 0), (None, 9, 0), ("a", 9, 3))
     assert num_that_fit(rows, 12) == 3
+
+
+def test_what_completions_have_in_common_counts_once():
+    first, second = (("turn", 5),), (("turn", 5), ("answer", 4))
+    rows = [[RowTokens("a", 9, 12, levels)] for levels in (first, second, second, ())]
+    counted = [9 + 12, 12 - 5, 12 - 9, 12]
+    totals = [sum(counted[: n + 1]) for n in range(4)]
+    assert [num_that_fit(rows, total) for total in totals] == [1, 2, 3, 4]
+    assert [num_that_fit(rows, total - 1) for total in totals] == [1, 1, 2, 3]

@@ -16,6 +16,7 @@ In passes without gradients (old-policy and reference log-probs) the chunks of a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from prefix_grouper_plugins.batch import prompt_group
 from prefix_grouper_plugins.integrations.trl.forward import HAS_FUSED_HEAD, Blocks, PackedForward, Rows, Scores
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
+from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
@@ -51,6 +53,33 @@ def tokens_of_rows(blocks: Blocks) -> list[RowTokens]:
         RowTokens((prompt_group(None, row) if prompt > 1 else object()) if completion else None, prompt - 1, completion)
         for row, prompt, completion in zip(ids, prompts, completions, strict=True)
     ]
+
+
+def with_levels(
+    batches: Sequence[Sequence[RowTokens]], blocks: Sequence[Blocks], min_level: int | None
+) -> list[list[RowTokens]]:
+    """``batches``, micro-batches of `tokens_of_rows`, with what completions of a prompt share.
+
+    Args:
+        batches: micro-batches.
+        blocks: of each of them.
+        min_level: as in `PrefixLayout.from_rows`.
+    """
+    completions = [
+        ids[own] for *_, block, mask in blocks for ids, own in zip(block.cpu(), mask.cpu() != 0, strict=True)
+    ]
+    rows = [row for batch in batches for row in batch]
+    if min_level is None or not any(row.prompt is not None for row in rows):
+        return [list(batch) for batch in batches]
+    mark = torch.tensor([-1])  # in the place of the prompt, whose last token is forwarded with each completion
+    layout = PrefixLayout.from_rows(
+        [torch.cat([mark, ids]) for ids in completions], [row.prompt for row in rows], min_level=min_level
+    )
+    lengths = (layout.segments[:, 1] - layout.segments[:, 0]).tolist()
+    users = Counter(segment for path in layout.row_segments for segment in path)
+    levels = [tuple((s, lengths[s]) for s in path if users[s] > 1) for path in layout.row_segments]
+    found = iter([row._replace(levels=own) for row, own in zip(rows, levels, strict=True)])
+    return [[next(found) for _ in batch] for batch in batches]
 
 
 class PromptReuse:
@@ -122,7 +151,8 @@ class PromptReuse:
             return
         if micro_batches is not self._micro_batches:
             self._micro_batches = micro_batches
-            self._tokens = [tokens_of_rows(_blocks_of(batch)) for batch in micro_batches]
+            blocks = [_blocks_of(batch) for batch in micro_batches]
+            self._tokens = with_levels(list(map(tokens_of_rows, blocks)), blocks, self._trainer.min_level)
         window = self.window()
         end = number - number % window + window
         if self._trainer.accelerator.sync_gradients:  # the optimizer steps after this one, whatever comes
@@ -199,7 +229,8 @@ class PromptReuse:
         """For each chunk of a call its scores, or None if it shares nothing with others."""
         if len(chunks) < 2 or torch.is_grad_enabled() or self.why_not_ahead(model, update=False) is not None:
             return [None] * len(chunks)
-        tokens = [tokens_of_rows(chunk.blocks) for chunk in chunks]
+        blocks = [chunk.blocks for chunk in chunks]
+        tokens = with_levels(list(map(tokens_of_rows, blocks)), blocks, self._trainer.min_level)
         prompts = OpenPrompts()
         found: list[tuple[Scores, list[Counts]] | None] = []
         while len(found) < len(chunks):
@@ -235,7 +266,9 @@ class PromptReuse:
         count = num_that_fit(coming, first.input_ids.numel(), held=held, opened=prompts.open)
         if HAS_FUSED_HEAD:
             return count
-        scored = [[row._replace(prompt_tokens=0) for row in rows] for rows in coming]  # their logits are kept
+        scored = [
+            [row._replace(prompt_tokens=0, levels=()) for row in rows] for rows in coming
+        ]  # their logits are kept
         return min(count, num_that_fit(scored, len(first) * first.num_scored))
 
     def _expect(

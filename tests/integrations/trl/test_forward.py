@@ -25,7 +25,7 @@ def gradient_of(model: Any, masked: bool) -> float:
     ids[:, 5:] = torch.randint(3, 20, (4, 4), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[:, 5:] = int(not masked)
-    forward = PackedForward(SimpleNamespace(accelerator=accelerator, temperature=1.0))
+    forward = PackedForward(SimpleNamespace(accelerator=accelerator, temperature=1.0, min_level=None))
     scores, counts = forward.score(model, Rows(ids, mask, 4, RowsOfImages({}, 4)), entropy=True, aux_loss=False)
     assert counts.tokens_forwarded == (1 if masked else 4 + 4 * 4)
     scores[0].sum().backward()
