@@ -191,7 +191,11 @@ def test_prompt_learning_adapters_are_refused(llama):
 
 
 def test_a_micro_batch_without_completions_forwards_one_token_and_counts_no_fallback(llama):
-    trainer = make_trainer(llama, shared=True, prefix_grouper_self_check=False, **GROUPED)  # a hook would repeat it
+    settings = {
+        "prefix_grouper_self_check": False,
+        "prefix_grouper_share": "prompt",
+    }  # the self-check would be seen, too
+    trainer = make_trainer(llama, shared=True, **settings, **GROUPED)
     forwarded = []
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True

@@ -184,7 +184,9 @@ def test_rows_of_a_window_lie_in_the_order_of_their_tree(path, stock):
         weights, found[share] = train(path, shared=True, **settings)
         assert largest_difference(expected, weights) <= 1e-12
     updates = {share: trainer.sharing.update for share, trainer in found.items()}
-    assert updates["tree"].packed == 2, "by its tree a whole group fits into the tokens of a micro-batch of 4 padded rows"
+    assert updates["tree"].packed == 2, (
+        "by its tree a whole group fits into the tokens of a micro-batch of 4 padded rows"
+    )
     assert updates["prompt"].packed > 2
     # Of 4 rows that share the first turn, two and two share the second; prompts are reused by the next micro-batch.
     assert found["tree"].sharing.update.token_ratio < 0.75 * found["prompt"].sharing.update.token_ratio
