@@ -5,7 +5,8 @@ Both runs use the same unmodified TRL script, seed and data: LoRA, prompts of ab
     prefix-grouper trl examples/trl/grpo_passages.py ... --use_prefix_grouper
     python examples/trl/grpo_passages.py ...
 
-It takes three to five minutes on two CPU cores and needs no download. The table is printed; demo.png, demo.csv and the
+They take turns, one optimizer step of each at a time, so that a machine that is busy for a while slows both. It takes three
+to five minutes on two CPU cores and needs no download. The table is printed; demo.png, demo.csv and the
 logs of both runs are in the output folder. The exit code tells whether all went as it should: the reward rose, prompts
 were shared, and both runs ended with the same weights.
 """
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import matplotlib
 
@@ -38,7 +39,7 @@ GROUP_SIZE = 8
 TOLERANCE = 1e-3  # of a weight, after all steps, in float32
 SMALLEST_RISE = 0.1  # of the reward, judged in runs of at least LEAST_STEPS steps
 LEAST_STEPS = 16
-CSV_COLUMNS = ("reward", "update_seconds", "generate_seconds", "tokens", "grad_norm", "kl")
+CSV_COLUMNS = ("reward", "update_seconds", "step_seconds", "generate_seconds", "tokens", "grad_norm", "kl")
 
 
 class DemoError(Exception):
@@ -50,12 +51,16 @@ class Run:
     """What `measure.py` wrote down about one run."""
 
     steps: list[dict] = field(default_factory=list)
-    seconds: float = 0.0
+    setup_seconds: float = 0.0
     peak_mib: float = 0.0
 
     def per_step(self, name: str) -> float:
         """Mean of a figure over the steps."""
         return mean(step[name] for step in self.steps)
+
+    def typical(self, name: str) -> float:
+        """Median of a figure over the steps."""
+        return median(step[name] for step in self.steps)
 
     def rewards(self) -> dict[int, float]:
         """Reward by step, for the steps that sampled; every batch of completions is used for two steps."""
@@ -158,47 +163,73 @@ def make_model(args: argparse.Namespace) -> None:
     unfinished.rename(folder)
 
 
-def wait_for(process: subprocess.Popen, look: Callable[[], None] = lambda: None) -> None:
-    """Wait for the process and call `look` a few times a second; on Ctrl-C stop it too."""
+def wait_for(*processes: subprocess.Popen, look: Callable[[], None] = lambda: None) -> None:
+    """Wait for the processes and call `look` a few times a second; when one fails, or on Ctrl-C, stop the others too."""
     try:
-        while process.poll() is None:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break
             look()
             time.sleep(0.2)
         look()
     finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
 
 
-def train(args: argparse.Namespace, name: str, bar: tqdm) -> Run:
-    """Run the TRL script, with the flag (`shared`) or without (`stock`), and move the bar along."""
-    steps_file, log = args.output / f"{name}.jsonl", args.output / f"{name}.log"
-    shutil.rmtree(args.output / name, ignore_errors=True)
-    steps_file.write_text("")
-    script = [str(SCRIPT), *training_arguments(args, name)]
-    target = ["-m", LAUNCHER, *script, "--use_prefix_grouper"] if name == "shared" else script
-    run, position, started = Run(), 0, time.perf_counter()
+class Training:
+    """One of the two trainings: its process, and what `measure.py` has written so far.
+
+    Args:
+        args: the command line.
+        name: one of `RUNS`.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str) -> None:
+        self.run, self.position = Run(), 0
+        self.file, self.log = args.output / f"{name}.jsonl", args.output / f"{name}.log"
+        shutil.rmtree(args.output / name, ignore_errors=True)
+        self.file.write_text("")
+        script = [str(SCRIPT), *training_arguments(args, name)]
+        target = ["-m", LAUNCHER, *script, "--use_prefix_grouper"] if name == RUNS[0] else script
+        turns = ["--before" if name == RUNS[0] else "--after", str(args.output / f"{RUNS[name == RUNS[0]]}.jsonl")]
+        self.command = [str(HERE / "measure.py"), str(self.file), *turns, "--", *target]
+
+    def start(self) -> subprocess.Popen:
+        self.process = start(self.command, self.log)
+        return self.process
+
+    def look(self, bar: tqdm) -> None:
+        """Read the lines that are new, and move the bar along."""
+        text = self.file.read_text(encoding="utf-8")
+        complete = text.rfind("\n") + 1
+        for record in map(json.loads, text[self.position : complete].splitlines()):
+            if "step" in record:
+                self.run.steps.append(record)
+                bar.update()
+                bar.set_postfix_str(f"reward {list(self.run.rewards().values())[-1]:.2f}")
+            elif "ready" in record:
+                self.run.setup_seconds = record["setup_seconds"]
+            else:
+                self.run.peak_mib = record["peak_mib"]
+        self.position = complete
+
+
+def train(args: argparse.Namespace, bar: tqdm) -> dict[str, Run]:
+    """Run the TRL script with the flag (`shared`) and without (`stock`), in turns."""
+    trainings = {name: Training(args, name) for name in RUNS}
 
     def look() -> None:
-        nonlocal position
-        text = steps_file.read_text(encoding="utf-8")
-        complete = text.rfind("\n") + 1
-        for record in map(json.loads, text[position:complete].splitlines()):
-            if "step" in record:
-                run.steps.append(record)
-                bar.update()
-                bar.set_postfix_str(f"reward {list(run.rewards().values())[-1]:.2f}")
-            else:
-                run.peak_mib = record["peak_mib"]
-        position = complete
+        for training in trainings.values():
+            training.look(bar)
 
-    bar.set_description(f"{name:6}")
-    process = start([str(HERE / "measure.py"), str(steps_file), "--", *target], log)
-    wait_for(process, look)
-    check_exit(process, log)
-    run.seconds = time.perf_counter() - started
-    return run
+    wait_for(*[training.start() for training in trainings.values()], look=look)
+    # The one that failed by itself first: the other was stopped for its sake.
+    for training in sorted(trainings.values(), key=lambda training: training.process.returncode < 0):
+        check_exit(training.process, training.log)
+    return {name: training.run for name, training in trainings.items()}
 
 
 def largest_difference(args: argparse.Namespace) -> float:
@@ -214,6 +245,12 @@ def first_and_last(run: Run) -> tuple[float, float]:
     return mean(rewards[:few]), mean(rewards[-few:])
 
 
+def spread(shared: Run, stock: Run, name: str) -> tuple[float, float]:
+    """Smallest and largest ratio of two steps that ran one after the other."""
+    ratios = [theirs[name] / ours[name] for ours, theirs in zip(shared.steps, stock.steps, strict=True)]
+    return min(ratios), max(ratios)
+
+
 def print_table(shared: Run, stock: Run, difference: float) -> None:
     """Print the comparison."""
 
@@ -226,13 +263,16 @@ def print_table(shared: Run, stock: Run, difference: float) -> None:
     print(f"\n{'':46}{'shared':>11}{'stock':>11}{'stock / shared':>16}")
     row("Reward, first batches", first, stock_first, ".3f", ratio=False)
     row("Reward, last batches", last, stock_last, ".3f", ratio=False)
-    for label, name, form in (
-        ("Tokens forwarded for an update, with padding", "tokens", ",.0f"),
-        ("Seconds for an update (forward and backward)", "update_seconds", ".2f"),
-        ("Seconds for sampling, per update", "generate_seconds", ".2f"),
+    row("Tokens forwarded for an update, with padding", shared.per_step("tokens"), stock.per_step("tokens"), ",.0f")
+    for label, name, figure in (
+        ("Seconds for an update (forward and backward)", "update_seconds", Run.typical),
+        ("Seconds for a whole step, sampling included", "step_seconds", Run.per_step),
     ):
-        row(label, shared.per_step(name), stock.per_step(name), form)
-    row("Seconds in all, start of Python included", shared.seconds, stock.seconds, ".0f")
+        row(label, figure(shared, name), figure(stock, name), ".2f")
+        low, high = spread(shared, stock, name)
+        print(f"{'  from step to step':46}{'':>22}{f'{low:.2f} to {high:.2f}':>16}")
+    row("Seconds for sampling", shared.per_step("generate_seconds"), stock.per_step("generate_seconds"), ".2f")
+    row("Seconds of set-up (model, data, trainer)", shared.setup_seconds, stock.setup_seconds, ".0f", ratio=False)
     row("Peak memory of the process, MiB", shared.peak_mib, stock.peak_mib, ",.0f")
     row("Logged: token_ratio", shared.logged("token_ratio"), None, ".3f")
     row("Logged: rows_per_group", shared.logged("rows_per_group"), None, ".2f")
@@ -266,15 +306,15 @@ def draw(path: Path, shared: Run, stock: Run) -> None:
     left.legend(frameon=False, loc="lower right")
 
     for place, (run, label, color) in enumerate(((shared, "shared", dark), (stock, "stock", pale))):
-        average = run.per_step("update_seconds")
-        right.bar(place, average, color=color, width=0.55, label=label)
-        right.text(place + 0.32, average, f"{average:.2f} s", va="center", ha="left", fontweight="bold")
+        typical = run.typical("update_seconds")
+        right.bar(place, typical, color=color, width=0.55, label=label)
+        right.text(place + 0.32, typical, f"{typical:.2f} s", va="center", ha="left", fontweight="bold")
         times = [step["update_seconds"] for step in run.steps]
         right.scatter([place] * len(times), times, s=12, color="white", edgecolor="#555555", linewidth=0.6, zorder=3)
-    gain = stock.per_step("update_seconds") / shared.per_step("update_seconds")
+    gain = stock.typical("update_seconds") / shared.typical("update_seconds")
     right.set(title=f"Update {gain:.1f} times as fast", ylabel="seconds for an update", xlim=(-0.5, 1.8))
     right.set_xticks((0, 1), ("shared", "stock"))
-    right.set_xlabel("bar: mean, dots: updates")
+    right.set_xlabel("bar: median, dots: updates")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -307,7 +347,7 @@ def main() -> None:
     try:
         make_model(args)
         with tqdm(total=2 * args.steps, unit="update", mininterval=0.5) as bar:
-            runs = {name: train(args, name, bar) for name in RUNS}
+            runs = train(args, bar)
     except DemoError as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
