@@ -45,7 +45,7 @@ def steps_of(shuffle: bool, moves: bool) -> list[list[str]]:
         def train_mini_batch(self, data):
             loading = tu.pop(data, key="dataloader_kwargs")
             for step in tu.make_iterator(data, mini_batch_size=8, epochs=2, seed=3, dataloader_kwargs=loading):
-                steps.append([size.group[0] for size in row_sizes(step)])
+                steps.append([size.group for size in row_sizes(step)])
 
     _shuffle_whole_groups(Worker)
     Worker().train_mini_batch(data=data)
