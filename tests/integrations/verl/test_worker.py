@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from types import SimpleNamespace
 
@@ -30,13 +31,13 @@ def test_a_shuffle_of_whole_groups_has_every_row_once_and_another_order_each_tim
         assert [order[order.index(group[0]) :][: len(group)] for group in groups] == groups
 
 
-def steps_of(shuffle: bool, moves: bool) -> list[list[str]]:
+def steps_of(shuffle: bool, moves: bool) -> list[list[Hashable]]:
     """Groups of the rows of each optimizer step, as verl's own iterator cuts them."""
     case = Case(groups=6)
     rows = make_rows(case)
     data = make_batch(case, rows, len(rows))
     tu.assign_non_tensor(data, dataloader_kwargs={"shuffle": shuffle}, seed=3)
-    steps: list[list[str]] = []
+    steps: list[list[Hashable]] = []
 
     class Worker:
         loss_fn = None
