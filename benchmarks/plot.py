@@ -152,7 +152,50 @@ def draw_updates(rows: list[Row], device: str) -> None:
     save(figure, f"actor-update-{device}.png")
 
 
+def draw_reuse(rows: list[Row]) -> None:
+    """Seconds of an update by the rows of a micro-batch, and its peak memory as the group grows."""
+    colours = {"stock": "#f4b183", "packed": "#8aa1bf", "reused": "#17375e"}
+    groups = sorted({int(row["group"]) for row in rows})
+    lengths = list(dict.fromkeys((row["prompt"], row["response"]) for row in rows))
+    fixed = [row for row in rows if row["group"] == "8"]
+    figure, axes = new_figure(len(lengths) + 1)
+    for ax, length in zip(axes[0], lengths, strict=False):
+        chosen = [row for row in fixed if (row["prompt"], row["response"]) == length]
+        sizes = sorted({int(row["rows"]) for row in chosen})
+        for shift, way in enumerate(colours):
+            cells = {int(row["rows"]): float(row["seconds"]) for row in chosen if row["way"] == way}
+            places = [place + 0.27 * (shift - 1) for place in range(len(sizes))]
+            ax.bar(places, [cells[size] for size in sizes], 0.25, color=colours[way], label=way)
+        ax.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        finish(ax, xlabel="rows of a micro-batch, of 8 in the group", ylabel="seconds of an update",
+               title=f"{length[0]} prompt tokens, responses of {length[1]}")  # fmt: skip
+    ax = axes[0][-1]
+    for way, colour_of_way in colours.items():
+        cells = {int(r["group"]): float(r["peak_mib"]) for r in rows if r["way"] == way and r["rows"] == "2"
+                 and (r["prompt"], r["response"]) == lengths[0]}  # fmt: skip
+        ax.plot(
+            sorted(cells), [cells[g] for g in sorted(cells)], marker="o", markersize=4, color=colour_of_way, label=way
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(groups, [str(group) for group in groups])
+    ax.set_ylim(bottom=0)
+    finish(ax, xlabel="responses in the group", ylabel="peak MiB", title="micro-batches of 2 rows")
+    axes[0][0].legend(frameon=False)
+    save(figure, "prompt-reuse-cpu.png")
+
+
 # ---------------------------------------------------------------------------------------------------------------- page
+
+
+def reuse_table(rows: list[Row]) -> str:
+    """One line for each size, seconds and memory of each way."""
+    ways = ("stock", "packed", "reused")
+    lines = ["| Prompt, response, G | Rows of a micro-batch | " + " | ".join(ways) + " |", "|---" * 5 + "|"]
+    for size in dict.fromkeys((r["prompt"], r["response"], r["group"], r["rows"]) for r in rows):
+        found = {r["way"]: r for r in rows if (r["prompt"], r["response"], r["group"], r["rows"]) == size}
+        cells = [f"{found[w]['seconds']} s, {float(found[w]['peak_mib']):.0f} MiB" if w in found else "-" for w in ways]
+        lines.append(f"| {', '.join(size[:3])} | {size[3]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def attention_table(rows: list[Row]) -> str:
@@ -255,6 +298,7 @@ PARTS: dict[str, tuple[str, Table | None]] = {
     "flops": ("flops.csv", flops_table),
     "actor-update-cpu": ("actor-update-cpu.csv", update_table),
     "actor-update-cuda": ("actor-update-cuda.csv", update_table),
+    "prompt-reuse-cpu": ("prompt-reuse-cpu.csv", reuse_table),
     "plan-check-cpu": ("plan-check-cpu.csv", plan_table),
 }
 
@@ -284,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path = RESULTS / f"{name}-{device}.csv"
             if path.exists():
                 draw(read_csv(path), device)
+    if (RESULTS / "prompt-reuse-cpu.csv").exists():
+        draw_reuse(read_csv(RESULTS / "prompt-reuse-cpu.csv"))
     if (RESULTS / "flops.csv").exists():
         grid = read_csv(RESULTS / "flops.csv")
         draw_flops(grid)

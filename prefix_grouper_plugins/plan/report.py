@@ -140,7 +140,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             bars = found[name]["histogram"]
             axis.bar([bar[0] for bar in bars], [bar[2] for bar in bars], [bar[1] - bar[0] for bar in bars],
                      align="edge", color=dark, edgecolor="white")  # fmt: skip
-            axis.set(title=f"Length of {name}", xlabel="tokens")
+            axis.set(title=f"Length of {name}", xlabel="tokens", ylabel=name)
+            axis.yaxis.get_major_locator().set_params(integer=True)
         for axis, figures, unit, title in (
             (axes[2], found["tokens_per_step"], 1e3, "Thousand tokens of a step"),
             (axes[3], found["peak_bytes"], GIB, "Peak memory, GiB"),
@@ -149,6 +150,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             bars = axis.bar(("shared", "stock"), values, color=(dark, pale), width=0.55)
             axis.bar_label(bars, fmt="%.3g", padding=2, fontweight="bold")
             axis.set(title=title)
+            axis.margins(y=0.12)
         try:
             figure.savefig(path, dpi=130)
         except (OSError, ValueError) as error:

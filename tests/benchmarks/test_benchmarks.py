@@ -384,6 +384,23 @@ def test_plan_is_compared_with_an_update(tmp_path: Path, monkeypatch: pytest.Mon
     assert plot.plan_table([row]).count("|") == 3 * 6
 
 
+def test_updates_by_the_size_of_a_micro_batch_are_drawn_and_tabulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock is left out where a group is large."""
+    monkeypatch.setattr(plot, "IMAGES", tmp_path)
+    sizes = [("1024", "64", "8", "1"), ("1024", "64", "8", "2"), ("1024", "64", "16", "2")]
+    rows = [
+        dict(zip(("prompt", "response", "group", "rows"), size, strict=True), way=way, seconds="1.5", peak_mib="100")
+        for size in sizes
+        for way in ("stock", "packed", "reused")
+        if not (way == "stock" and size[2] == "16")
+    ]
+    plot.draw_reuse(rows)
+    assert (tmp_path / "prompt-reuse-cpu.png").stat().st_size > 5_000
+    assert plot.reuse_table(rows).splitlines()[-1] == "| 1024, 64, 16 | 2 | - | 1.5 s, 100 MiB | 1.5 s, 100 MiB |"
+
+
 CHECKED = read_csv(RESULTS / "plan-check-cpu.csv") if (RESULTS / "plan-check-cpu.csv").exists() else []
 
 
