@@ -22,6 +22,7 @@ import attention  # noqa: E402
 import flops  # noqa: E402
 import growth  # noqa: E402
 import methods  # noqa: E402
+import pairs  # noqa: E402
 import plan_check  # noqa: E402
 import plot  # noqa: E402
 import training  # noqa: E402
@@ -29,7 +30,7 @@ from harness import RESULTS, peak_mib, read_csv, read_facts  # noqa: E402
 
 from prefix_grouper_plugins import bench, shared_prefix_attention, update_bench  # noqa: E402
 
-SCRIPTS = ("actor_update", "attention", "flops", "growth", "plan_check", "plot", "training")
+SCRIPTS = ("actor_update", "attention", "flops", "growth", "pairs", "plan_check", "plot", "training")
 CASE = bench.Case(12, 5, 3, 4, 2, 8, dtype=torch.float64)
 
 
@@ -140,6 +141,14 @@ def test_trainings_of_the_benchmark_learn_the_same_weights() -> None:
     for way in training.WAYS[1:]:
         _, weights = training.run(way, 24, 4, 4, 2)
         assert max(float((weights[name] - stock[name]).abs().max()) for name in stock) <= 5e-5  # float32, Adam
+
+
+def test_pairs_measures_what_learns_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "CASES", pairs.CASES[:1])
+    pairs.main(["--sizes", "24", "4", "--steps", "1", "--repeats", "1", "--output", str(tmp_path / "pairs.csv")])
+    (row,) = read_csv(tmp_path / "pairs.csv")
+    assert float(row["token_ratio"]) == pytest.approx((24 + 2 * 5) / (2 * 29), abs=0.03)  # TRL adds the end of text
+    assert float(row["difference"]) <= 5e-5  # float32, Adam
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
