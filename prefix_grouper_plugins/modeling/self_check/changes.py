@@ -17,6 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 # What these put on a model does not change what it computes for one row.
 _MACHINERY = ("prefix_grouper_plugins.", "torch.distributed.", "torch.utils.checkpoint", "accelerate.", "deepspeed.")
 
+# Gradient checkpointing puts these on embeddings: outputs with requires_grad. transformers adds one whenever it is switched
+# on, which TRL does after each generation.
+_REQUIRES_GRAD = {"make_inputs_require_grads", "make_inputs_require_grad"}
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 _CHECKING: ContextVar[bool] = ContextVar("prefix_grouper_checking", default=False)
 
@@ -50,7 +54,8 @@ def _codes(functions: Iterable[Any]) -> list[Any]:
         inner = getattr(function, "func", function)
         inner = getattr(inner, "__wrapped__", inner)
         module = getattr(inner, "__module__", None) or type(inner).__module__
-        if not str(module).startswith(_MACHINERY):
+        is_known = str(module).startswith(_MACHINERY) or getattr(inner, "__name__", None) in _REQUIRES_GRAD
+        if not is_known:
             found.append(getattr(inner, "__code__", None) or type(inner))
     return found
 

@@ -113,6 +113,17 @@ def test_scoring_and_ordinary_forwards_change_nothing():
     assert fingerprint(model) == before
 
 
+def test_gradient_checkpointing_that_is_switched_on_again_and_again_changes_nothing():
+    """TRL does so after each generation, and transformers adds a hook each time: the model was checked in every step."""
+    model = tiny.model("llama")
+    before = fingerprint(model)
+    for _ in range(2):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        assert fingerprint(model) == before
+        model.gradient_checkpointing_disable()
+
+
 def test_without_the_self_check_an_unsupported_change_is_refused_all_the_same():
     model = enable_prefix_grouper(tiny.model(), self_check=False)
     adapted = get_peft_model(model, LilyConfig(r=4, target_modules=["q_proj"]))
