@@ -73,7 +73,7 @@ def prefix_grouped_logps(
         ``completion_mask`` is 0.
 
     Raises:
-        ValueError: the model has not been enabled, ``temperature`` is not positive, or the batch is not padded so.
+        ValueError: the model has not been enabled, ``temperature`` is not positive, or the batch is not padded as described.
         UnsupportedModelError: the model scales its logits in a way that this function does not reproduce, or ``images``
             holds something that cannot be packed, such as videos.
     """
@@ -114,7 +114,7 @@ def _nothing_to_score(model: nn.Module, shape: torch.Size, compute_entropy: bool
 
 
 class _Head:
-    """The model's way from a hidden state to its logits, checked against the model's own logits of one position."""
+    """How the model gets from a hidden state to its logits, checked against the model's own logits of one position."""
 
     def __init__(self, base: PreTrainedModel, modules: list[nn.Module]) -> None:
         config: Any = base.config.get_text_config(decoder=True)
@@ -132,7 +132,7 @@ class _Head:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
         for module in self.modules:
             hidden = module(hidden)
-        logits = hidden if self.scale == 1.0 else hidden * self.scale  # large, so no copy for nothing
+        logits = hidden if self.scale == 1.0 else hidden * self.scale  # large, so it is copied only if needed
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -161,7 +161,7 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
         raise ValueError(f"{type(base).__name__} has no language-model head: a model for causal LM is needed")
     taken: list[Tensor] = []
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    thread = threading.get_ident()  # hooks stand on the module, so they see the forwards of other threads too
+    thread = threading.get_ident()  # hooks are on the module, so they see the forwards of other threads too
 
     def take(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
@@ -194,8 +194,8 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
 def _leading_to(logits: Tensor, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> list[nn.Module]:
     """The modules, each called with what the one before it returned, of which the last one returned the logits.
 
-    BERT and its kin transform hidden states before they project them. What else a model runs (a value head, say) gives
-    something else than logits.
+    BERT-like models transform hidden states before they project them. Other modules that a model runs
+    (a value head, say) do not return its logits.
     """
     modules: list[nn.Module] = []
     wanted: Tensor | None = None

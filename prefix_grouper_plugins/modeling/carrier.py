@@ -117,7 +117,7 @@ class ModelForward:
 
 
 class PackedLayer:
-    """Mixed into the class of a decoder layer that holds foreign mixers."""
+    """Mixed into the class of a decoder layer that holds token mixers."""
 
     _packed_before = False
 

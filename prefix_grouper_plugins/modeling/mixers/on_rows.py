@@ -1,4 +1,4 @@
-"""Foreign token mixers: modules that mix along the sequence past transformers' attention interface.
+"""Token mixers that run on whole rows: modules that mix tokens without transformers' attention interface.
 
 Recurrent layers (Mamba, gated delta nets), short convolutions, linear attention and attention with code of its own do
 not fit the shared-prefix core. They run by *expand, run, collapse*: the packed hidden states are laid out again as rows,
@@ -15,7 +15,7 @@ experts, norms, the head) stays shared.
 Where the code of a recurrent layer lets a scan start from a given state, the prefix is scanned only once and the layer
 runs on the packed row itself: *state forking*, in modeling/mixers/state_forking.py.
 
-How the layout gets there is in modeling/carrier.py.
+modeling/carrier.py brings the layout to the mixers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from prefix_grouper_plugins.rows import Rows, rows_of
 # Arguments that run along the sequence, `[1, T, ...]`: laid out as rows, like the hidden states themselves.
 _ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "k", "q"}
 _CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
-# How ordinary packed batches say where rows begin. The rows are batched here, so there is nothing to say.
+# How ordinary packed batches say where rows begin. The rows are a padded batch here, so these are dropped.
 _ROW_BOUNDARIES = {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 # What trainers hand to the loss head; many models pass every keyword on to their layers.
 _OF_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
@@ -51,7 +51,7 @@ _MASKS = {"attention_mask", "mask", "conv_mask"}
 
 
 class PackedMixer:
-    """Mixed into the class of a foreign mixer."""
+    """Mixed into the class of a token mixer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = LAYER_CALL.get()
@@ -74,7 +74,7 @@ class Unchanged(Rows):
         self.home = layout.position_ids  # for its length
 
     def expand(self, x: Tensor) -> Tensor:
-        """Nothing but the check of the shape."""
+        """Check the shape only."""
         self.check(x)
         return x
 

@@ -1,15 +1,15 @@
-"""State forking: recurrent mixers scan a shared prefix once, and each branch goes on from the state behind it.
+"""State forking: recurrent mixers scan a shared prefix once, and each branch continues from the state at its end.
 
 A gated delta net (arXiv 2412.06464) or a Mamba-2 layer (arXiv 2405.21060) mixes tokens in two places: a short causal
 convolution, and a scan whose kernel takes an initial state and returns the final one, with gradients through both. The
-segments of a layout are disjoint pieces of the rows, and by the branch rule a child begins right behind its parent. So
+segments of a layout are disjoint pieces of the rows, and by the branch rule a child begins right after its parent. So
 
 - the convolution of a segment needs the last ``K - 1`` inputs of the path that leads to it, and
 - its scan starts from the final state of its parent. The gradients of all branches meet in that state.
 
-The forward of the module itself runs on the packed row. Only the two functions that mix are exchanged, for one call:
-as globals of the forward, or as attributes of the module, whichever its code uses. Where that cannot be done
-(:func:`why_not_forked`), the mixer takes whole rows instead, see modeling/mixers/on_rows.py.
+The forward of the module itself runs on the packed row. Only the two functions that mix tokens are replaced, and only for
+that call: as globals of the forward or as attributes of the module, whichever its code uses. Where that is impossible
+(:func:`why_not_forked`), the mixer runs on whole rows instead, see modeling/mixers/on_rows.py.
 
 A prompt that is forwarded once for several forwards of its responses (modeling/prompt_cache.py) ends in a state and in
 ``K - 1`` inputs, which the responses begin from.
@@ -45,9 +45,9 @@ class _Batch:
     """Segments of one level that are scanned together: ``N`` rows of ``L`` positions.
 
     Attributes:
-        index (`LongTensor[N, L]`): packed positions; a segment that is shorter repeats its last one.
-        parents (`LongTensor[N]` or None): where the initial states lie among the final states of the level above.
-        forks: whether segments go on from here. Then none is padded, since padding would change their final states.
+        index (`LongTensor[N, L]`): packed positions; a shorter segment repeats its last one.
+        parents (`LongTensor[N]` or None): index of each initial state among the final states of the level above.
+        forks: whether other segments continue from these. Then none is padded: padding would change the final states.
     """
 
     __slots__ = ("forks", "index", "parents")
@@ -57,12 +57,12 @@ class _Batch:
 
 
 class Scan:
-    """The segments of a layout in the order of their scan.
+    """The order in which the segments of a layout are scanned.
 
     Args:
         layout: the layout.
-        chunk: tokens that the kernel takes at a time. Leaves of equally many chunks are scanned together, so that no row
-            is padded beyond its last chunk.
+        chunk: tokens that the kernel takes at a time. Leaves with the same number of chunks are scanned together, so that
+            no row is padded beyond its last chunk.
     """
 
     def __init__(self, layout: PrefixLayout, chunk: int) -> None:
@@ -121,12 +121,12 @@ class Scan:
         given: Tensor | None = None,
         keep: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """A recurrence over all rows, each segment once.
+        """Run a recurrence over all rows, each segment once.
 
         Args:
             run: ``(inputs [N, L, ...], initial state [N, ...] or None, whether to return the final one)`` ->
                 ``(output [N, L, ...], final state [N, ...] or None)``.
-            inputs: what runs along the sequence, ``[1, T, ...]`` each.
+            inputs: the tensors with one entry for each token, ``[1, T, ...]`` each.
             given: the state behind the given tokens, ``[1, ...]``, where the layout has some.
             keep: called with the state behind the last token, ``[1, ...]``, where the layout is that of a prompt.
 
@@ -175,12 +175,12 @@ class Scan:
         return run(inputs.unsqueeze(0))[0][home].unsqueeze(0)
 
     def _with_context(self, width: int) -> tuple[Tensor, Tensor]:
-        """All segments end to end, each behind the ``width - 1`` positions that its first outputs need.
+        """All segments end to end, each preceded by the ``width - 1`` positions that its first outputs need.
 
         Returns:
             index (`LongTensor[T + S * (width - 1)]`): packed positions, -1 in front of a row's beginning; given tokens
                 have negative ones, the last is -1.
-            home (`LongTensor[T]`): where each packed position lies in it.
+            home (`LongTensor[T]`): for each packed position, its place in ``index``.
         """
         index: list[Tensor] = []
         home: list[Tensor] = []
@@ -220,7 +220,7 @@ def _spans_behind_given(layout: PrefixLayout) -> list[tuple[int, int, int]]:
 
 
 def _batches(members: list[int], spans: list[tuple[int, int, int]], chunk: int) -> list[tuple[list[int], bool]]:
-    """Segments of a level that are scanned together, and whether branches go on from them; those first."""
+    """Segments of a level that are scanned together, and whether branches continue from them; those come first."""
     inner = {parent for _, _, parent in spans}
     found: dict[tuple[bool, int], list[int]] = {}
     for segment in members:
@@ -234,7 +234,7 @@ _SCANS: weakref.WeakKeyDictionary[PrefixLayout, dict[int, Scan]] = weakref.WeakK
 
 
 def scan_of(layout: PrefixLayout, chunk: int = _CHUNK) -> Scan:
-    """The order of the scan of ``layout``, worked out once for each layout and chunk size."""
+    """The scan of ``layout``, worked out once for each layout and chunk size."""
     scans = _SCANS.setdefault(layout, {})
     if chunk not in scans:
         with torch.inference_mode(False):  # a later training step may use it as well
@@ -263,7 +263,7 @@ def _states(layout: PrefixLayout, module: nn.Module, name: str, inputs: Sequence
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the forward of a class of mixers calls what mixes tokens.
+    """How the forward of a mixer class calls the functions that mix tokens.
 
     Attributes:
         convolutions: names of its convolutions.
@@ -271,7 +271,7 @@ class Recipe:
         scan: name of its scan, None for mixers that only convolve.
         fork: ``(layout, module, original) -> replacement`` for the scan.
         state: the parameters by which the scan takes and returns a state.
-        fused: a function that does all at once, or returns None for "step by step".
+        fused: a function that does everything at once, or returns None to ask for the separate steps.
     """
 
     convolutions: tuple[str, ...]
@@ -283,7 +283,7 @@ class Recipe:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all functions that are exchanged."""
+        """Names of all functions that are replaced."""
         return (*self.convolutions, *filter(None, (self.scan, self.fused)))
 
 
@@ -298,7 +298,7 @@ def _convolve_function(layout: PrefixLayout, module: nn.Module, name: str, origi
 
         def run(inputs: Tensor) -> Tensor:
             columns = inputs.transpose(1, 2)
-            if original is None:  # what the module does then
+            if original is None:  # the module then falls back to this
                 out = F.silu(module.conv1d(columns)[..., : columns.shape[-1]])  # type: ignore[operator]
             else:
                 out = original(x=columns, **kwargs) if named else original(columns, *rest, **kwargs)
@@ -349,7 +349,7 @@ def _fork_chunk_scan(layout: PrefixLayout, module: nn.Module, original: Callable
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Any:
         if kwargs.get("z") is not None:
-            raise UnsupportedModelError("a Mamba-2 layer gates inside of its scan, which state forking does not know")
+            raise UnsupportedModelError("a Mamba-2 layer gates inside its scan, which state forking does not know")
         returns_state = kwargs.pop("return_final_states", False)
 
         def run(inputs: tuple[Tensor, ...], initial: Tensor | None, forks: bool) -> tuple[Tensor, Tensor | None]:
@@ -416,7 +416,7 @@ def forked_forward(module: nn.Module, recipes: tuple[Recipe, ...], layout: Prefi
 
     Args:
         module: a mixer for which :func:`why_not_forked` gives no reason.
-        recipes: what is known of its kind.
+        recipes: the recipes of its kind.
         layout: the layout of the packed row.
     """
     code = _raw_forward(module)
@@ -438,7 +438,7 @@ def forked_forward(module: nn.Module, recipes: tuple[Recipe, ...], layout: Prefi
 
 
 class _Instead:
-    """A module some attributes of which are others."""
+    """Stands in for a module, with some attributes replaced."""
 
     __slots__ = ("_attributes", "_module")
 
@@ -450,11 +450,11 @@ class _Instead:
 
 
 def _raw_forward(module: nn.Module) -> types.FunctionType:
-    """The forward of transformers' own class, out of its decorators."""
+    """The forward of transformers' own class, without its decorators."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("transformers.models.") and "_prefix_grouper_base" not in vars(cls):
             return inspect.unwrap(cls.forward)  # type: ignore[attr-defined,return-value]
-    raise TypeError(f"{type(module).__name__} is no class of transformers")
+    raise TypeError(f"{type(module).__name__} is not a class of transformers")
 
 
 def _fitting(code: types.FunctionType, recipes: tuple[Recipe, ...]) -> Recipe | None:
@@ -475,7 +475,7 @@ def _original(module: nn.Module, code: types.FunctionType, name: str) -> Any:
 
 
 def _parameters(function: Any) -> frozenset[str]:
-    """What a kernel takes. transformers wraps kernels so that keywords which they do not take are dropped silently."""
+    """Parameters that a kernel takes. transformers wraps kernels and silently drops keywords that they do not take."""
     return _taken_by(function.forward if isinstance(function, nn.Module) else function)
 
 

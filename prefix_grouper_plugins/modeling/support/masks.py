@@ -1,7 +1,7 @@
-"""Masks that a transformers model makes for its layers, of which packed rows keep only what attention is told besides.
+"""Finds what the masks of a transformers model express and its attention function does not receive as an argument.
 
-A packed call brings a placeholder for the mask, which transformers hands through as it is (modeling/attention.py). What a
-mask alone says, a window that attention is not told or that it reads both ways, is therefore found here, before.
+A packed call carries a placeholder instead of a mask, which transformers passes through (modeling/attention.py). A sliding
+window, or attention in both directions, that only the mask expresses would be lost, so it is detected beforehand.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def masks_hide_nothing(models: Iterable[PreTrainedModel]) -> bool:
 
 
 def window_reasons(models: Iterable[PreTrainedModel], layers: Iterable[Layer]) -> list[str]:
-    """Layers of ``models`` whose mask has another sliding window than their attention function is told."""
+    """Layers of ``models`` whose mask has a different sliding window from the one that their attention function receives."""
     in_masks = _SLIDING_MASK in mask_functions(models)
     reasons: dict[str, None] = {}  # ordered set: the layers of a model mostly share one reason
     for _, module in layers:
-        masked, told = _windows(module)
+        masked, passed = _windows(module)
         masked = masked if in_masks else None
-        if masked != told:
+        if masked != passed:
             reasons[
-                f"{type(module).__name__} masks with sliding_window={masked} but calls its attention function with {told}, "
+                f"{type(module).__name__} masks with sliding_window={masked} but calls its attention function with {passed}, "
                 "and packed rows have no mask: make `layer_types` full_attention, or choose settings in which both agree"
             ] = None
     return list(reasons)
 
 
 def _windows(module: nn.Module) -> tuple[int | None, int | None]:
-    """The window of a layer's mask, if its model makes such masks, and the one that its attention function is told."""
+    """The window of a layer's mask, if its model makes such masks, and the one that its attention function receives."""
     config: Any = getattr(module, "config", None)
     window = getattr(config, "sliding_window", None)
     hands_on = any("sliding_window" in _strings(code) for code in _codes_of(module))
@@ -61,8 +61,8 @@ def _windows(module: nn.Module) -> tuple[int | None, int | None]:
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and index < len(kinds) and kinds[index] not in _SLIDING_LAYER_TYPES:
             masked = None
-    told = module.sliding_window if hands_on and getattr(module, "is_sliding", True) else None
-    return masked, told  # type: ignore[return-value]
+    passed = module.sliding_window if hands_on and getattr(module, "is_sliding", True) else None
+    return masked, passed  # type: ignore[return-value]
 
 
 def _codes_of(module: nn.Module) -> Iterator[CodeType]:

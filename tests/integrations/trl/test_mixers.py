@@ -87,7 +87,7 @@ def test_three_steps_give_the_stock_weights(model_type, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES - NOT_IN_STOCK - set(KINDS)))
 def test_every_type_with_mixers_gives_the_stock_weights(model_type, tmp_path, monkeypatch):
     if model_type not in CONFIG_MAPPING or not Anatomy(families.build(model_type)).mixers:
-        pytest.skip("no foreign mixers")
+        pytest.skip("no token mixers")
     layers = check_support(families.build(model_type)).layers
     forked = any(layer.backend == "state forking" for layer in layers)
     tolerance = 1e-6 if model_type in IN_FLOAT32 else FORKED_IN_FLOAT32 if forked else 1e-9

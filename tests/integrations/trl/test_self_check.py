@@ -90,7 +90,7 @@ def test_a_patched_model_can_fall_back_to_the_stock_weights(monkeypatch, llama, 
     count_packed_positions(monkeypatch)
     use_float64_head(monkeypatch)
     if sharded:
-        monkeypatch.setattr(ours, "_SHARDED", {DistributedType.NO})
+        monkeypatch.setattr(ours, "SHARDED", {DistributedType.NO})
     stock, _ = train(llama, shared=False, **GROUPED)
     fallen, trainer = train(llama, shared=True, prefix_grouper_on_unsupported="fallback", **GROUPED)
     assert largest_difference(stock, fallen) < 1e-12
@@ -100,7 +100,7 @@ def test_a_patched_model_can_fall_back_to_the_stock_weights(monkeypatch, llama, 
 
 
 def test_a_model_that_is_to_be_sharded_waits_for_its_first_forward(monkeypatch, caplog, llama):
-    monkeypatch.setattr(ours, "_SHARDED", {DistributedType.NO})
+    monkeypatch.setattr(ours, "SHARDED", {DistributedType.NO})
     with caplog.at_level(logging.INFO, logger="prefix_grouper_plugins"):
         trainer = make_trainer(llama, shared=True, **GROUPED)
         assert self_check_pending(trainer.model) and not checks(caplog)

@@ -1,4 +1,4 @@
-"""Foreign token mixers: rows and back, the layout's way to them, and faults that the family comparison must notice."""
+"""Token mixers on whole rows: rows and back, the layout's way to them, and faults that the family comparison must notice."""
 
 from __future__ import annotations
 
