@@ -11,10 +11,13 @@ ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 TEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/integrations/verl tests/examples
 INSTALL := python -m pip install --quiet --disable-pip-version-check
+# The lowest that is supported, the one that many machines have, and the newest: torch:transformers.
+TORCH_VERSIONS ?= 2.8.0:5.5.0 2.11.0:5.17.0 2.15.0:5.24.0
+VERSION_TESTS := tests/attention $(addprefix tests/modeling/test_,attention.py carrier.py enable.py inputs.py) tests/test_scoring.py
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix bench bench-gpu gpu-check gpu-speed gpu-update support-table trust docs dist lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix test-versions bench bench-gpu gpu-check gpu-speed gpu-update support-table trust docs dist lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -57,6 +60,15 @@ test-matrix: $(VENV)/ready ## the TRL tests on every supported TRL release
 	  $(BIN)/$(INSTALL) --no-deps --upgrade \
 	    --target .venvs/matrix/trl-$$version trl==$$version; \
 	  PYTHONPATH=.venvs/matrix/trl-$$version EXPECTED_TRL=$$version $(TEST) tests/integrations/trl; \
+	done
+
+test-versions: ## the tests of attention and of the packed model on each torch and transformers of TORCH_VERSIONS (some GB for each)
+	@set -e; for pair in $(TORCH_VERSIONS); do \
+	  environment=.venvs/torch-$${pair%:*}; \
+	  echo "== torch $${pair%:*}, transformers $${pair#*:}"; \
+	  [ -x $$environment/bin/python ] || $(PYTHON) -m venv $$environment; \
+	  $$environment/bin/$(INSTALL) torch==$${pair%:*} transformers==$${pair#*:} peft -e '.[test]'; \
+	  $(ENVIRONMENT) $$environment/bin/python -m pytest -n $(WORKERS) $(VERSION_TESTS); \
 	done
 
 bench: $(VENV)/ready ## the CPU benchmarks, then the pictures and tables of docs/benchmarks.md (about 20 minutes)

@@ -24,6 +24,6 @@ def flash_on_cpu(forward: Any = None, backward: Any = None) -> Iterator[None]:
         forward, backward = emulated_flash_forward, emulated_flash_backward
     with (
         mock.patch.object(merged_lse, "cpu", cuda),
-        mock.patch.object(cuda, "flash_ops", return_value=(forward, backward)),
+        mock.patch.object(cuda, "flash_ops", lambda: (forward, backward)),
     ):
         yield

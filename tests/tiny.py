@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WORDS = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(21)]  # few, so that many completions end by themselves
 SIZES: dict[str, Any] = {
@@ -64,6 +66,8 @@ def saved_model(folder: Path, model_type: str = "qwen3", **changes: Any) -> str:
 
 def prompts(count: int = 64, shortest: int = 3, longest: int = 12, seed: int = 0) -> Dataset:
     """Prompts of random words and lengths, so that batches are padded."""
+    from datasets import Dataset  # comes with TRL, and most tests need none
+
     source = random.Random(seed)
     return Dataset.from_list(
         [{"prompt": " ".join(source.choices(WORDS[3:], k=source.randint(shortest, longest)))} for _ in range(count)]

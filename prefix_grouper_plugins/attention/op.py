@@ -10,6 +10,7 @@ Attention sinks belong here: a sink is one more partial with output 0 and a cons
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,7 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:
     """``out [Q, H, D_v]`` in the query's dtype and ``lse [H, Q]`` (not differentiable); arguments already validated."""
     forest, options, request = _prepare(query, value, segments, num_given, Options(scale, window, softcap))
-    with torch.autocast(query.device.type, enabled=False):  # inside an op autocast would narrow the matrix products
+    with _without_autocast(query.device.type):
         out, lse = run(backend, request, lambda chosen: chosen.forward(query, key, value, forest, options))
         if sinks is not None:
             merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
@@ -80,7 +81,7 @@ def attention_backward_op(
     """Gradients of query, key, value and sinks (empty without sinks), each in its input's dtype."""
     forest, options, request = _prepare(query, value, segments, num_given, Options(scale, window, softcap))
     tensors = (grad_out, query, key, value, out, lse)
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         grads = run(backend, request, lambda chosen: chosen.backward(*tensors, forest, options))
         dq, dk, dv = (grad.to(query.dtype).contiguous() for grad in grads)
         if sinks is None:
@@ -96,9 +97,15 @@ def _prepare(
     """The forest, the options with the window that is left of theirs, and the request; alike in forward and backward."""
     _refuse_capture(query.device)
     forest = forest_of(segments, num_given)
-    options = replace(options, window=forest.effective_window(options.window))
+    if options.window is not None:
+        options = replace(options, window=forest.effective_window(options.window))
     request = Request(query.device, query.dtype, query.shape[2], value.shape[2], options.window, options.softcap)
     return forest, options, request
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Inside an operator autocast would narrow the matrix products. Where it is off already, switching takes longer than asking."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _refuse_capture(device: torch.device) -> None:

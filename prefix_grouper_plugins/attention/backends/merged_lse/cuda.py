@@ -44,9 +44,9 @@ class Rows(NamedTuple):
     end: int
     gaps: Tensor | None
 
-    @property
-    def slice(self) -> slice:
-        return slice(self.start, self.end)
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of ``x [N, ...]``."""
+        return x if self.start == 0 and self.end == x.shape[0] else x[self.start : self.end]
 
 
 class VarlenCall(NamedTuple):
@@ -166,14 +166,16 @@ def varlen_forward(
     q, k, v = (_aligned(x) for x in (q, k, v))
     out = lse = torch.empty(0)
     for call in calls:
-        queries, keys = call.queries.slice, call.keys.slice
-        lengths = (call.cu_q, call.cu_k, call.max_q, call.max_k)
-        partial_out, partial_lse = op(q[queries], k[keys], v[keys], *lengths, 0.0, call.causal, False, scale=scale)[:2]
+        queries, keys = call.queries, call.keys
+        partial_out, partial_lse = op(
+            queries.of(q), keys.of(k), keys.of(v), *call[:4], 0.0, call.causal, False, scale=scale
+        )[:2]
         if call.causal:  # it comes first and reaches every query
             out = partial_out.to(_sum_dtype(calls, q.dtype))
             lse = partial_lse.to(accumulation_dtype(q.dtype))
         else:
-            merge(out[queries], lse[:, queries], partial_out, partial_lse.to(lse.dtype), call.queries.gaps)
+            reached = slice(queries.start, queries.end)
+            merge(queries.of(out), lse[:, reached], partial_out, partial_lse.to(lse.dtype), queries.gaps)
     return out, lse
 
 
@@ -204,22 +206,22 @@ def varlen_backward(
     unused = torch.empty(0, device=q.device)
     totals: tuple[Tensor, ...] = ()
     for call in calls:
-        queries, keys = call.queries.slice, call.keys.slice
-        lengths = (call.cu_q, call.cu_k, call.max_q, call.max_k)
-        tensors = (do[queries], q[queries], k[keys], v[keys], out[queries], lse[:, queries].contiguous())
-        grads = op(*tensors, *lengths, 0.0, call.causal, rng_state, unused, scale=scale)
+        queries, keys = call.queries, call.keys
+        part_of_lse = lse if call.causal else lse[:, queries.start : queries.end].contiguous()
+        tensors = (queries.of(do), queries.of(q), keys.of(k), keys.of(v), queries.of(out), part_of_lse)
+        grads = op(*tensors, *call[:4], 0.0, call.causal, rng_state, unused, scale=scale)
         if call.causal:
             dtype = _sum_dtype(calls, q.dtype)
-            totals = tuple(_whole(x, len(k), dtype) if i else x.to(dtype) for i, x in enumerate(grads))
+            totals = tuple(_whole(x, k.shape[0], dtype) if i else x.to(dtype) for i, x in enumerate(grads))
             continue
         for total, grad, rows in zip(totals, grads, (call.queries, call.keys, call.keys), strict=True):
-            add(total[rows.slice], grad, rows.gaps)
+            add(rows.of(total), grad, rows.gaps)
     return totals[0], totals[1], totals[2]
 
 
 def _whole(grad: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
     """The gradient of all keys, from that of the keys behind the given ones."""
-    num_given = num_tokens - len(grad)
+    num_given = num_tokens - grad.shape[0]
     if not num_given:
         return grad.to(dtype)
     whole = grad.new_zeros((num_tokens, *grad.shape[1:]), dtype=dtype)

@@ -5,6 +5,7 @@ All compute in float32, or float64 for float64, whatever they read and write. Wi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,7 +77,12 @@ def _fused(x: Tensor, sums: Tensor) -> Any:
     """The module of fused kernels where they can run, else None."""
     if sums.dtype == torch.float64 or (x.device.type == "cpu" and not interpreted()):
         return None
-    if why_not_triton(x.device, "the fused merges") is not None:
+    return _fused_on(x.device, interpreted())
+
+
+@lru_cache  # asked four times for each layer, and the answer takes some microseconds
+def _fused_on(device: torch.device, interpreted: bool) -> Any:
+    if why_not_triton(device, "the fused merges") is not None:
         return None
     from prefix_grouper_plugins.attention.backends.merged_lse import fused
 

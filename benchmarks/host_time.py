@@ -1,0 +1,188 @@
+"""What does sharing cost on the host: microseconds of an attention layer, and how often a micro-batch waits for the device?
+
+    python benchmarks/host_time.py             needs no GPU
+
+A layer's forward and backward run through the CUDA driver with flash and Triton kernels that do nothing, so what is left is
+Python, torch's dispatch, and the few operators between the kernels; the layers of a model follow one another as in a
+training step. `machinery` is an operator of torch with the same signature that returns its inputs: what torch takes for any
+custom operator with a backward. Ours is `attention` less `machinery`.
+
+A wait is a read of a tensor that would lie on the device: an item, a list, a copy to the host, a mask taken as an index. They
+are counted on marked tensors of a micro-batch, from the trainer's padded rows to the gradients, and listed with the line
+that waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from emulation import flash_on_cpu
+from harness import RESULTS, number, use, write_csv
+from torch import Tensor, library
+
+from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper, prefix_grouped_logps, shared_prefix_attention
+from prefix_grouper_plugins.attention.backends.merged_lse import merge
+
+ROOT = Path(__file__).parents[1]
+LAYERS = 28
+LIMIT_US = 100.0  # of our own, for a layer's forward and backward
+LAYOUTS = {
+    "one group": PrefixLayout.from_groups([40], [[10] * 8]),
+    "a short prompt, its keys gathered": PrefixLayout.from_groups([8], [[30] * 8]),
+    "four groups": PrefixLayout.from_groups([40] * 4, [[10] * 8] * 4),
+    "one response, its prompt given": PrefixLayout.from_groups([40], [[10]]).given(39),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- host time
+
+
+@library.custom_op("benchmarks::machinery", mutates_args=())
+def _machinery(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, backend: str) -> list[Tensor]:
+    return [query.clone(), query.new_empty(0)]
+
+
+@library.custom_op("benchmarks::machinery_backward", mutates_args=())
+def _machinery_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> list[Tensor]:
+    return [query.clone(), key.clone(), value.clone()]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _give(ctx: Any, grads: Any) -> tuple[Any, ...]:
+    return *_machinery_backward(grads[0], *ctx.saved_tensors), None, None, None
+
+
+_machinery.register_autograd(_give, setup_context=_keep)
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def microseconds(ways: Sequence[Attention], layout: PrefixLayout, rounds: int) -> list[float]:
+    """Of a layer's forward and backward on the process's clock, for each way: the best of ``rounds`` models, in turns."""
+    sizes = ((layout.num_queries, 4), (layout.num_tokens, 2), (layout.num_tokens, 2))
+    tensors = [torch.randn(tokens, heads, 16, dtype=torch.bfloat16, requires_grad=True) for tokens, heads in sizes]
+    best = [float("inf")] * len(ways)
+    for _ in range(rounds):
+        for place, run in enumerate(ways):
+            started = time.process_time()
+            outs = [run(*tensors) for _ in range(LAYERS)]
+            torch.autograd.backward(outs, [torch.ones_like(outs[0])] * LAYERS)
+            best[place] = min(best[place], time.process_time() - started)
+            for x in tensors:
+                x.grad = None
+    return [seconds / LAYERS * 1e6 for seconds in best]
+
+
+def no_flash() -> tuple[Any, Any]:
+    """Flash ops that return memory as it is."""
+
+    def forward(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
+        lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+        return torch.empty_like(query), lse, lse, lse, lse
+
+    def backward(do: Tensor, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in inputs[:3])
+
+    return forward, backward
+
+
+class NoKernels:
+    """Triton kernels that leave memory as it is."""
+
+    @staticmethod
+    def merge(*arguments: Any) -> None: ...
+
+    accumulate = sum_copies = merge
+
+
+def host_times(rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of a layer, for each layout."""
+    rows = []
+    for name, layout in LAYOUTS.items():
+        with flash_on_cpu(*no_flash()), mock.patch.object(merge, "_fused", lambda *tensors: NoKernels):
+            ours: Attention = lambda q, k, v, at=layout: shared_prefix_attention(q, k, v, at)  # noqa: E731
+            torchs: Attention = lambda q, k, v, at=layout: _machinery(q, k, v, at.segments, 1.0, "")[0]  # noqa: E731
+            attention, machinery = microseconds((ours, torchs), layout, rounds)
+        found = {"attention_us": attention, "machinery_us": machinery, "ours_us": attention - machinery}
+        rows.append({"what": name, **{key: number(value, 3) for key, value in found.items()}, "waits": "", "where": ""})
+        print(f"{name}: {attention:.0f} us a layer, {machinery:.0f} of them torch's own machinery", flush=True)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- waits
+
+_READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "equal"}
+_READS |= {"unique", "unique_consecutive", "bincount", "repeat_interleave", "allclose", "__contains__"}
+
+
+class OnDevice(Tensor):
+    """A tensor that stands for one on the device: what is computed from it stands there too, and reads of it are counted."""
+
+    waits: Counter[str] = Counter()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        masks = name in ("__getitem__", "__setitem__") and any(
+            isinstance(x, OnDevice) and x.dtype == torch.bool
+            for x in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in _READS or masks or (name == "to" and "cpu" in map(str, args[1:])):
+            cls.waits[cls._line(name)] += 1
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        read = name in ("cpu", "numpy", "tolist") or (name == "to" and "cpu" in map(str, args[1:]))
+        return result.as_subclass(Tensor) if read and isinstance(result, Tensor) else result
+
+    @staticmethod
+    def _line(name: str) -> str:
+        """The line of the package that reads, or of whoever does."""
+        frames = [f for f in traceback.extract_stack()[:-2] if "prefix_grouper_plugins" in f.filename] or [None]
+        frame = frames[-1]
+        where = "torch or transformers" if frame is None else f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno}"
+        return f"{name} in {where}"
+
+
+def waits_of_a_micro_batch() -> Counter[str]:
+    """Reads of device tensors by line, from a trainer's padded rows to the gradients."""
+    from models import build, shape_of
+
+    model = enable_prefix_grouper(build(shape_of("tiny"), "cpu", torch.float32), self_check=False)
+    ids = torch.randint(256, (4, 20), generator=torch.Generator().manual_seed(0))
+    ids[1:, :12] = ids[0, :12]
+    blocks = [ids[:, :12], torch.ones(4, 12, dtype=torch.long), ids[:, 12:], torch.ones(4, 8, dtype=torch.long)]
+    OnDevice.waits.clear()
+    logps, _ = prefix_grouped_logps(model, *(block.clone().as_subclass(OnDevice) for block in blocks))
+    logps.sum().backward()
+    return Counter(OnDevice.waits)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200, help="models, of which the fastest counts (default: 200)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "host-time.csv")
+    args = parser.parse_args(arguments)
+    use("cpu")
+    rows = host_times(args.rounds)
+    waits = waits_of_a_micro_batch()
+    for line, count in waits.items():
+        rows.append({"what": "waits of a micro-batch", **dict.fromkeys(list(rows[0])[1:4], ""), "waits": count, "where": line})
+        print(f"waits {count} x {line}", flush=True)
+    write_csv(args.output, rows, "cpu", f"a layer's forward and backward of {LAYERS}, kernels that do nothing; not run on a GPU")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
