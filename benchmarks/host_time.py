@@ -29,7 +29,14 @@ from emulation import flash_on_cpu
 from harness import RESULTS, number, use, write_csv
 from torch import Tensor, library
 
-from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper, prefix_grouped_logps, shared_prefix_attention
+from prefix_grouper_plugins import (
+    PrefixLayout,
+    batch,
+    enable_prefix_grouper,
+    layout,
+    prefix_grouped_logps,
+    shared_prefix_attention,
+)
 from prefix_grouper_plugins.attention.backends.merged_lse import merge
 
 ROOT = Path(__file__).parents[1]
@@ -112,11 +119,11 @@ class NoKernels:
 def host_times(rounds: int) -> list[dict[str, Any]]:
     """Microseconds of a layer, for each layout."""
     rows = []
-    for name, layout in LAYOUTS.items():
+    for name, packed in LAYOUTS.items():
         with flash_on_cpu(*no_flash()), mock.patch.object(merge, "_fused", lambda *tensors: NoKernels):
-            ours: Attention = lambda q, k, v, at=layout: shared_prefix_attention(q, k, v, at)  # noqa: E731
-            torchs: Attention = lambda q, k, v, at=layout: _machinery(q, k, v, at.segments, 1.0, "")[0]  # noqa: E731
-            attention, machinery = microseconds((ours, torchs), layout, rounds)
+            ours: Attention = lambda q, k, v, at=packed: shared_prefix_attention(q, k, v, at)  # noqa: E731
+            torchs: Attention = lambda q, k, v, at=packed: _machinery(q, k, v, at.segments, 1.0, "")[0]  # noqa: E731
+            attention, machinery = microseconds((ours, torchs), packed, rounds)
         found = {"attention_us": attention, "machinery_us": machinery, "ours_us": attention - machinery}
         rows.append({"what": name, **{key: number(value, 3) for key, value in found.items()}, "waits": "", "where": ""})
         print(f"{name}: {attention:.0f} us a layer, {machinery:.0f} of them torch's own machinery", flush=True)
@@ -125,7 +132,19 @@ def host_times(rounds: int) -> list[dict[str, Any]]:
 
 # -------------------------------------------------------------------------------------------------------------- waits
 
-_READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "equal"}
+_READS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "nonzero",
+    "masked_select",
+    "equal",
+}
 _READS |= {"unique", "unique_consecutive", "bincount", "repeat_interleave", "allclose", "__contains__"}
 
 
@@ -165,8 +184,21 @@ def waits_of_a_micro_batch() -> Counter[str]:
     ids[1:, :12] = ids[0, :12]
     blocks = [ids[:, :12], torch.ones(4, 12, dtype=torch.long), ids[:, 12:], torch.ones(4, 8, dtype=torch.long)]
     OnDevice.waits.clear()
-    logps, _ = prefix_grouped_logps(model, *(block.clone().as_subclass(OnDevice) for block in blocks))
-    logps.sum().backward()
+    on_host = batch._on_host
+
+    def copy_once(
+        *there: Tensor,
+    ) -> tuple[Tensor, ...]:  # on the CPU it copies nothing; tests/test_batch.py counts its reads
+        OnDevice.waits["one copy of ids and masks in prefix_grouper_plugins/batch.py (_on_host)"] += 1
+        return on_host(*(block.as_subclass(Tensor) for block in there))
+
+    with (
+        mock.patch.object(batch, "_on_host", copy_once),
+        mock.patch.object(batch, "on_device", lambda x, device: x.as_subclass(OnDevice)),
+        mock.patch.object(layout, "on_device", lambda x, device: x if device is None else x.as_subclass(OnDevice)),
+    ):
+        logps, _ = prefix_grouped_logps(model, *(block.clone().as_subclass(OnDevice) for block in blocks))
+        logps.sum().backward()
     return Counter(OnDevice.waits)
 
 
@@ -179,9 +211,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = host_times(args.rounds)
     waits = waits_of_a_micro_batch()
     for line, count in waits.items():
-        rows.append({"what": "waits of a micro-batch", **dict.fromkeys(list(rows[0])[1:4], ""), "waits": count, "where": line})
+        rows.append(
+            {"what": "waits of a micro-batch", **dict.fromkeys(list(rows[0])[1:4], ""), "waits": count, "where": line}
+        )
         print(f"waits {count} x {line}", flush=True)
-    write_csv(args.output, rows, "cpu", f"a layer's forward and backward of {LAYERS}, kernels that do nothing; not run on a GPU")
+    write_csv(
+        args.output,
+        rows,
+        "cpu",
+        f"a layer's forward and backward of {LAYERS}, kernels that do nothing; not run on a GPU",
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from prefix_grouper_plugins.layout import IGNORE_INDEX, PrefixLayout
+from prefix_grouper_plugins.layout import IGNORE_INDEX, PrefixLayout, on_device
+
+
+class NothingToScore(ValueError):
+    """Every completion of a batch is empty."""
 
 
 class GroupedBatch:
@@ -63,13 +67,14 @@ class GroupedBatch:
     ) -> None:
         check_tensors(prompt_ids, prompt_mask, completion_ids, completion_mask)
         device = prompt_ids.device
-        prompts, prompt_mask = prompt_ids.cpu().long(), prompt_mask.cpu() != 0
-        completions, completion_mask = completion_ids.cpu().long(), completion_mask.cpu() != 0
+        prompts, prompt_mask, completions, completion_mask = _on_host(
+            prompt_ids, prompt_mask, completion_ids, completion_mask
+        )
         _check_batch(prompts, prompt_mask, completions, completion_mask, keys)
         prompt_lengths, lengths = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
         self.kept = kept = [i for i, length in enumerate(lengths) if length or forward_last]
         if not kept:
-            raise ValueError("every completion is empty: there is nothing to score")
+            raise NothingToScore("every completion is empty: there is nothing to score")
         self.shape = completions.shape
         self.num_row_tokens = sum(prompt_lengths) + sum(lengths)
 
@@ -101,11 +106,14 @@ class GroupedBatch:
             torch.arange(i * block + width - len(own), i * block + width - len(own) + len(row))
             for i, own, row in zip(kept, own_prompts, tokens, strict=True)
         ]
-        self._places = layout.pack(places).to(device)
+        self._places = on_device(layout.pack(places), device)
         self.layout = layout.to(device)
-        self.input_ids, self.position_ids = layout.pack(tokens).to(device), layout.pack(columns).to(device)
-        self.labels, self.positions = labels.to(device), positions.to(device)
-        self.rows, self.columns = (index.to(device) for index in scored)
+        self.input_ids, self.position_ids = (
+            on_device(layout.pack(tokens), device),
+            on_device(layout.pack(columns), device),
+        )
+        self.labels, self.positions = on_device(labels, device), on_device(positions, device)
+        self.rows, self.columns = (on_device(index, device) for index in scored)
 
     def behind_prompt(self) -> GroupedBatch:
         """This batch, of one prompt, with all of the prompt that is shared (``P - 1`` tokens) given: see `PrefixLayout.given`.
@@ -155,6 +163,18 @@ def check_tensors(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tenso
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"the batch lies on several devices ({where}): move all of it to the model's")
+
+
+def _on_host(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids as int64 and masks as bool on the CPU. From a device by one copy, since each waits until it has done all its work."""
+    blocks = [prompt_ids.long(), prompt_mask != 0, completion_ids.long(), completion_mask != 0]
+    if prompt_ids.device.type != "cpu":
+        flat = torch.cat([block.flatten().long() for block in blocks]).cpu()
+        parts = flat.split([block.numel() for block in blocks])
+        blocks = [part.view(block.shape).to(block.dtype) for part, block in zip(parts, blocks, strict=True)]
+    return blocks[0], blocks[1], blocks[2], blocks[3]
 
 
 def _check_batch(

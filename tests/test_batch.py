@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.batch import GroupedBatch, _on_host
 
 
 def padded(prompts, completions):
@@ -181,3 +183,31 @@ def test_blocks_with_another_number_of_rows_are_refused():
             GroupedBatch(ones(2, 3), ones(2, 3), ones(count, 2), ones(count, 2))
         with pytest.raises(ValueError, match=f"keys has {count} rows and prompt_ids 2"):
             GroupedBatch(*GOOD, keys=["a"] * count)
+
+
+def test_a_batch_on_a_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each read waits until all that was asked of it is done: ids and masks come together."""
+    reads: list[int] = []
+
+    class Elsewhere(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name == "__get__" and func.__self__ is torch.Tensor.device:
+                return torch.device("meta")
+            result = super().__torch_function__(func, types, args, kwargs or {})
+            if name in ("cpu", "item", "tolist", "__bool__"):
+                reads.append(args[0].numel())
+                return result.as_subclass(torch.Tensor) if isinstance(result, torch.Tensor) else result
+            return result
+
+    blocks = (
+        torch.tensor([[0, 5, 6]] * 2),
+        torch.tensor([[0, 1, 1]] * 2),
+        torch.tensor([[7, 8], [9, 0]]),
+        torch.tensor([[1, 1], [1, 0]]),
+    )
+    there = _on_host(*(block.as_subclass(Elsewhere) for block in blocks))
+    assert reads == [20]
+    for found, expected, kind in zip(there, blocks, (torch.long, torch.bool) * 2, strict=True):
+        assert type(found) is torch.Tensor and torch.equal(found, expected.to(kind))

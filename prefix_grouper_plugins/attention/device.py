@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.request import Request
+from prefix_grouper_plugins.layout import on_device
 
 LOWEST_CAPABILITY = (8, 0)
 MAX_FLASH_HEAD_DIM = 256
@@ -113,14 +114,8 @@ def _why_not_started() -> str | None:
 
 
 def upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """``table`` on ``device`` without waiting for it.
-
-    A plain copy to a GPU waits until the GPU has done all that was asked of it, here once for each new layout; one from
-    pinned memory is queued behind it. So the copy is ordered with the current stream alone: whoever keeps it, keeps it
-    by `stream_of` too.
-    """
-    tensor = torch.from_numpy(table)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """``table`` on ``device`` without waiting for it: whoever keeps it, keeps it by `stream_of` too, see `on_device`."""
+    return on_device(torch.from_numpy(table), device)
 
 
 def stream_of(device: torch.device) -> int:

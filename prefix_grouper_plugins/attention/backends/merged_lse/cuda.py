@@ -27,6 +27,7 @@ from prefix_grouper_plugins.attention.backends.merged_lse.gathered import (
     gathered_call,
     gathered_forward,
     gathers,
+    unread_states,
 )
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import add, merge
 from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import Rectangle, rectangles
@@ -142,7 +143,8 @@ def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
 
 def _aligned(x: Tensor) -> Tensor:
     """``x``, or a copy where a token or a head begins within 16 bytes: CUDA flash kernels read so many at once, unchecked."""
-    inside = x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1])
+    tokens, heads, _ = x.stride()
+    inside = x.data_ptr() % 16 or tokens * x.itemsize % 16 or heads * x.itemsize % 16
     return x.clone(memory_format=torch.contiguous_format) if inside else x
 
 
@@ -201,15 +203,12 @@ def varlen_backward(
         Gradients of q, k and v, in the dtype of ``q`` with up to two calls, else in float32 or float64.
     """
     do, q, k, v, out = (_aligned(x) for x in (do, q, k, v, out))
-    # Dropout is off, so the random state is never read; the op still wants the tensors (as in torch's varlen_attn).
-    rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
-    unused = torch.empty(0, device=q.device)
     totals: tuple[Tensor, ...] = ()
     for call in calls:
         queries, keys = call.queries, call.keys
         part_of_lse = lse if call.causal else lse[:, queries.start : queries.end].contiguous()
         tensors = (queries.of(do), queries.of(q), keys.of(k), keys.of(v), queries.of(out), part_of_lse)
-        grads = op(*tensors, *call[:4], 0.0, call.causal, rng_state, unused, scale=scale)
+        grads = op(*tensors, *call[:4], 0.0, call.causal, *unread_states(q.device), scale=scale)
         if call.causal:
             dtype = _sum_dtype(calls, q.dtype)
             totals = tuple(_whole(x, k.shape[0], dtype) if i else x.to(dtype) for i, x in enumerate(grads))

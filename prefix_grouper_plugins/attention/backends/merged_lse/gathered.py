@@ -143,6 +143,12 @@ def gathered_forward(
     return out, lse.to(accumulation_dtype(q.dtype))
 
 
+@lru_cache
+def unread_states(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The random state and its companion: dropout is off, so the ops never read them and still want the tensors."""
+    return torch.empty(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
+
+
 def gathered_backward(
     op: Any,
     do: Tensor,
@@ -155,10 +161,8 @@ def gathered_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their dtype; arguments as in `cuda.varlen_backward`."""
-    # Dropout is off, so the random state is never read; the op still wants the tensors.
-    rng_state, unused = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     keys, values = (_gathered(x, call) for x in (k, v))
-    grads = op(do, q, keys, values, out, lse, *call[:4], 0.0, True, rng_state, unused, scale=scale)
+    grads = op(do, q, keys, values, out, lse, *call[:4], 0.0, True, *unread_states(q.device), scale=scale)
     if call.in_place:
         return grads[0], grads[1], grads[2]
     dk, dv = (sum_copies(grad, call.key_of, call.copies, call.first_copy) for grad in grads[1:3])
