@@ -21,7 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -41,7 +41,6 @@ from prefix_grouper_plugins.attention.backends.merged_lse import merge
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 28
-LIMIT_US = 100.0  # of our own, for a layer's forward and backward
 LAYOUTS = {
     "one group": PrefixLayout.from_groups([40], [[10] * 8]),
     "a short prompt, its keys gathered": PrefixLayout.from_groups([8], [[30] * 8]),
@@ -116,11 +115,15 @@ class NoKernels:
     accumulate = sum_copies = merge
 
 
+def no_kernels(*tensors: Tensor) -> type[NoKernels]:
+    return NoKernels
+
+
 def host_times(rounds: int) -> list[dict[str, Any]]:
     """Microseconds of a layer, for each layout."""
     rows = []
     for name, packed in LAYOUTS.items():
-        with flash_on_cpu(*no_flash()), mock.patch.object(merge, "_fused", lambda *tensors: NoKernels):
+        with flash_on_cpu(*no_flash()), mock.patch.object(merge, "_fused", no_kernels):
             ours: Attention = lambda q, k, v, at=packed: shared_prefix_attention(q, k, v, at)  # noqa: E731
             torchs: Attention = lambda q, k, v, at=packed: _machinery(q, k, v, at.segments, 1.0, "")[0]  # noqa: E731
             attention, machinery = microseconds((ours, torchs), packed, rounds)
@@ -151,7 +154,7 @@ _READS |= {"unique", "unique_consecutive", "bincount", "repeat_interleave", "all
 class OnDevice(Tensor):
     """A tensor that stands for one on the device: what is computed from it stands there too, and reads of it are counted."""
 
-    waits: Counter[str] = Counter()
+    waits: ClassVar[Counter[str]] = Counter()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
