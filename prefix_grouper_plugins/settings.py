@@ -25,6 +25,7 @@ class Setting:
         help: one paragraph for users.
         choices: the values that it takes, where they are few.
         kind: type of its values.
+        words: what it takes besides positive whole numbers, where it takes those; the first two also as false and true.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     kind: type = str
+    words: tuple[str, ...] = ()
 
     @property
     def is_switch(self) -> bool:
@@ -46,14 +48,30 @@ class Setting:
         Raises:
             ValueError: ``value`` is not among the choices.
         """
+        if self.words:
+            self.read(value, name)
         if self.choices and value not in self.choices:
             raise ValueError(f"{name or self.name} is {value!r}: choose one of {', '.join(self.choices)}")
+
+    def read(self, value: Any, name: str | None = None) -> str:
+        """The value of an option with ``words``: one of them, or a positive whole number. YAML makes false of ``off``.
+
+        Raises:
+            ValueError: ``value`` is neither.
+        """
+        text = str(value).lower()
+        text = dict(zip(("false", "true"), self.words, strict=False)).get(text, text)
+        if text in self.words or (text.isdecimal() and int(text) > 0):
+            return text
+        raise ValueError(f"{name or self.name} is {value!r}: choose {', '.join(self.words)} or a positive whole number")
 
     def field(self) -> Any:
         """A field of a dataclass with this default, and help and choices as argument parsers read them."""
         metadata: dict[str, Any] = {"help": self.help}
         if self.choices:
             metadata["choices"] = list(self.choices)
+        if self.words:
+            metadata["words"] = list(self.words)
         return dataclasses.field(default=self.default, metadata=metadata)
 
 
@@ -110,7 +128,15 @@ GENERATION = Setting(
     "sampled. Caches that cannot be repeated, and images, are prefilled row by row; the log says why.",
     kind=bool,
 )
-TRL_SETTINGS = (USE, SHARE, BACKEND, TRL_REGROUP, GENERATION, ON_UNSUPPORTED, SELF_CHECK)
+VERIFY = Setting(
+    "verify",
+    "off",
+    "Run rows of the update on the ordinary path as well, and compare loss and gradients: 'first' before the first optimizer "
+    "step, a number N before every N-th. Where they differ by more than rounding explains, sharing is refused. A second line "
+    "of defence behind the self-check; it costs a few forwards and backwards.",
+    words=("off", "first"),
+)
+TRL_SETTINGS = (USE, SHARE, BACKEND, TRL_REGROUP, GENERATION, ON_UNSUPPORTED, SELF_CHECK, VERIFY)
 
 # Of verl's engine config, below `fsdp_config.prefix_grouper`.
 SHARDING = Setting(
@@ -124,9 +150,6 @@ VERL_REGROUP = Setting(
     "into one optimizer step, where verl assigns rows to steps by the order of their arrival, their lengths or a shuffle; "
     "'group' does so whatever the loss; 'none' leaves them where verl put them. A step always has as many rows as verl's.",
     ("auto", "exact", "group", "none"),
-)
-VERIFY = Setting(
-    "verify", False, "Run the first update twice, ordinary and shared, and stop if the gradients differ.", kind=bool
 )
 VERL_SETTINGS = (SHARDING, SHARE, BACKEND, VERL_REGROUP, ON_UNSUPPORTED, VERIFY, SELF_CHECK)
 

@@ -53,6 +53,7 @@ from prefix_grouper_plugins.modeling.self_check import (
 )
 from prefix_grouper_plugins.modeling.self_check.changes import forget, has_changed, is_checking, remember
 from prefix_grouper_plugins.modeling.self_check.first_batch import compare_first_batch
+from prefix_grouper_plugins.modeling.self_check.micro_batch import Compared
 from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
 
 
@@ -240,6 +241,38 @@ class SharingGate:
                 result.seconds,
                 said,
             )
+
+    def verified(self, result: Compared, what: str, device: torch.device, *, shared: bool) -> bool:
+        """Say what the option ``verify`` has found, and refuse to share where paths differ. A collective.
+
+        Args:
+            result: of this process.
+            what: was compared.
+            device: where collectives run.
+            shared: whether rows of this process were shared in it.
+
+        Returns:
+            whether the comparison shows something, the same on all processes: rows were shared, and gradients are not zero.
+
+        Raises:
+            UnsupportedModelError: they differ by more than rounding explains, and ``on_unsupported`` is ``"error"``.
+        """
+        result = on_all_ranks(result, device)
+        somewhere = on_any_rank(shared, device)
+        complete = not on_any_rank(not result.passed, device)
+        result = result.over_ranks(device)
+        if result.reason is not None:
+            self.refuse([f"{what}, run on both paths, differs: {result}"])
+            return True
+        if not complete:
+            self.warn(
+                f"verify: {what} could not be compared: {result.not_covered if not result.passed else 'on another process'}"
+            )
+        elif not somewhere:
+            self.warn(f"verify: no rows of {what} are shared, so there is nothing to compare yet")
+        elif self._is_main:
+            tell(f"prefix grouper: verified {what} in {result.seconds:.2f} s: {result.in_words()}")
+        return somewhere and complete and (result.has_gradients or result.not_covered is not None)
 
     def refuse(self, reasons: Sequence[str]) -> None:
         """Share nothing from here on: every model becomes what it was.

@@ -36,6 +36,7 @@ from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArgument
 from prefix_grouper_plugins.integrations.trl.launch import split_arguments
 from prefix_grouper_plugins.integrations.trl.regroup import regroup
 from prefix_grouper_plugins.modeling.model_types import MODEL_TYPES, VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.self_check.tolerances import TOLERANCES
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -349,7 +350,19 @@ def test_the_table_of_options_is_that_of_the_code() -> None:
         default, choices, _ = rows[option.name].split(" | ")
         if option.default is not None:
             assert default == f"`{str(option.default).lower() if isinstance(option.default, bool) else option.default}`"
-        assert re.findall(r"`(\w+)`", choices) == option.metadata.get("choices", ["true", "false"])
+        words = [*option.metadata["words"], "N"] if "words" in option.metadata else ["true", "false"]
+        assert re.findall(r"`(\w+)`", choices) == option.metadata.get("choices", words)
+
+
+def test_the_table_of_tolerances_is_that_of_the_code() -> None:
+    page = (ROOT / "docs/how-it-works.md").read_text()
+    for kinds, *limits in re.findall(r"^\| ((?:b?float\d+(?:, )?)+) \| (\S+) \| (\S+) \| (.+) \|$", page, re.M):
+        for kind in kinds.split(", "):
+            found = TOLERANCES[getattr(torch, kind)]
+            own = re.search(rf"{kind}: (\S+)\)", limits[2])
+            assert [float(limits[0]), float(limits[1])] == [found.outputs, found.gradients]
+            assert float(own[1] if own else limits[2].split()[0]) == found.update
+    assert {kind for kind in TOLERANCES if f"{kind}".removeprefix("torch.") in page} == set(TOLERANCES)
 
 
 def test_public_names_of_the_pages_exist() -> None:

@@ -29,9 +29,11 @@ class PrefixGrouperArguments:
     prefix_grouper_generation: bool = settings.GENERATION.field()
     prefix_grouper_on_unsupported: str = settings.ON_UNSUPPORTED.field()
     prefix_grouper_self_check: bool = settings.SELF_CHECK.field()
+    prefix_grouper_verify: str = settings.VERIFY.field()
 
     def __post_init__(self) -> None:
         _resolve(self)
+        self.prefix_grouper_verify = settings.VERIFY.read(self.prefix_grouper_verify)
         super().__post_init__()  # type: ignore[misc]
 
 

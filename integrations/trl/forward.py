@@ -22,6 +22,7 @@ from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import numbers_padded_columns, packed_inputs
 from prefix_grouper_plugins.modeling.images import ImageRows
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
+from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
 
 HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 
@@ -169,13 +170,18 @@ class PackedForward:
         return (zeros, zeros.detach() if entropy else None, None), counts
 
     def _batch(self, model: Any, blocks: Blocks, images: ImageRows | None, *, forward_last: bool) -> GroupedBatch:
-        return GroupedBatch(
+        batch = GroupedBatch(
             *blocks,
             keys=None if images is None else images.keys,
             padded_positions=numbers_padded_columns(model),  # TRL passes no position_ids
             min_level=self._trainer.min_level,
             forward_last=forward_last,
         )
+        verification = self._trainer.verification
+        if verification.leaks and (leaking := leak_one_key(batch.layout)) is not None:
+            batch.layout = leaking
+            verification.leaked()
+        return batch
 
     def _forward(
         self, model: Any, batch: GroupedBatch, images: ImageRows | None, entropy: bool

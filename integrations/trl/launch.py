@@ -14,6 +14,8 @@ The flag and its companions may stand before or after the script, or in the YAML
     --prefix_grouper_on_unsupported ACTION      error (default) or fallback
     --prefix_grouper_generation [true|false]    without vLLM, prefill each distinct prompt once (default true)
     --prefix_grouper_self_check [true|false]    check on a few tokens that the model can share (default true)
+    --prefix_grouper_verify WHEN                compare a real micro-batch with the ordinary path: off (default), first, or
+                                                a number N for every N-th optimizer step
 
 Hyphens do as well as underscores. Anything else that looks like one of these options is an error, since a script that
 parses no arguments would ignore it. Without any of them the script runs as if it had been started by python itself. With

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -171,6 +172,15 @@ class PromptReuse:
         ahead, self._ahead = self._ahead, None
         unfinished = int(ahead is not None and not ahead.is_closed)
         self._prompts.leave(step_ends=step_ends, remedy="Set prefix_grouper_regroup='none'", unfinished=unfinished)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """In here micro-batches share nothing with each other; what is open stays so."""
+        coming, self._coming = self._coming, range(0)
+        try:
+            yield
+        finally:
+            self._coming = coming
 
     def score_update(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, list[Counts]] | None:
         """Scores of the micro-batch that was entered; None if it shares nothing with others."""

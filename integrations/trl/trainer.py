@@ -28,6 +28,7 @@ from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, wh
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_stand_in_front, option
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
+from prefix_grouper_plugins.integrations.trl.verify import Verification
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
 from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
 from prefix_grouper_plugins.modeling import row_limit, transformers_model, without_prefix_grouper
@@ -83,6 +84,7 @@ class PrefixGrouperMixin:
         )
         self.sharing = self.gate.meter
         self._shares = bool(self._option("use_prefix_grouper"))
+        self.verification = Verification(self, self._option("prefix_grouper_verify"))
         self._packed_forward = PackedForward(self)
         self._reuse = PromptReuse(self, self._packed_forward)
         self._dummy_image_row = DummyImageRow(
@@ -224,6 +226,12 @@ class PrefixGrouperMixin:
         self._reuse.leave()
         return loss  # type: ignore[no-any-return]
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stock loss. Before it, with ``prefix_grouper_verify``, the micro-batch is compared on both paths."""
+        if self._shares and self.model.training and self.verification.is_due():
+            self.verification.run(model, lambda inner: self.compute_loss(inner, dict(inputs), *args, **kwargs))
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Stock generation, each distinct prompt prefilled once.
 
@@ -250,7 +258,39 @@ class PrefixGrouperMixin:
     ) -> tuple[Tensor | None, ...]:
         """Log-probs of the last ``logits_to_keep`` tokens of ``input_ids [B, P + C]``, as the stock method gives them."""
         given = {name: value for name, value in kwargs.items() if value is not None}
-        if self._shares and self.gate.reason is None and model.training and not self._makes_inputs:
+        call = model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, given
+        if not self.verification.runs:
+            return self._scores_with_dummy_image(*call)
+        scored = attention_mask[:, -logits_to_keep:]
+        return self.verification.score(
+            lambda: self._scores_with_dummy_image(*call),
+            lambda: self._zeros(model, input_ids, attention_mask, logits_to_keep, compute_entropy, given),
+            scored,
+        )
+
+    def _zeros(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, entropy: bool, given: Any
+    ) -> tuple[Tensor | None, ...]:
+        """:meth:`_scores` of rows whose completions are masked: a forward of one token, which hardly needs memory."""
+        mask = attention_mask.clone()
+        mask[:, -logits_to_keep:] = 0
+        rows = Rows(input_ids, mask, logits_to_keep, RowsOfImages(given, len(input_ids)))
+        (logps, entropies, _), _ = self._packed_forward.score(model, rows, entropy=entropy, aux_loss=False)
+        return (logps, entropies, logps.sum())[: self._return_arity()]
+
+    def _scores_with_dummy_image(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        compute_entropy: bool,
+        given: dict[str, Any],
+    ) -> tuple[Tensor | None, ...]:
+        """:meth:`_scores`, with one row more where the vision tower would not run on this process."""
+        shares = self._shares and (self.gate.reason is None or self.verification.runs)
+        if shares and model.training and not self._makes_inputs:
             more = self._dummy_image_row.add_to(model, input_ids, attention_mask, logits_to_keep, given)
             if more is not None:
                 found = self._scores(model, *more[:2], logits_to_keep, None, compute_entropy, more[2])
@@ -354,6 +394,8 @@ class PrefixGrouperMixin:
         """Scores of those ``chunks`` that share a prompt with other chunks or micro-batches; None for the others."""
         if _has_images(given) or given.get("compute_aux_loss"):
             return [None] * len(chunks)
+        if self.verification.reuses:
+            return [(self._reuse.score_apart(model, chunk, entropy=entropy), [Counts(packed=1)]) for chunk in chunks]
         if self._makes_inputs or not self.model.training:
             return self._reuse.score_chunks(model, chunks, entropy=entropy)
         return [self._reuse.score_update(model, chunk, entropy=entropy) for chunk in chunks]

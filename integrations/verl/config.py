@@ -33,12 +33,13 @@ class PrefixGrouperOptions(BaseConfig):
     backend: str = settings.BACKEND.field()
     regroup: str = settings.VERL_REGROUP.field()
     on_unsupported: str = settings.ON_UNSUPPORTED.field()
-    verify: bool = settings.VERIFY.field()
+    verify: str = settings.VERIFY.field()
     self_check: bool = settings.SELF_CHECK.field()
 
     def __post_init__(self) -> None:
         for setting in settings.VERL_SETTINGS:
             setting.check(getattr(self, setting.name), f"prefix_grouper.{setting.name}")
+        object.__setattr__(self, "verify", settings.VERIFY.read(self.verify))  # which was a switch once
 
 
 @dataclass

@@ -9,6 +9,7 @@ packed row the next token does not always stand next.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -69,12 +70,20 @@ from prefix_grouper_plugins.modeling import (
     without_router_loss,
 )
 from prefix_grouper_plugins.modeling.model_types import known_of
-from prefix_grouper_plugins.modeling.self_check.gradients import check_gradients, local_gradients
+from prefix_grouper_plugins.modeling.self_check import on_any_rank
+from prefix_grouper_plugins.modeling.self_check.gradients import (
+    check_gradients,
+    gradient_difference,
+    local_gradients,
+)
+from prefix_grouper_plugins.modeling.self_check.isolation import untouched, without_dropout
+from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
+from prefix_grouper_plugins.modeling.self_check.schedule import Schedule
 from prefix_grouper_plugins.sharing import SharingGate
 
 _NO_SELF_CHECK_UNDER_ULYSSES = (
     "no self-check: Ulysses cuts rows into pieces, and the few tokens of the check are too short for that; "
-    "prefix_grouper.verify=true compares the first update"
+    "prefix_grouper.verify=first compares the first update"
 )
 
 
@@ -142,7 +151,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._without_adapter = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._model_type = self.model_config.hf_config.model_type
-        self._to_verify = self.options.verify and not engine_config.forward_only
+        self._verify_when = Schedule("off" if engine_config.forward_only else self.options.verify)
+        self._updates = 0
+        self._leaks = self._leaked = False
 
     # ----------------------------------------------------------------------------------------------------- the model
 
@@ -241,8 +252,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         with torch.set_grad_enabled(not forward_only):
             if self.gate.needs_first_batch(self.module):
                 self._compare_first_batch(data, forward_only)
-        if self._to_verify and not forward_only:
-            self._verify(data, loss_function)
+        if not forward_only:
+            if self._verify_when.is_due(self._updates):
+                self._verify(data, loss_function)
+            self._updates += 1
         self.sharing.take()
         output = self._run(data, loss_function, forward_only)
         counts = self.sharing.take().summed(get_device_name(), self.get_data_parallel_group())
@@ -397,7 +410,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self.sharing.count_packed(packed.counts, during=self._pass)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
         width = packed.layout.num_given + packed.num_tokens
-        layout = packed.layout.pad_to(width + output_args.get("pad_size", 0))
+        layout = self._leaking_layout(packed.layout) if self._leaks else packed.layout
+        layout = layout.pad_to(width + output_args.get("pad_size", 0))
         labels = pad(packed.labels, (0, layout.num_padding))
         travelling: PrefixLayout | ShardedLayout = layout
         if self.use_ulysses_sp:
@@ -513,18 +527,58 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         return micro_batches[0]
 
     def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
-        """Compare the gradients of this update on the ordinary path and on the shared one."""
+        """Compare loss and gradients of this update on the ordinary path and on the shared one, and with a leak.
+
+        The leak of one key is the negative control: its size says what the comparison would have noticed.
+
+        Raises:
+            RuntimeError: they differ by more than rounding explains.
+        """
+        base, start = transformers_model(self.module) or self.module, time.perf_counter()
         try:
-            with self._comparing("the ordinary half of the verification"):
-                self._run(data, loss_function, forward_only=False)
-            ordinary = local_gradients(self.module)
-            self.optimizer_zero_grad()
-            with self._comparing(self.gate.reason):
-                self._run(data, loss_function, forward_only=False)
-            difference = check_gradients(self.module, ordinary, self._autocast_dtype)
+            with untouched(base, torch.device(get_device_name())), without_dropout():
+                loss, ordinary = self._whole_update(data, loss_function, "the ordinary half of the verification")
+                self.optimizer_zero_grad()
+                ours, _ = self._whole_update(data, loss_function, self.gate.reason)
+                difference = check_gradients(self.module, ordinary, self._autocast_dtype)
+                self.optimizer_zero_grad()
+                leak = self._difference_of_a_leak(data, loss_function, ordinary)
         finally:
             self.optimizer_zero_grad()
         if difference == 0:  # every advantage is zero, so this update would prove nothing
             return
-        self._to_verify = False
-        self.gate.warn(f"verified: the gradients of this update, shared and ordinary, differ by {difference:.1e}")
+        self._verify_when.done()
+        control = "no two rows stand side by side, so no key could be leaked to see what an error would do"
+        if leak is not None:
+            control = f"a leak of one key would have shown as {leak:.1e} in gradients"
+        self.gate.warn(
+            f"verified: the gradients of update {self._updates}, shared and ordinary, differ by {difference:.1e}, the loss on "
+            f"rank 0 by {abs(ours - loss):.1e} ({time.perf_counter() - start:.2f} s); {control}"
+        )
+
+    def _whole_update(
+        self, data: TensorDict, loss_function: Callable[..., Any] | None, reason: str | None
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients of all micro-batches; with a ``reason`` on the ordinary path."""
+        torch.manual_seed(0)
+        with self._comparing(reason):
+            output = self._run(data, loss_function, forward_only=False)
+        return sum(output["loss"]), local_gradients(self.module)
+
+    def _difference_of_a_leak(
+        self, data: TensorDict, loss_function: Callable[..., Any] | None, ordinary: dict[str, Tensor]
+    ) -> float | None:
+        """How far gradients are from the ``ordinary`` ones where each micro-batch leaks a key; None where none could."""
+        self._leaks, self._leaked = True, False
+        try:
+            self._whole_update(data, loss_function, self.gate.reason)
+        finally:
+            self._leaks = False
+        difference = gradient_difference(self.module, ordinary)  # which all ranks take part in
+        return difference if on_any_rank(self._leaked, torch.device(get_device_name())) else None
+
+    def _leaking_layout(self, layout: PrefixLayout) -> PrefixLayout:
+        if (leaking := leak_one_key(layout)) is None:
+            return layout
+        self._leaked = True
+        return leaking

@@ -30,7 +30,7 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    attributes = [_plain_attributes(module) for module in modules]
+    attributes = [plain_attributes(module) for module in modules]
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
@@ -39,7 +39,7 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, mode, values in zip(modules, modes, attributes, strict=True):
             module.training = mode
-            _restore(module, values)
+            restore_attributes(module, values)
         with torch.no_grad():
             for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer.copy_(content)
@@ -47,14 +47,15 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a forward could leave in ``module`` besides buffers: numbers, tensors, and copies of its containers."""
+def plain_attributes(module: Any) -> dict[str, Any]:
+    """What a call could leave in ``module`` besides buffers: numbers, tensors, and copies of its containers."""
     plain = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     kept = {name: value for name, value in plain.items() if isinstance(value, _SIMPLE)}
     return kept | {name: value.copy() for name, value in plain.items() if type(value) in _CONTAINERS}
 
 
-def _restore(module: nn.Module, before: dict[str, Any]) -> None:
+def restore_attributes(module: Any, before: dict[str, Any]) -> None:
+    """Put back what :func:`plain_attributes` has found; what has come since goes."""
     own = vars(module)
     for name in [name for name in own if name not in _INTERNAL and name not in before]:
         if isinstance(own[name], _SIMPLE) or type(own[name]) in _CONTAINERS:
@@ -107,6 +108,9 @@ _DRAWN_RATES = ("module_dropout", "rank_dropout")  # PEFT's LyCORIS adapters dra
 _DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 
 
+_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
 class without_dropout(TorchFunctionMode):
     """A context in which dropout returns its input, whether a module applies it or a function."""
 
@@ -115,11 +119,30 @@ class without_dropout(TorchFunctionMode):
     ) -> Any:
         keywords = dict(kwargs or {})
         if func in _DROPOUTS:
-            return args[0] if args else keywords["input"]
+            return _its_input(*args, **keywords)
+        if func in _BACKWARD:  # in which checkpointed layers run again, and no function mode is on
+            with _functions_without_dropout():
+                return func(*args, **keywords)
         if func is F.scaled_dot_product_attention:
             keywords.pop("dropout_p", None)
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
         return func(*args, **keywords)
+
+
+def _its_input(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # as torch names it
+    return input
+
+
+@contextmanager
+def _functions_without_dropout() -> Iterator[None]:
+    """In here the functions themselves are exchanged, for all threads."""
+    with ExitStack() as stack:
+        for module in (F, torch):
+            for name, function in [(name, value) for name, value in vars(module).items() if callable(value)]:
+                if any(function is dropout for dropout in _DROPOUTS):
+                    stack.callback(setattr, module, name, function)
+                    setattr(module, name, _its_input)
+        yield
 
 
 @contextmanager

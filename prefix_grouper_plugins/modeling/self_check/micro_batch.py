@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,9 @@ from prefix_grouper_plugins.modeling.self_check.measures import (
     projected,
     total_difference,
 )
-from prefix_grouper_plugins.modeling.self_check.result import SelfCheck
+from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_any_rank
 
+_NO_MEMORY = "memory does not suffice for this micro-batch on the ordinary path"
 _LOG_PROBS, _LOSS = "outputs (log-probs)", "outputs (loss)"
 
 
@@ -52,7 +53,8 @@ Path = Callable[[Any], Scored]
 Backward = Callable[[Tensor], Mapping[str, Tensor]]
 
 
-class Apart(NamedTuple):
+@dataclass(frozen=True)
+class Apart:
     """How far a path is from the ordinary one.
 
     Attributes:
@@ -80,12 +82,26 @@ class Compared(SelfCheck):
     leak: Apart | None = None
     has_gradients: bool = False
 
+    def in_words(self) -> str:
+        """Both paths' differences, and those that one leaked key would have made."""
+        graded = self.not_covered is None
+        said = f"shared and ordinary log-probs differ by {self.apart.log_probs:.1e}, the loss by {self.apart.loss:.1e}"
+        said += f", gradients by {self.apart.gradients:.1e}" if graded else f" (not covered: {self.not_covered})"
+        if graded and not self.has_gradients:
+            said += " (all are zero, as every advantage is)"
+        if self.leak is None:
+            return f"{said}; no two rows stand side by side, so no key could be leaked to see what an error would do"
+        said += f"; a leak of one key would have shown as {self.leak.log_probs:.1e} in log-probs"
+        return f"{said} and {self.leak.gradients:.1e} in gradients" if graded else said
+
     def over_ranks(self, device: torch.device) -> Compared:
         """Differences are the largest, and those of the leak the smallest, of all processes that have any. A collective."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self
-        largest = torch.tensor([*self.apart, float(self.has_gradients)], dtype=torch.float64, device=device)
-        smallest = torch.tensor(self.leak or [torch.inf] * 3, dtype=torch.float64, device=device)
+        largest = torch.tensor([*astuple(self.apart), float(self.has_gradients)], dtype=torch.float64, device=device)
+        smallest = torch.tensor(
+            astuple(self.leak) if self.leak else (torch.inf,) * 3, dtype=torch.float64, device=device
+        )
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         *apart, has_gradients = largest.tolist()
@@ -114,7 +130,7 @@ def compare_micro_batch(
     """Compare log-probs, loss and gradients of one micro-batch on its ordinary and shared paths. Leaves no trace.
 
     Under ``torch.no_grad``, without ``backward`` for sharded parameters, and under reentrant checkpointing, gradients are not
-    compared; the result says so. A collective where parameters are sharded: every process runs the same number of forwards
+    compared; the result says so. A collective: every process calls it at the same point, and runs the same number of forwards
     and backwards, whatever it finds. Combine the result by :func:`.result.on_all_ranks`.
 
     Args:
@@ -151,52 +167,41 @@ class _Paths:
         self, ordinary: Path, shared: Mapping[str, Path], leaking: Path | None, device: torch.device
     ) -> Compared:
         base = self._anatomy.base
-        result = Compared(type(base).__name__)
-        try:
-            expected = self._run_or_leave_gradients(ordinary)
-            tokens = len(expected.log_probs)
-            result = replace(result, tokens=tokens, row_tokens=tokens)
-            found = [self._run(path) for path in shared.values()]
-            leak = None if leaking is None else _apart(self._run(leaking), expected)
+        dtype, scans = _coarsest(base.dtype, device), bool(self._anatomy.mixers)
+        result, differences = Compared(type(base).__name__, not_covered=_NO_MEMORY), dict[str, dict[str, float]]()
+        # What runs in the paths may be collective, so every process runs all of them, and agrees on one more.
+        expected = self._run_or_leave_gradients(ordinary)
+        found = [one for path in shared.values() if (one := self._run(path)) is not None]
+        leak = None if leaking is None else self._run(leaking)
+        if expected is not None and len(found) == len(shared):
             result = self._measured(result, expected, found, leak)
             differences = {name: _differences(one, expected) for name, one in zip(shared, found, strict=True)}
-            dtype = _coarsest(base.dtype, device)
-            # Other processes may have found a difference, and a sharded model needs all of them for another forward.
-            if not self._anatomy.is_sharded and self._reason(differences, dtype, None) is None:
-                return replace(result, passed=True)
+        exceeds = _unexplained(differences, dtype, None, scans) is not None
+        if on_any_rank(exceeds or self._anatomy.is_sharded, device):
             with rounding(base, dtype):
-                noise = _differences(self._run(ordinary), expected)
-        except torch.OutOfMemoryError:
-            why = "memory does not suffice for this micro-batch on the ordinary path"
-            return replace(result, passed=False, not_covered=why)
-        reason = self._reason(differences, dtype, noise)
-        return replace(result, passed=reason is None, reason=reason)
+                again = self._run(ordinary)
+            if expected is None or again is None:
+                return replace(result, passed=False, not_covered=_NO_MEMORY)
+            reason = _unexplained(differences, dtype, _differences(again, expected), scans)
+            return replace(result, passed=result.passed and reason is None, reason=reason)
+        return result
 
-    def _measured(self, result: Compared, expected: _Pass, found: Sequence[_Pass], leak: Apart | None) -> Compared:
-        apart = Apart(*map(max, zip(*(_apart(one, expected) for one in found), strict=True)))
+    def _measured(self, result: Compared, expected: _Pass, found: Sequence[_Pass], leak: _Pass | None) -> Compared:
+        apart = Apart(*map(max, zip(*(astuple(_apart(one, expected)) for one in found), strict=True)))
         return replace(
             result,
+            passed=True,
+            tokens=len(expected.log_probs),
+            row_tokens=len(expected.log_probs),
             outputs=apart.log_probs,
             gradient=apart.gradients,
             apart=apart,
-            leak=leak,
+            leak=None if leak is None else _apart(leak, expected),
             has_gradients=any(bool(gradient.any()) for gradient in expected.gradients.values()),
             not_covered=None if self._parameters or self._only_scores else "gradients",
         )
 
-    def _reason(
-        self,
-        differences: Mapping[str, Mapping[str, float]],
-        dtype: torch.dtype,
-        noise: Mapping[str, float] | None,
-    ) -> str | None:
-        """What differs on which path by more than rounding explains; None where nothing does."""
-        for name, found in differences.items():
-            if (reason := excess(found, dtype, noise, scans=bool(self._anatomy.mixers))) is not None:
-                return reason if len(differences) == 1 else f"{reason} ({name})"
-        return None
-
-    def _run_or_leave_gradients(self, path: Path) -> _Pass:
+    def _run_or_leave_gradients(self, path: Path) -> _Pass | None:
         try:
             return self._run(path)
         except RuntimeError as error:
@@ -205,16 +210,18 @@ class _Paths:
             self._parameters = {}
             return self._run(path)
 
-    def _run(self, path: Path) -> _Pass:
+    def _run(self, path: Path) -> _Pass | None:
+        """One path; None where memory does not suffice."""
         torch.manual_seed(0)
-        with torch.set_grad_enabled(bool(self._parameters)):
-            scored = path(self._model)
-        log_probs = [
-            values.detach().float()[mask != 0] for values, mask in zip(scored.log_probs, scored.masks, strict=True)
-        ]
-        loss, size = float(scored.loss.detach()), _size_of_loss(scored)
-        gradients = self._gradients(scored.loss) if self._parameters else {}
-        return _Pass(torch.cat(log_probs), loss, size, gradients)
+        try:
+            with torch.set_grad_enabled(bool(self._parameters)):
+                scored = path(self._model)
+            pairs = zip(scored.log_probs, scored.masks, strict=True)
+            log_probs = torch.cat([values.detach().float()[mask != 0] for values, mask in pairs])
+            loss, size = float(scored.loss.detach()), _size_of_loss(scored)
+            return _Pass(log_probs, loss, size, self._gradients(scored.loss) if self._parameters else {})
+        except torch.OutOfMemoryError:
+            return None
 
     def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
         if self._backward is not None:
@@ -246,6 +253,16 @@ def _differences(found: _Pass, expected: _Pass) -> dict[str, float]:
     apart = _apart(found, expected)
     named = {_LOG_PROBS: apart.log_probs, _LOSS: apart.loss}
     return named | parameter_differences(found.gradients, expected.gradients) | {ALL_GRADIENTS: apart.gradients}
+
+
+def _unexplained(
+    differences: Mapping[str, Mapping[str, float]], dtype: torch.dtype, noise: Mapping[str, float] | None, scans: bool
+) -> str | None:
+    """What differs on which shared path by more than rounding explains; None where nothing does."""
+    for name, found in differences.items():
+        if (reason := excess(found, dtype, noise, scans=scans)) is not None:
+            return reason if len(differences) == 1 else f"{reason} ({name})"
+    return None
 
 
 def _coarsest(dtype: torch.dtype, device: torch.device) -> torch.dtype:

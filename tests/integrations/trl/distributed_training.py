@@ -108,6 +108,12 @@ def compares_the_first_batch_on_both_ranks(path: str) -> None:
 
     class FallsBackAtFirst(PrefixGrouperGRPOTrainer):
         calls = 0
+        runs_out_of_memory = False
+
+        def _scores(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
+            if self.runs_out_of_memory and self.verification.runs and self.accelerator.process_index == 1:
+                raise torch.OutOfMemoryError
+            return super()._scores(*args)
 
         def _why_not_share(self, *args: Any) -> str | None:
             self.calls += 1
@@ -128,6 +134,15 @@ def compares_the_first_batch_on_both_ranks(path: str) -> None:
         compared = [line for line in said if "the first batch of OwnQwen3" in line]
         assert len(compared) == (iterations if trainer.accelerator.is_main_process else 0), said
         assert trainer.gate.reason is None and trainer.sharing.packed > 0
+    for out_of_memory in (False, True):  # on one rank, which has to stay with the other one
+        said.clear()
+        FallsBackAtFirst.runs_out_of_memory = out_of_memory
+        train(path, shared=True, trainer_class=FallsBackAtFirst, max_steps=1, prefix_grouper_verify="1", **SETTINGS)
+        if trainer.accelerator.is_main_process:
+            expected = (
+                "could not be compared: another process could not" if out_of_memory else "prefix grouper: verified "
+            )
+            assert [expected in line for line in said if "first micro-batch of optimizer" in line] == [True], said
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
 

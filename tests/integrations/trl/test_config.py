@@ -10,6 +10,7 @@ import trl
 from transformers import HfArgumentParser
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperRLOOConfig
+from prefix_grouper_plugins.settings import TRL_OPTIONS
 
 
 @pytest.mark.skipif("EXPECTED_TRL" not in os.environ, reason="make test-matrix says which TRL it means")
@@ -24,7 +25,7 @@ def config(**settings):
 def test_sharing_is_on_by_default_and_every_field_has_a_help_text():
     assert config().use_prefix_grouper is True
     own = [f for f in PrefixGrouperGRPOConfig.__dataclass_fields__.values() if "prefix_grouper" in f.name]
-    assert len(own) == 7
+    assert len(own) == len(TRL_OPTIONS)
     assert all(len(option.metadata["help"]) > 40 for option in own)
 
 

@@ -47,7 +47,8 @@ def test_the_table_of_settings_is_that_of_the_code():
     for option in options:
         default, choices, _ = rows[option.name].split(" | ")
         assert default == f"`{str(option.default).lower()}`"
-        assert tuple(re.findall(r"`(\w+)`", choices)) == tuple(option.metadata.get("choices", ("true", "false")))
+        words = [*option.metadata["words"], "N"] if "words" in option.metadata else ["true", "false"]
+        assert re.findall(r"`(\w+)`", choices) == option.metadata.get("choices", words)
 
 
 def test_the_yaml_offers_every_setting_with_its_default():

@@ -17,6 +17,7 @@ from verl.workers.config import FSDPActorConfig
 
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine
 from prefix_grouper_plugins.integrations.verl.micro_batch import mend_positions
+from prefix_grouper_plugins.modeling.self_check.schedule import Schedule
 from prefix_grouper_plugins.sharing import SharingGate
 from tests.integrations.verl.engines import Case, make_batch, make_rows
 from tests.integrations.verl.test_equality import assert_equal
@@ -42,7 +43,9 @@ def bare_engine(**attributes) -> PrefixGrouperEngine:
 
 def test_a_verification_that_stops_leaves_the_engine_as_it_was():
     cleared = []
-    engine = bare_engine(sharing="a meter", gate=SharingGate(), _to_verify=True)
+    engine = bare_engine(
+        sharing="a meter", gate=SharingGate(), _verify_when=Schedule("first"), module=torch.nn.Linear(1, 1)
+    )
 
     def run_out_of_memory(data, loss_function, forward_only):
         assert engine.gate.reason is not None, "the ordinary half comes first"
@@ -54,7 +57,7 @@ def test_a_verification_that_stops_leaves_the_engine_as_it_was():
         engine._verify(None, None)
     assert engine.gate.reason is None, "or every later update would take the ordinary path"
     assert engine.sharing == "a meter"
-    assert cleared and engine._to_verify
+    assert cleared and engine._verify_when.is_on
 
 
 def test_a_pass_is_the_references_without_the_adapter_or_in_an_engine_of_its_own(monkeypatch):
