@@ -70,8 +70,6 @@ class Setting:
         metadata: dict[str, Any] = {"help": self.help}
         if self.choices:
             metadata["choices"] = list(self.choices)
-        if self.words:
-            metadata["words"] = list(self.words)
         return dataclasses.field(default=self.default, metadata=metadata)
 
 

@@ -37,6 +37,7 @@ from prefix_grouper_plugins.integrations.trl.launch import split_arguments
 from prefix_grouper_plugins.integrations.trl.regroup import regroup
 from prefix_grouper_plugins.modeling.model_types import MODEL_TYPES, VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from prefix_grouper_plugins.modeling.self_check.tolerances import TOLERANCES
+from prefix_grouper_plugins.settings import TRL_OPTIONS
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -350,7 +351,7 @@ def test_the_table_of_options_is_that_of_the_code() -> None:
         default, choices, _ = rows[option.name].split(" | ")
         if option.default is not None:
             assert default == f"`{str(option.default).lower() if isinstance(option.default, bool) else option.default}`"
-        words = [*option.metadata["words"], "N"] if "words" in option.metadata else ["true", "false"]
+        words = [*TRL_OPTIONS[option.name].words, "N"] if TRL_OPTIONS[option.name].words else ["true", "false"]
         assert re.findall(r"`(\w+)`", choices) == option.metadata.get("choices", words)
 
 

@@ -142,7 +142,7 @@ def test_where_memory_does_not_suffice_training_goes_on_and_says_so(qwen, said, 
 
 def test_a_first_micro_batch_that_shows_nothing_is_followed_by_the_next(qwen, said, monkeypatch):
     monkeypatch.setattr("tests.integrations.trl.training.reward", lambda completions, **_: [1.0] * len(completions))
-    train(qwen, shared=True, prefix_grouper_verify="first", **{**GROUPED, "max_steps": 2})
+    make_trainer(qwen, shared=True, prefix_grouper_verify="first", **{**GROUPED, "max_steps": 2}).train()
     assert len(verified(said)) == 2 and all("(all are zero, as every advantage is)" in line for line in verified(said))
 
 

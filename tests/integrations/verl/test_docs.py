@@ -17,6 +17,7 @@ from verl.utils.config import validate_config
 
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.switch import is_asked_for
+from prefix_grouper_plugins.settings import VERL_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs/verl.md", ROOT / "README.md")}
@@ -44,10 +45,11 @@ def test_the_table_of_settings_is_that_of_the_code():
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.M))
     options = [option for option in fields(PrefixGrouperOptions) if not option.name.startswith("_")]
     assert list(rows) == [option.name for option in options]
+    settings = {setting.name: setting for setting in VERL_SETTINGS}
     for option in options:
         default, choices, _ = rows[option.name].split(" | ")
         assert default == f"`{str(option.default).lower()}`"
-        words = [*option.metadata["words"], "N"] if "words" in option.metadata else ["true", "false"]
+        words = [*settings[option.name].words, "N"] if settings[option.name].words else ["true", "false"]
         assert re.findall(r"`(\w+)`", choices) == option.metadata.get("choices", words)
 
 
