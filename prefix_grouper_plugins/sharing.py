@@ -265,9 +265,8 @@ class SharingGate:
             self.refuse([f"{what}, run on both paths, differs: {result}"])
             return True
         if not complete:
-            self.warn(
-                f"verify: {what} could not be compared: {result.not_covered if not result.passed else 'on another process'}"
-            )
+            why = "another process could not" if result.passed else result.not_covered
+            self.warn(f"verify: {what} could not be compared: {why}")
         elif not somewhere:
             self.warn(f"verify: no rows of {what} are shared, so there is nothing to compare yet")
         elif self._is_main:
