@@ -162,8 +162,9 @@ def both_train(path: str, mode: str) -> None:
         single_tokens = count_calls(patch, PackedForward, "nothing_to_score")
         shared, trainer = train(path, shared=True, **settings)
     assert trainer.accelerator.num_processes == 2
-    expected = 6 if mode == "rows ahead" else 0  # one for each optimizer step
-    assert len(single_tokens) == expected, (mode, len(single_tokens))
+    steps = trainer.state.global_step  # where rows were forwarded ahead, DDP sees one token in the last micro-batch
+    allowed = {"rows ahead": {steps}, "groups over several micro-batches": set(range(steps + 1))}.get(mode, {0})
+    assert len(single_tokens) in allowed, (mode, len(single_tokens))
     if mode == "images":
         assert trainer.sharing.rows_per_group > 2.5, trainer.sharing.rows_per_group  # a dummy row is a group
     else:
