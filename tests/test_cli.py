@@ -112,7 +112,9 @@ def test_doctor_refuses_an_encoder_decoder_without_a_traceback(tmp_path, capsys)
 
 
 def test_trl_without_a_script_says_what_is_missing(capsys):
-    with pytest.raises(SystemExit, match=r"prefix-grouper trl: name the script to run, or one of TRL's own: grpo, rloo"):
+    with pytest.raises(
+        SystemExit, match=r"prefix-grouper trl: name the script to run, or one of TRL's own: grpo, rloo"
+    ):
         cli.main(["trl"])
     assert "--use_prefix_grouper" in capsys.readouterr().out
 
