@@ -37,11 +37,11 @@ class SeesGeneration:
 
         base.generate = noted
         try:
-            completions, logps = super()._generate_single_turn(*args, **kwargs)
+            results = super()._generate_single_turn(*args, **kwargs)
         finally:
             del base.generate
-        self.sampled += completions
-        return completions, logps
+        self.sampled += results[0]  # TRL 0.29 returns extra fields after the log-probabilities
+        return results
 
 
 STOCK, SHARED = (type("Trainer", (SeesGeneration, base), {}) for base in (GRPOTrainer, PrefixGrouperGRPOTrainer))
