@@ -10,13 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 _SIMPLE = (bool, int, float, str, Tensor, type(None))
 _CONTAINERS = (list, dict, set, deque)
-_INTERNAL = frozenset(vars(nn.Module()))
+# With what torch keeps in any module, hooks included: transformers' note that the hooks which record hidden states are there.
+_INTERNAL = frozenset(vars(nn.Module())) | {"_output_capturing_hooks_installed"}
 
 
 @contextmanager
@@ -48,7 +50,12 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def plain_attributes(module: Any) -> dict[str, Any]:
-    """What a call could leave in ``module`` besides buffers: numbers, tensors, and copies of its containers."""
+    """What a call could leave in ``module`` besides buffers: numbers, tensors, and copies of its containers.
+
+    Nothing of FSDP1's wrappers, which note at the first forward which of them is the root.
+    """
+    if isinstance(module, FullyShardedDataParallel):
+        return {}
     plain = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     kept = {name: value for name, value in plain.items() if isinstance(value, _SIMPLE)}
     return kept | {name: value.copy() for name, value in plain.items() if type(value) in _CONTAINERS}
@@ -56,6 +63,8 @@ def plain_attributes(module: Any) -> dict[str, Any]:
 
 def restore_attributes(module: Any, before: dict[str, Any]) -> None:
     """Put back what :func:`plain_attributes` has found; what has come since goes."""
+    if isinstance(module, FullyShardedDataParallel):
+        return
     own = vars(module)
     for name in [name for name in own if name not in _INTERNAL and name not in before]:
         if isinstance(own[name], _SIMPLE) or type(own[name]) in _CONTAINERS:
