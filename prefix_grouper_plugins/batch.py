@@ -108,10 +108,8 @@ class GroupedBatch:
         ]
         self._places = on_device(layout.pack(places), device)
         self.layout = layout.to(device)
-        self.input_ids, self.position_ids = (
-            on_device(layout.pack(tokens), device),
-            on_device(layout.pack(columns), device),
-        )
+        self.input_ids = on_device(layout.pack(tokens), device)
+        self.position_ids = on_device(layout.pack(columns), device)
         self.labels, self.positions = on_device(labels, device), on_device(positions, device)
         self.rows, self.columns = (on_device(index, device) for index in scored)
 

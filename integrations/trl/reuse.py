@@ -97,9 +97,8 @@ class PromptReuse:
         self._ahead: ScoresAhead | None = None
         self._micro_batches: list[MicroBatch] = []  # of the generation batch
         self._tokens: list[list[RowTokens]] = []  # of their rows
-        self._coming = range(
-            0
-        )  # the micro-batch that was entered, and those that certainly follow in its optimizer step
+        # The micro-batch that was entered, and those that certainly follow in its optimizer step.
+        self._coming = range(0)
 
     def why_not(self, model: Any, *, update: bool = True) -> str | None:
         """Why prompts do not stay open for later micro-batches; None if they do.
@@ -276,9 +275,8 @@ class PromptReuse:
         count = num_that_fit(coming, first.input_ids.numel(), held=held, opened=prompts.open)
         if HAS_FUSED_HEAD:
             return count
-        scored = [
-            [row._replace(prompt_tokens=0, levels=()) for row in rows] for rows in coming
-        ]  # their logits are kept
+        # The logits of completions are kept, each its own.
+        scored = [[row._replace(prompt_tokens=0, levels=()) for row in rows] for rows in coming]
         return min(count, num_that_fit(scored, len(first) * first.num_scored))
 
     def _expect(

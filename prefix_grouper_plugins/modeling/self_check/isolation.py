@@ -32,15 +32,18 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    attributes = [plain_attributes(module) for module in modules]
+    # FSDP1's wrappers note at the first forward which of them is the root, and keep that.
+    plain = [module for module in modules if not isinstance(module, FullyShardedDataParallel)]
+    attributes = [plain_attributes(module) for module in plain]
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(0)
             yield
     finally:
-        for module, mode, values in zip(modules, modes, attributes, strict=True):
+        for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+        for module, values in zip(plain, attributes, strict=True):
             restore_attributes(module, values)
         with torch.no_grad():
             for module, name, buffer, content in buffers:
@@ -50,12 +53,7 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def plain_attributes(module: Any) -> dict[str, Any]:
-    """What a call could leave in ``module`` besides buffers: numbers, tensors, and copies of its containers.
-
-    Nothing of FSDP1's wrappers, which note at the first forward which of them is the root.
-    """
-    if isinstance(module, FullyShardedDataParallel):
-        return {}
+    """What a call could leave in ``module`` besides buffers: numbers, tensors, and copies of its containers."""
     plain = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     kept = {name: value for name, value in plain.items() if isinstance(value, _SIMPLE)}
     return kept | {name: value.copy() for name, value in plain.items() if type(value) in _CONTAINERS}
@@ -63,8 +61,6 @@ def plain_attributes(module: Any) -> dict[str, Any]:
 
 def restore_attributes(module: Any, before: dict[str, Any]) -> None:
     """Put back what :func:`plain_attributes` has found; what has come since goes."""
-    if isinstance(module, FullyShardedDataParallel):
-        return
     own = vars(module)
     for name in [name for name in own if name not in _INTERNAL and name not in before]:
         if isinstance(own[name], _SIMPLE) or type(own[name]) in _CONTAINERS:
