@@ -2,7 +2,7 @@
 
 Trainers hold two padded blocks, prompts (padded on the left) and completions (padded on the right).
 :class:`GroupedBatch` turns them into one packed row and brings per-token results back. Rows share by the token ids of
-their prompts, wherever they stand in the batch: a trainer may shuffle as it likes.
+their prompts, wherever they are in the batch: a trainer may shuffle as it likes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GroupedBatch:
         layout (`PrefixLayout`): on the device of ``prompt_ids``.
         input_ids, position_ids, labels (`LongTensor[T]`): of the packed row; labels are -100 outside of completions.
         positions (`LongTensor[N]`): packed position that predicts each completion token, row by row.
-        rows, columns (`LongTensor[N]`): where each of them stands in the completion block.
+        rows, columns (`LongTensor[N]`): where each of them is in the completion block.
         kept (`list[int]`): the rows of the batch that the layout holds, by their index in the batch.
         num_groups (`int`): distinct prompts among the rows.
         num_row_tokens (`int`): real tokens of the whole batch, which an ordinary, unpadded forward would process.
@@ -80,7 +80,7 @@ class GroupedBatch:
 
         width = prompts.shape[1]
         own_prompts = [prompts[i, width - prompt_lengths[i] :] for i in kept]
-        tail = torch.zeros(int(forward_last), dtype=torch.long)  # stands behind the last token, and is not forwarded
+        tail = torch.zeros(int(forward_last), dtype=torch.long)  # follows the last token, and is not forwarded
         tokens = [
             torch.cat([own, completions[i, : lengths[i]], tail]) for i, own in zip(kept, own_prompts, strict=True)
         ]

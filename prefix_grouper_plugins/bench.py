@@ -151,7 +151,7 @@ def times_as_fast(ours: list[Timing], theirs: list[Timing], clock: str = "cpu") 
 
 
 def describe_machine(device: str = "cpu") -> dict[str, str]:
-    """Processor or GPU, versions and date: what a figure needs beside it."""
+    """Processor or GPU, versions and date: what belongs to every figure."""
     if device == "cpu":
         machine = f"{_processor()}, {torch.get_num_threads()} thread(s)"
     else:

@@ -1,7 +1,7 @@
 """``prefix-grouper bench``: attention of one layer, or the update of a whole model, on the user's machine.
 
 Ways run in turns, so that a machine that is busy for a while slows all of them. Seconds are medians over the turns, and
-the ratio printed beside them is that of these medians, so that the two agree; how far the ratios of single turns lie apart
+the ratio printed with them is that of these medians, so that the two agree; how far the ratios of single turns lie apart
 is printed too.
 """
 

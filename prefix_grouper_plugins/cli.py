@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         UsageError: a mistake on the command line, which is printed as one line; exit status 2.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["trl"]:  # everything behind it is the script's, so argparse must not look at it
+    if arguments[:1] == ["trl"]:  # everything after it is the script's, so argparse must not look at it
         importlib.import_module("prefix_grouper_plugins.integrations.trl.launch").main(arguments[1:])
         return 0
     with told_in_one_line():
@@ -199,7 +199,7 @@ def doctor(options: argparse.Namespace) -> int:
 def describe_machine_and_backends() -> dict[str, Any]:
     """Versions, and for each device, backend and kind of layer whether it runs there.
 
-    Under ``attention`` stand a device's dtype and for each backend a list of ``layers`` and the ``reason`` why they do
+    ``attention`` holds a device's dtype and for each backend a list of ``layers`` and the ``reason`` why they do
     not run, None where they do.
     """
     import torch

@@ -28,7 +28,7 @@ class Forest:
 
     Attributes:
         num_tokens (`int`): ``T``, tokens with keys.
-        num_given, num_queries (`int`): tokens without queries, all of them in front, and tokens with queries.
+        num_given, num_queries (`int`): tokens without queries, which all come first, and tokens with queries.
         start, end, parent, subtree_end (`int64 [S]`): the columns of ``layout.segments``.
         depth (`int64 [S]`): depth of the first token of each segment.
         level (`int64 [S]`): number of ancestors of each segment.
@@ -40,7 +40,7 @@ class Forest:
         """
         Args:
             segments: ``[S, 4]`` integers, ``start, end, parent, subtree_end`` in depth-first pre-order.
-            num_given: tokens without queries, whole segments in front, and not all of them.
+            num_given: leading tokens without queries: whole segments, and not all of them.
 
         Raises:
             ValueError: ``num_given`` does not end a segment, or leaves no query.
@@ -75,7 +75,7 @@ def forest_of(segments: Tensor, num_given: int = 0) -> Forest:
 
     Args:
         segments: as in `PrefixLayout`.
-        num_given: tokens in front that have no queries, see `Forest`.
+        num_given: leading tokens that have no queries, see `Forest`.
 
     Raises:
         ValueError: ``segments`` is not on the CPU, where reading it would wait for the device, or ``num_given`` does
@@ -98,7 +98,7 @@ def visible_pairs(segments: Tensor, sliding_window: int | None = None, num_given
     Args:
         segments: ``IntTensor[S, 4]`` on the CPU, as in `PrefixLayout`.
         sliding_window: tokens that a query sees, itself included; None for all.
-        num_given: tokens in front that have no queries.
+        num_given: leading tokens that have no queries.
     """
     forest = forest_of(segments, num_given)
     first = forest.depth[forest.start >= num_given]

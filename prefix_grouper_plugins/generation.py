@@ -126,7 +126,7 @@ def why_not_share_prefill(model: nn.Module, inputs: dict[str, Any]) -> str | Non
     """
     base: Any = transformers_model(model)
     if hasattr(base.config, "vision_config"):
-        return "a vision-language model keeps positions beside its cache"
+        return "a vision-language model keeps positions outside of its cache"
     if any(hasattr(module, "_setup_cache") for module in base.modules()):
         return f"{type(base).__name__} keeps states in its layers instead of in its cache"
     extra = [

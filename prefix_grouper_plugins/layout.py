@@ -73,7 +73,7 @@ class PrefixLayout:
         num_padding (`int`): tokens at the end that belong to no row, see :meth:`pad_to`.
         blocks (`IntTensor[N, 2]`): first token and end of each block of tokens that see each other in both directions,
             such as an image, in packed order; None for none. Always on the CPU. See `attention.bidirectional.blocks_of`.
-        num_given (`int`): tokens in front, whole segments, that have keys only, see :meth:`given`. All attributes but
+        num_given (`int`): leading tokens, whole segments, that have keys only, see :meth:`given`. All attributes but
             ``segments``, ``subtree_end`` and ``blocks`` then speak of the other ``num_queries`` tokens.
         blocks_cut_by_window (`bool`): whether a sliding window hides tokens of a query's own block too.
     """
@@ -112,7 +112,7 @@ class PrefixLayout:
     ) -> PrefixLayout:
         """Layout of groups whose lengths are known: ``prompt_lengths[g]`` tokens, then one response for each row.
 
-        The rows are the responses in the order given, each with its prompt in front: ``P_g + R_gi`` tokens.
+        The rows are the responses in the order given, each after its prompt: ``P_g + R_gi`` tokens.
 
         Args:
             prompt_lengths: tokens of each group's prompt, at least 1.
@@ -157,7 +157,7 @@ class PrefixLayout:
         """Layout of any prefix tree, found by comparing token ids: nothing that two rows have in common is run twice.
 
         Each level of the tree costs attention a call and a merge, so one of few tokens can cost more than it saves.
-        With both ``shareable`` and ``min_level``, the leading tokens are shared in any case, and what lies behind them
+        With both ``shareable`` and ``min_level``, the leading tokens are shared in any case, and what follows them
         where a level has at least ``min_level`` tokens.
 
         Args:
@@ -165,7 +165,7 @@ class PrefixLayout:
             keys: one hashable for each row; rows with different keys never share (other images, another adapter).
             shareable: how many leading tokens of each row may be shared, by default all. A trainer passes the prompt
                 lengths.
-            min_level: share tokens behind ``shareable`` too, in levels of at least this many tokens: 1 for all that rows
+            min_level: share tokens after ``shareable`` too, in levels of at least this many tokens: 1 for all that rows
                 have in common, None for nothing.
 
         Raises:
@@ -291,14 +291,14 @@ class PrefixLayout:
     def given(self, num_tokens: int) -> PrefixLayout:
         """The same rows, with the first ``num_tokens`` tokens *given*: their keys and values come from another forward.
 
-        So the parts of a group reuse its prompt: a part is laid out with the prompt in front, as ever, and only what
+        So the parts of a group reuse its prompt: a part is laid out after its prompt, as usual, and only what
         follows is forwarded. :meth:`pack`, :meth:`labels` and ``position_ids`` then have ``num_queries`` entries,
         :meth:`unpack` takes as many and leaves out each row's given transitions, and queries are a suffix of the keys.
         The rows that are passed in are whole.
 
         Args:
             num_tokens: tokens at the beginning of one path from a root: of a prompt of ``P`` tokens, the first ``P - 1``.
-                A segment that goes on behind them is cut in two.
+                A segment that goes on after them is cut in two.
 
         Raises:
             ValueError: the tokens are not the beginning of one path, or none would be left to forward.
@@ -320,7 +320,7 @@ class PrefixLayout:
         return part
 
     def pad_to(self, num_tokens: int) -> PrefixLayout:
-        """The same rows, and padding behind them so that ``T`` is ``num_tokens``: for fixed shapes and equal pieces.
+        """The same rows, followed by padding so that ``T`` is ``num_tokens``: for fixed shapes and equal pieces.
 
         Padding is a segment that belongs to no row: no token of a row sees it, its positions count from 0, its label
         is -100, :meth:`pack` fills it with the first token, and :meth:`unpack` leaves it out.

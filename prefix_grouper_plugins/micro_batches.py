@@ -160,7 +160,7 @@ def plan_parts(
 def runs_of_parts(
     plan: Sequence[Sequence[int]], sizes: Sequence[RowSize]
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """The plan with the parts of a group side by side, and where they stand.
+    """The plan with the parts of a group side by side, and where they are.
 
     Args:
         plan: row indices of each micro-batch.

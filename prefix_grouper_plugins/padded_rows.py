@@ -27,7 +27,7 @@ class PaddedRows:
         min_level: share levels of the trie of at least this many tokens.
 
     Attributes:
-        layout (`PrefixLayout`): on the device of ``input_ids``. Its rows have one token in front of those of the batch, so
+        layout (`PrefixLayout`): on the device of ``input_ids``. Its rows have one token before those of the batch, so
             that the transitions which it counts are the tokens of the batch; its :meth:`PrefixLayout.labels` mean nothing.
         input_ids, position_ids (`LongTensor[T]`): of the packed row.
         lengths (`list[int]`): real tokens of each row.
@@ -62,7 +62,7 @@ class PaddedRows:
             first = [starts[row] if padded_positions else 0 for row in kept]
             numbers = [torch.arange(start, start + len(row)) for start, row in zip(first, own, strict=True)]
 
-        token = torch.zeros(1, dtype=torch.long)  # the one in front, and one behind for what is packed
+        token = torch.zeros(1, dtype=torch.long)  # the one before, and one after what is packed
         layout = PrefixLayout.from_rows(
             [torch.cat([token, row]) for row in own], [int(n[0]) for n in numbers], min_level=min_level
         )
@@ -70,7 +70,7 @@ class PaddedRows:
         self.num_roots = int((layout.segments[:, 2] < 0).sum())
         self.input_ids = layout.pack([torch.cat([row, token]) for row in own]).to(device)
         self.position_ids = layout.pack([torch.cat([n, token]) for n in numbers]).to(device)
-        source = torch.full(self._shape, layout.num_tokens)  # padding takes the zeros that unpack puts behind
+        source = torch.full(self._shape, layout.num_tokens)  # padding takes the zeros that unpack appends
         source[real] = layout.row_index
         self._source = source.flatten().to(device)
 

@@ -1,11 +1,11 @@
 """``share_rows``: any head and any loss over ordinary padded rows, while the decoder forwards what rows have in common once.
 
-Two hooks stand on the decoder (the model without its head). The one before its forward finds what the rows of a batch begin
-alike with and calls it with one packed row; the one behind gives every real token its hidden state back, ``[B, W, H]``.
+There are two hooks on the decoder (the model without its head). The one before its forward finds what the rows of a batch begin
+alike with and calls it with one packed row; the one after it gives every real token its hidden state back, ``[B, W, H]``.
 Whatever calls the decoder (a language-model head, a fused head, a score head, a trainer's loss) stays as it is. Hidden states
 at padding are zeros there, where an ordinary forward leaves values without meaning.
 
-What cannot be shared exactly runs as ever: counted, and its reason logged once.
+What cannot be shared exactly takes the ordinary path: counted, and its reason logged once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def share_rows(
 ) -> Iterator[RowSharing]:
     """In this context, forwards of ``model`` with padded rows forward what the rows have in common once. Exact.
 
-    The model is called as ever, with ``input_ids [B, W]`` and ``attention_mask [B, W]``, padded on either side; its head and
+    The model is called as usual, with ``input_ids [B, W]`` and ``attention_mask [B, W]``, padded on either side; its head and
     your loss see hidden states ``[B, W, H]``, which are zeros at padding. Run the backward inside of the context, too:
     checkpointed layers run again in it.
 
@@ -147,7 +147,7 @@ class RowSharing:
                 f"the rows of {type(shared[0]).__name__} are being shared already: leave that share_rows(model) first"
             )
         reasons = list(self._reasons)
-        for model in self._models:  # what stands around the decoder: PEFT's wrapper, an encoder
+        for model in self._models:  # what surrounds the decoder: PEFT's wrapper, an encoder
             reasons += report_on(Anatomy(model)).reasons
         for decoder in decoders:
             if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
@@ -267,7 +267,7 @@ class _DecoderHooks:
             extra := [k for k, v in output.items() if k not in _OUTPUTS and v is not None]
         ):
             raise UnsupportedModelError(
-                f"{type(decoder).__name__} returns `{extra[0]}` beside its hidden states, which is not brought back to rows: "
+                f"{type(decoder).__name__} returns `{extra[0]}` with its hidden states, which is not brought back to rows: "
                 "call the model outside of share_rows"
             )
         cache = _NoCache() if self._running.wants_cache else None

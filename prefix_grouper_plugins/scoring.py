@@ -158,7 +158,7 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
     """Packed forward: last hidden states ``[T, hidden]`` and the head that continues them.
 
     The call goes through ``model`` itself, so that wrappers (PEFT, DDP) do their part; hooks take the decoder's output
-    and what runs behind it, and the logits of one single position show that the head is understood.
+    and what runs after it, and the logits of one single position show that the head is understood.
     """
     base = transformers_model(model)
     decoder = decoder_of(base)

@@ -20,7 +20,7 @@ class Setting:
     """One option.
 
     Attributes:
-        name: as it is called in the code; frameworks may put something in front of it.
+        name: as it is called in the code; frameworks may add a prefix.
         default: its value where nobody sets it.
         help: one paragraph for users.
         choices: the values that it takes, where they are few.
@@ -102,7 +102,7 @@ SELF_CHECK = Setting(
     kind=bool,
 )
 
-# Of TRL's training arguments and of the launcher, which put `prefix_grouper_` in front of all but the first.
+# Of TRL's training arguments and of the launcher, where all but the first have the prefix `prefix_grouper_`.
 USE = Setting(
     "use_prefix_grouper",
     None,
@@ -115,7 +115,7 @@ TRL_REGROUP = Setting(
     "exact",
     "How rows of one prompt, which TRL shuffles over the micro-batches of a generation batch, are brought together again. "
     "'exact' moves rows only among the micro-batches of one optimizer step, and only where the loss is known not to "
-    "depend on which rows stand together; 'group' brings every group together, so a row may move to another optimizer "
+    "depend on which rows are together; 'group' brings every group together, so a row may move to another optimizer "
     "step of the same generation batch; 'none' leaves the shuffle alone.",
     ("exact", "group", "none"),
 )
@@ -131,7 +131,7 @@ VERIFY = Setting(
     "off",
     "Run rows of the update on the ordinary path as well, and compare loss and gradients: 'first' before the first optimizer "
     "step, a number N before every N-th. Where they differ by more than rounding explains, sharing is refused. A second line "
-    "of defence behind the self-check; it costs a few forwards and backwards.",
+    "of defence after the self-check; it costs a few forwards and backwards.",
     words=("off", "first"),
 )
 TRL_SETTINGS = (USE, SHARE, BACKEND, TRL_REGROUP, GENERATION, ON_UNSUPPORTED, SELF_CHECK, VERIFY)
@@ -144,7 +144,7 @@ VERL_REGROUP = Setting(
     "regroup",
     "auto",
     "How rows of one prompt are brought together. 'exact' moves rows among the micro-batches and ranks of one optimizer "
-    "step, and only where the loss is known not to depend on which rows stand together; 'auto' also brings whole groups "
+    "step, and only where the loss is known not to depend on which rows are together; 'auto' also brings whole groups "
     "into one optimizer step, where verl assigns rows to steps by the order of their arrival, their lengths or a shuffle; "
     "'group' does so whatever the loss; 'none' leaves them where verl put them. A step always has as many rows as verl's.",
     ("auto", "exact", "group", "none"),

@@ -81,7 +81,7 @@ def test_so_are_static_caches_and_models_that_see_images():
     (prefill,), _ = compare(families.build("qwen3").double().eval(), prompts(), cache_implementation="static")
     assert prefill.reason == "a cache of StaticLayer cannot be repeated"
     (prefill,), _ = compare(multimodal_families.build("qwen2_5_vl"), prompts())
-    assert prefill.reason == "a vision-language model keeps positions beside its cache"
+    assert prefill.reason == "a vision-language model keeps positions outside of its cache"
 
 
 def test_padding_tells_prompts_apart_that_begin_with_the_padding_token():

@@ -373,7 +373,7 @@ def test_a_learned_prompt_is_refused(qwen3):
 
 
 class Mixing(LlamaForCausalLM):
-    """From ``limit`` tokens on, a forward of one row adds what stands in front of each token; the self-check is shorter."""
+    """From ``limit`` tokens on, a forward of one row adds what comes before each token; the self-check is shorter."""
 
     def __init__(self, config: Any, limit: int) -> None:
         super().__init__(config)

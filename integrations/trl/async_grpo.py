@@ -3,7 +3,7 @@
 ``trl.experimental.async_grpo`` folds the samples of a micro-batch into a prefix tree of its own, which lies as ours does, and
 runs it with FlashAttention-3 on copies of each path's keys and values. So it needs a Hopper GPU. Here the model keeps an
 attention implementation of transformers, takes packed rows as in every other trainer (checked, self-checked, windows,
-softcap and LoRA included), and TRL's description of the tree becomes a layout in front of each forward. The loss, the
+softcap and LoRA included), and TRL's description of the tree becomes a layout before each forward. The loss, the
 planner, the rollout worker and the metrics are TRL's.
 """
 
@@ -31,7 +31,7 @@ class PrefixGrouperAsyncGRPOTrainer(AsyncGRPOTrainer):  # type: ignore[misc]
 
     Args:
         prefix_grouper_backend: attention backend, as in the other trainers.
-        attn_implementation: of transformers, behind ours: what the model runs without a tree.
+        attn_implementation: of transformers: what the model runs where there is no tree.
 
     Attributes:
         gate (`SharingGate`): what is known of the model.
@@ -105,7 +105,7 @@ def layout_of_tree(kv_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor)
     """
     index, queries, keys = (x.cpu().long() for x in (kv_index, cu_seqlens_q, cu_seqlens_k))
     lengths = queries.diff()
-    above = keys[1:] - lengths - 1  # where the parent's last token stands in the path, if there is a parent
+    above = keys[1:] - lengths - 1  # where the parent's last token is in the path, if there is a parent
     has_parent = above >= keys[:-1]
     last = index[above.clamp(min=0)]
     parents = (torch.searchsorted(queries, last, right=True) - 1).where(has_parent, -1)
@@ -175,7 +175,7 @@ def _with_end(sample: dict[str, Any]) -> np.ndarray:
 
 
 def _description(layout: PrefixLayout) -> dict[str, Tensor]:
-    """What TRL's attention is told of the tree."""
+    """What TRL's attention gets to know of the tree."""
     paths: list[np.ndarray] = []
     segments = layout.segments.tolist()
     for start, end, parent, _ in segments:

@@ -34,7 +34,7 @@ def why_not_share(model: Any, given: dict[str, Any]) -> str | None:
     if not names:
         return None
     if "pixel_values" in names and "num_images" not in given:
-        return "`pixel_values` came without `num_images`, so that images cannot be told apart by row"
+        return "`pixel_values` came without `num_images`, so it is not known which row an image belongs to"
     return why_not_pack(model, names)
 
 
@@ -108,7 +108,7 @@ class DummyImageRow:
     def add_to(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, given: dict[str, Any]
     ) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
-        """The arguments of the stock method with the row behind the others; None where it is not needed.
+        """The arguments of the stock method with the row after the others; None where it is not needed.
 
         Args:
             model: the vision-language model.

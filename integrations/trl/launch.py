@@ -5,7 +5,7 @@
     accelerate launch -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
     torchrun --nproc_per_node 2 -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
 
-The flag and its companions may stand before or after the script, or in the YAML file of TRL's --config. They are:
+The flag and its companions may come before or after the script, or in the YAML file of TRL's --config. They are:
 
     --use_prefix_grouper [true|false]           share the prompts of a group
     --prefix_grouper_share WHAT                 auto (default), prompt, or tree: sampled tokens too
@@ -290,7 +290,7 @@ def _warn_if_unused() -> None:
     if not built and not _SAID:
         logger.warning(
             "prefix grouper: the script built no trainer of TRL that shares prompts (GRPOTrainer, DPOTrainer and others), so "
-            "nothing was shared. Scripts that bring a trainer of their own can put PrefixGrouperMixin or ShareRowsMixin in front "
+            "nothing was shared. Scripts with a trainer of their own can put PrefixGrouperMixin or ShareRowsMixin in front "
             "of its base class"
         )
 

@@ -1,6 +1,6 @@
 """What is known of the loss of the trainer that runs.
 
-Rows may change their micro-batch only where the gradient of an optimizer step is a sum over rows, whichever of them stand
+Rows may change their micro-batch only where the gradient of an optimizer step is a sum over rows, whichever of them are
 together. That is known of TRL's own losses, by their code. Whatever else computes the loss (a subclass, a mixin, a
 function put on the trainer) may do anything with its micro-batch: its rows stay.
 """
@@ -32,7 +32,7 @@ _PARTS_OF_THE_LOSS = (
     "get_gamma_weights",
 )
 _HOMES = {_GRPO, _RLOO, _GMPO, "transformers.trainer"}
-# Code of TRL stands in decorators of its own, of torch and of transformers.
+# Methods of TRL are wrapped in decorators of its own, of torch and of transformers.
 _ROOTS = tuple(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (trl, torch, transformers))
 
 
@@ -75,7 +75,7 @@ def own_code(trainer: Any, name: str, *, behind: type | None = None) -> str | No
     Args:
         trainer: the trainer that runs.
         name: of a method.
-        behind: look only at the classes that stand behind this one.
+        behind: look only at the classes after this one in the method resolution order.
     """
     for owner, function in _definitions(trainer, name, behind):
         return None if _home(function) in _HOMES else f"{owner}.{name}"
@@ -99,7 +99,7 @@ def _why_entropy_depends(settings: Any) -> str | None:
 
 
 def _definitions(trainer: Any, name: str, behind: type | None = None) -> Iterator[tuple[str, Any]]:
-    """Where ``name`` is defined, what runs first in front: on the object, and in its classes but ours."""
+    """Where ``name`` is defined, in the order in which Python finds it: on the object, and in its classes but ours."""
     if behind is None and name in vars(trainer):
         yield f"{type(trainer).__name__} object", vars(trainer)[name]
     mro = type(trainer).__mro__

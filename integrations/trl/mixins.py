@@ -19,16 +19,16 @@ def option(args: Any, name: str) -> Any:
     return getattr(args, name, _DEFAULTS[name])
 
 
-def must_stand_in_front(mixin: type, cls: type) -> None:
+def must_come_before_trainers(mixin: type, cls: type) -> None:
     """
     Raises:
-        ValueError: ``mixin`` stands behind a trainer in ``cls``, so that it would change nothing.
+        ValueError: ``mixin`` comes after a trainer in the bases of ``cls``, so that it would change nothing.
     """
     in_front = cls.__mro__[: cls.__mro__.index(mixin)]
     trainer = next((c for c in in_front if issubclass(c, Trainer) and not issubclass(c, mixin)), None)
     if trainer is not None:
         raise ValueError(
-            f"{trainer.__name__} stands in front of {mixin.__name__} in {cls.__name__}, so its methods would run and "
+            f"{trainer.__name__} comes before {mixin.__name__} in {cls.__name__}, so its methods would run and "
             f"nothing would be shared: write class {cls.__name__}({mixin.__name__}, {trainer.__name__})"
         )
 

@@ -39,7 +39,7 @@ def window_size(args: Any, mode: str, mix_freely: bool) -> int:
 
 
 def regroup(micro_batches: list[MicroBatch], window: int, share: str = "prompt") -> list[MicroBatch]:
-    """Exchange rows within each window of micro-batches so that rows that share most stand side by side.
+    """Exchange rows within each window of micro-batches so that rows that share most are side by side.
 
     Args:
         micro_batches: what TRL buffered: dicts of tensors ``[rows, ...]``, lists of ``rows`` entries, 0-d tensors that

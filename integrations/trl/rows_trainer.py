@@ -1,7 +1,7 @@
 """Any trainer of TRL whose decoder forwards what the rows of a micro-batch have in common once.
 
 DPO, reward models and their kin call a model with padded rows, one for each completion of a prompt, and compute a loss of their
-own from what stands behind the decoder. :func:`~prefix_grouper_plugins.share_rows` shares inside of the decoder, so
+own from what follows the decoder. :func:`~prefix_grouper_plugins.share_rows` shares inside of the decoder, so
 nothing of the trainer is overridden: heads, losses, reference models and metrics are TRL's, and no row changes its
 micro-batch.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_stand_in_front, option
+from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
 from prefix_grouper_plugins.metrics import REF_LOG_PROB, UPDATE
 from prefix_grouper_plugins.row_sharing import RowSharing
 from prefix_grouper_plugins.sharing import SharingGate
@@ -37,10 +37,10 @@ class ShareRowsMixin:
     Raises:
         UnsupportedModelError: on construction, when the model or a setting cannot be shared exactly and
             ``prefix_grouper_on_unsupported`` is ``error``.
-        ValueError: when a class is made, the mixin stands behind the trainer that it should change.
+        ValueError: when a class is made, the mixin comes after the trainer that it should change.
     """
 
-    # Of the trainer behind.
+    # Of the trainer that comes after it among the bases.
     args: Any
     model: Any
     accelerator: Any
@@ -53,7 +53,7 @@ class ShareRowsMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        must_stand_in_front(ShareRowsMixin, cls)
+        must_come_before_trainers(ShareRowsMixin, cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -190,8 +190,8 @@ class RowsWatch(TrainerCallback):
         elif not update.packed and not update.fallbacks:
             trainer.gate.warn(
                 f"no two rows of a micro-batch began alike in the first update, with {trainer.min_level} tokens or more, so "
-                "nothing was shared: rows of a prompt share where they stand in one micro-batch, with equal token ids and equal "
-                "padding in front"
+                "nothing was shared: rows of a prompt share if they are in one micro-batch, with equal token ids and equal "
+                "padding on the left"
             )
 
 

@@ -25,7 +25,7 @@ from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages
 from prefix_grouper_plugins.integrations.trl.images import why_not_share as why_not_share_images
 from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front, why_rows_stay
-from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_stand_in_front, option
+from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.integrations.trl.verify import Verification
@@ -46,16 +46,16 @@ class PrefixGrouperMixin:
         gate (`SharingGate`): whether forwards are shared, and why not.
         sharing (`SharingMeter`): counts of all forwards so far, on this process.
         loss_is_sum_over_rows (`bool`): set it to True on a class with a loss of its own whose gradient does not depend on
-            which rows stand in one micro-batch. Until then ``prefix_grouper_regroup='exact'`` leaves its rows where TRL
+            which rows are in one micro-batch. Until then ``prefix_grouper_regroup='exact'`` leaves its rows where TRL
             puts them.
 
     Raises:
         UnsupportedModelError: on construction, when the model or a setting cannot be shared exactly and
             ``prefix_grouper_on_unsupported`` is ``error``.
-        ValueError: when a class is made, the mixin stands behind the trainer that it should change.
+        ValueError: when a class is made, the mixin comes after the trainer that it should change.
     """
 
-    # Of the trainer behind.
+    # Of the trainer that comes after it among the bases.
     args: Any
     model: Any
     ref_model: Any
@@ -70,7 +70,7 @@ class PrefixGrouperMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        must_stand_in_front(PrefixGrouperMixin, cls)
+        must_come_before_trainers(PrefixGrouperMixin, cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -87,7 +87,7 @@ class Verification:
     def score(self, score: Callable[[], Scores], without_rows: Callable[[], Scores], mask: Tensor) -> Scores:
         """What ``score`` returns, kept for the comparison; where memory does not suffice, zeros from then on.
 
-        Processes go on together that way: the loss has collectives behind its forward.
+        Processes go on together that way: the loss has collectives after its forward.
 
         Args:
             score: of the rows of a call: log-probs ``[B, C]`` and what comes with them.

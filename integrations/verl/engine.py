@@ -3,7 +3,7 @@
 Re-pack, then delegate. A micro-batch becomes one packed row (:mod:`.micro_batch`), which verl's own code then takes for a
 micro-batch of a single row: removal of padding, Ulysses slices, fused kernels, entropy, temperature and the loss are
 verl's, unchanged. Two things are ours: the attention, which meets the layout in every layer, and the labels, since in a
-packed row the next token does not always stand next.
+packed row the token that follows in the text is not always the next one.
 """
 
 from __future__ import annotations
@@ -548,7 +548,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if difference == 0:  # every advantage is zero, so this update would prove nothing
             return
         self._verify_when.done()
-        control = "no two rows stand side by side, so no key could be leaked to see what an error would do"
+        control = "no two rows are side by side, so no key could be leaked to see what an error would do"
         if leak is not None:
             control = f"a leak of one key would have shown as {leak:.1e} in gradients"
         self.gate.warn(

@@ -1,6 +1,6 @@
 """Which losses of verl let rows change their micro-batch: those that are known to be sums over rows.
 
-verl scales each micro-batch's loss for the whole optimizer step, so for most losses it does not matter which rows stand
+verl scales each micro-batch's loss for the whole optimizer step, so for most losses it does not matter which rows are
 together. Some do look at the micro-batch as a whole: ``geo_mean`` averages over its rows, ``clip_cov`` and ``kl_cov``
 select among its tokens, ``seq-mean-token-sum-norm`` without a ``loss_scale_factor`` divides by its longest response, and
 importance weights may be normalized over it. The engine, which plans micro-batches, and the driver, which deals rows out
@@ -95,7 +95,7 @@ def _why_policy_loss_keeps_rows(mode: str) -> str | None:
     function = core_algos.POLICY_LOSS_REGISTRY.get(mode)
     if mode in _TOKEN_WISE and getattr(function, "__module__", None) == core_algos.__name__:
         return None
-    return f"the policy loss {mode} may depend on which rows stand in one micro-batch"
+    return f"the policy loss {mode} may depend on which rows are in one micro-batch"
 
 
 def _why_distillation_keeps_rows(config: Any) -> str | None:

@@ -53,7 +53,7 @@ def row_lengths(data: TensorDict) -> tuple[list[int], list[int]]:
     """Tokens of each row, and of each row's prompt.
 
     Args:
-        data: with nested ``input_ids``, and ``prompts`` either nested (verl's V1 trainer) or padded on the left beside
+        data: with nested ``input_ids``, and ``prompts`` either nested (verl's V1 trainer) or padded on the left next to
             an ``attention_mask`` (V0).
     """
     prompts = data["prompts"]
@@ -126,7 +126,7 @@ class PackedMicroBatch:
         layout (`PrefixLayout`): of the rows, on that device.
         surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
             original one.
-        num_tokens: of the surrogate: those that are forwarded, and the placeholders of a dummy image behind them.
+        num_tokens: of the surrogate: those that are forwarded, and then the placeholders of a dummy image.
         labels (`LongTensor[T]`): next token of each packed position.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
         some_share_nothing (`bool`): whether the images of some rows keep them from sharing.
@@ -215,7 +215,7 @@ class PackedMicroBatch:
         return torch.equal(packed[..., self._whole.row_index], values[..., self._transitions])
 
     def token_inputs(self, model_type: str, layout: PrefixLayout) -> dict[str, Tensor]:
-        """What the model takes for each token beside its id and position; images that see themselves go to ``layout``.
+        """What the model takes for each token apart from its id and position; images that see themselves go to ``layout``.
 
         Args:
             model_type: of the model.

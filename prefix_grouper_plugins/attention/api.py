@@ -98,7 +98,7 @@ def _check_no_tangent(*tensors: Tensor | None) -> None:
 def _autocast(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype where autocast is on; as everywhere in torch, float64 is left alone.
 
-    Rotary embeddings and norms may leave query and key in float32 beside a value in bfloat16.
+    Rotary embeddings and norms may leave query and key in float32 and value in bfloat16.
     """
     kind = x.device.type
     if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):

@@ -19,7 +19,7 @@ MAX_FLASH_HEAD_DIM = 256
 # Kernels that torch.nn.attention.activate_flash_attention_impl puts in the place of FA2, and the GPUs that they refuse
 # all others of, by the major number of the compute capability.
 _ACTIVATED = {"FA3": (9,), "FA4": (9, 10)}
-# FA4 is made for head dims up to 128 (flash_attn/cute/interface.py); its kernel for 256 on Blackwell hung, or read behind its
+# FA4 is made for head dims up to 128 (flash_attn/cute/interface.py); its kernel for 256 on Blackwell hung, or read past its
 # tensors, with entries of length 0, which forests can have (Dao-AILab/flash-attention, issue 2562 and pull request 2568).
 _ACTIVATED_HEAD_DIM = {"FA4": 128}
 

@@ -1,6 +1,6 @@
 """FLOPs of the custom operators for ``torch.utils.flop_counter``: matrix products over visible pairs, and nothing else.
 
-Whatever the backend computes beside them (masked halves of tiles, recomputation) does not count, just as torch's own
+Whatever else the backend computes (masked halves of tiles, recomputation) does not count, just as torch's own
 formulas count an algorithm and not a kernel. They do count the masked half of causal attention, though: an ordinary
 forward is charged for ``L * L`` pairs where ``L * (L + 1) / 2`` are visible; and they do not know the flash op of the CPU,
 which counts as nothing.

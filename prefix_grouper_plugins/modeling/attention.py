@@ -36,7 +36,7 @@ def is_ours(config: Any) -> bool:
 
 
 def base_implementation(name: str) -> str:
-    """The user's own implementation behind a registered name: ``prefix_grouper:auto:sdpa`` -> ``sdpa``."""
+    """The user's own implementation that a registered name contains: ``prefix_grouper:auto:sdpa`` -> ``sdpa``."""
     return name.split(":", 2)[2] if name.startswith(f"{_NAME}:") else name
 
 

@@ -99,7 +99,7 @@ class ModelForward:
 
     @property
     def own(self) -> Callable[..., Any]:
-        """The forward that the model had; that of its class where nobody put another in front of it."""
+        """The forward that the model had; that of its class where nobody has replaced it."""
         return self.previous or type(self.model).forward.__get__(self.model)
 
     @property

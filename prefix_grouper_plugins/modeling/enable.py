@@ -61,7 +61,7 @@ def _unhook(anatomy: Anatomy) -> None:
     for _, module in anatomy.modules:  # not by the handles: those of a copied model belong to the original
         hooks = {key: getattr(hook, "func", None) for key, hook in module._forward_pre_hooks.items()}
         for key in [key for key, function in hooks.items() if hasattr(function, "belongs_to_enabling")]:
-            # Not `_forward_pre_hooks_with_kwargs`: a hook in front may take these away while torch goes through them.
+            # Not `_forward_pre_hooks_with_kwargs`: an earlier hook may take these away while torch goes through them.
             del module._forward_pre_hooks[key]
 
 
@@ -204,6 +204,6 @@ def _extended(cls: type[nn.Module], extension: type) -> type:
     return created
 
 
-# By this they are told from the hooks of others.
+# What distinguishes them from the hooks of others.
 _check_call.belongs_to_enabling = True  # type: ignore[attr-defined]
 _check_positions.belongs_to_enabling = True  # type: ignore[attr-defined]

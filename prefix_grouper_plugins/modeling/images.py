@@ -1,7 +1,7 @@
 """Rows with images: which of them share, and the inputs of a packed forward of a vision-language model.
 
 Images are shared as prompts are. The vision tower sees the images of one row of each group, in the order in which the
-prompts stand in the packed row, because models put image features into placeholder tokens one after the other. Two
+prompts are in the packed row, because models put image features into placeholder tokens one after the other. Two
 rules make this exact:
 
 - Rows share only if their prompts *and* their images are equal: equal placeholder tokens may stand for different images.
@@ -68,7 +68,7 @@ def split_images(
 
     Args:
         tensors: what the processor returned, by the names in :data:`IMAGE_TENSORS`. The leading axis of each counts
-            patches (``pixel_values`` beside ``image_grid_thw``), tiles, images or rows.
+            patches (``pixel_values`` with ``image_grid_thw``), tiles, images or rows.
         num_images: images of each row.
         num_tiles: tiles of each row, for models that cut images into tiles (InternVL, LFM2-VL).
 
@@ -100,7 +100,7 @@ def _sizes(name: str, tensors: Mapping[str, Tensor], images: list[int], tiles: l
     raise ValueError(
         f"{name} has {length} entries for {len(images)} rows of {images} images"
         + (f" and {tiles} tiles" if tiles else "")
-        + ": they cannot be told apart by row"
+        + ": which row each belongs to is not known"
     )
 
 
@@ -266,7 +266,7 @@ def multimodal_positions(
     if rope_index is None or grid is None:
         return None
     if mm_token_type_ids is None:
-        raise ValueError("rows with images need `mm_token_type_ids`, which the processor returns beside `input_ids`")
+        raise ValueError("rows with images need `mm_token_type_ids`, which the processor returns with `input_ids`")
     positions: Tensor = rope_index(
         input_ids, image_grid_thw=grid, attention_mask=attention_mask, mm_token_type_ids=mm_token_type_ids
     )[0]

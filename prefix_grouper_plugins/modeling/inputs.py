@@ -52,7 +52,7 @@ def layout_inputs(layout: Layout, device: torch.device) -> dict[str, Any]:
 def row_positions(model: nn.Module, layout: PrefixLayout, input_ids: Tensor) -> Tensor:
     """``LongTensor[T]``: the positions that ``model`` gives the tokens of each row where nobody passes any.
 
-    Nearly all models count from 0. RoBERTa and what was made of it count from behind the id of their padding token, and
+    Nearly all models count from 0. RoBERTa and what was made of it count from the id after that of their padding token, and
     give that token no number.
 
     Args:
@@ -63,6 +63,6 @@ def row_positions(model: nn.Module, layout: PrefixLayout, input_ids: Tensor) -> 
     own = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
     if own is None:
         return layout.position_ids
-    rows = rows_of(layout)  # what stands behind a row does not change the numbers in front of it
+    rows = rows_of(layout)  # what follows a row does not change the numbers before it
     numbers = own.create_position_ids_from_input_ids(rows.expand(input_ids[None]), own.padding_idx)  # type: ignore[operator]
     return rows.collapse(numbers)[0]

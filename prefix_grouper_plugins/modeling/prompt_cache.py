@@ -14,7 +14,7 @@ What arrives at the prompt's keys and values is added up, part after part, in fl
 to the prompt's graph and hands the sums on, so the backward of the prompt is a piece of the last part's own backward: one
 gradient synchronisation, one place for a trainer's scaling, and autograd keeps the order.
 
-Keys and values of a part are written behind those of the prompt into one buffer for each layer, so the prompt's are copied
+Keys and values of a part are appended to those of the prompt in one buffer for each layer, so the prompt's are copied
 once, not once for each part. Recurrent layers start each part from the prompt's state (modeling/mixers/state_forking.py).
 A cache costs, for each layer, the prompt's graph, its keys and values a second time, and
 their gradients from the second part on.
@@ -55,7 +55,7 @@ class _Given:
         self._buffer = live.detach()
 
     def in_front_of(self, new: Tensor) -> Tensor:
-        """``new [N, H_kv, D]`` behind the prompt's: ``[P + N, H_kv, D]``, valid until the next call."""
+        """The prompt's keys and then ``new [N, H_kv, D]``: ``[P + N, H_kv, D]``, valid until the next call."""
         prompt, total = len(self.live), len(self.live) + len(new)
         if len(self._buffer) < total:
             grown = new.new_empty((total, *new.shape[1:]))
@@ -72,7 +72,7 @@ class _Given:
 
 
 class _Concatenate(torch.autograd.Function):
-    """Keys of a part behind those of its prompt. The prompt's gradient is kept in ``given``, or sent on at the last part."""
+    """Keys of a part after those of its prompt. The prompt's gradient is kept in ``given``, or sent on at the last part."""
 
     @staticmethod
     def forward(ctx: Any, live: Tensor | None, new: Tensor, given: _Given, sent: Callable[[], None]) -> Tensor:
@@ -93,7 +93,7 @@ class _Concatenate(torch.autograd.Function):
 
 
 class _State:
-    """The state of a recurrent layer behind the prompt, or the inputs that its convolution still needs.
+    """The state of a recurrent layer after the prompt, or the inputs that its convolution still needs.
 
     Attributes:
         live (`Tensor`): what the prompt's forward computed, with its graph.
@@ -208,11 +208,11 @@ class PromptCache:
     def collect(self, layout: PrefixLayout, num_tokens: int) -> None:
         """Take keys and values from the forward of ``layout`` that comes next, without gradients, instead of :meth:`run`.
 
-        Not for recurrent layers, whose state behind the prompt is not at hand there.
+        Not for recurrent layers, whose state after the prompt is not at hand there.
 
         Args:
             layout: of the prompt's first part, prompt included.
-            num_tokens: of the prompt, in front of ``layout``.
+            num_tokens: of the prompt, before those of ``layout``.
 
         Raises:
             RuntimeError: gradients are on, and would go through the part's graph, which its own backward frees.
@@ -286,7 +286,7 @@ class PromptCache:
         Args:
             module: the layer's mixer.
             name: of the state in it.
-            state: behind the prompt's last token.
+            state: after the prompt's last token.
         """
         if not self._runs:
             return

@@ -25,7 +25,7 @@ def lengths_of(responses: Sequence[str], group: int | None) -> list[int]:
     """Tokens of each response.
 
     Raises:
-        UsageError: not numbers, or a group beside one number for each response.
+        UsageError: not numbers, or a group size together with one number for each response.
     """
     wrong = next((text for text in responses if not text.lstrip("-").isdecimal()), None)
     if wrong is not None:

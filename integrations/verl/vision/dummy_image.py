@@ -24,7 +24,7 @@ _KEY = "dummy_image"
 
 
 class DummyImage(NamedTuple):
-    """Placeholder tokens, ``LongTensor[n]`` on the CPU, and the processor's tensors of the images behind them."""
+    """Placeholder tokens, ``LongTensor[n]`` on the CPU, and the processor's tensors of their images."""
 
     placeholders: Tensor
     inputs: RowInputs

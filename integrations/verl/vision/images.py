@@ -1,6 +1,6 @@
 """Images and videos in a micro-batch of verl: which rows have the same ones, and which tensors a packed row needs.
 
-verl's agent loop stores the processor's image tensors beside each row (``multi_modal_inputs``, one dict of tensors for
+verl's agent loop stores the processor's image tensors with each row (``multi_modal_inputs``, one dict of tensors for
 each row), and its engine passes all of them to the model, one row after the other. The model puts their features, in
 order, into the placeholder tokens. A packed row holds the placeholders of each group once, so it takes the tensors of
 one row of each group. Positions (mRoPE) and token kinds (Gemma 3) come with the rows and are packed like the tokens.

@@ -54,7 +54,7 @@ def why_not(request: Request) -> str | None:
 def visible_tiles(forest: Forest, window: int | None, tile: int) -> tuple[Tile, ...]:
     """The tiles that cover every visible pair exactly once, in an order in which each query meets its diagonal first.
 
-    Blocks of keys go from last to first: the queries that see a block lie at or behind it, so their own diagonal tiles
+    Blocks of keys go from last to first: the queries that see a block lie at or after it, so their own diagonal tiles
     are done. The forward relies on it: after the diagonal every row's running maximum is finite.
     """
     tiles: list[Tile] = []
@@ -62,7 +62,7 @@ def visible_tiles(forest: Forest, window: int | None, tile: int) -> tuple[Tile, 
         q0, q1 = block[0][0], block[-1][1]
         if q0 >= forest.num_given:
             tiles.append(Tile(q0, q1, q0, q1, True))
-        q1 = max(q1, forest.num_given)  # given keys have no queries beside them
+        q1 = max(q1, forest.num_given)  # given keys have no queries of their own
         for k0, k1, segment in block:
             tiles += _tiles_below(forest, (k0, k1), segment, q1, window, tile)
     return tuple(tiles)

@@ -16,7 +16,7 @@ def visibility_mask(segments: Tensor, window: int | None = None, num_given: int 
     Args:
         segments: ``IntTensor[S, 4]``, as in `PrefixLayout`.
         window: keys further than ``window - 1`` positions up the row are hidden.
-        num_given: tokens in front without queries; ``Q = T - num_given``.
+        num_given: leading tokens without queries; ``Q = T - num_given``.
     """
     return _visibility(forest_of(segments, num_given), window)
 
@@ -56,7 +56,7 @@ def dense_attention(
     if options.softcap is not None:
         s_HQK = options.softcap * torch.tanh(s_HQK / options.softcap)
     s_HQK = s_HQK.masked_fill(~_visibility(forest, options.window).to(query.device), -torch.inf)
-    if sinks is not None:  # one more logit in the denominator, with no value behind it (gpt-oss)
+    if sinks is not None:  # one more logit in the denominator, with no value (gpt-oss)
         sinks_HQ1 = sinks.to(acc)[:, None, None].expand(-1, query.shape[0], 1)
         s_HQK = torch.cat([s_HQK, sinks_HQ1], dim=-1)
     p_HQK = torch.softmax(s_HQK, dim=-1)[..., : key.shape[0]]

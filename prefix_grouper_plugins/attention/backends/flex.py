@@ -155,7 +155,7 @@ def _padded_lengths(forest: Forest) -> tuple[int, int]:
 
 
 def _padded(forest: Forest, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """``[N, H, D]`` to ``[1, H, N', D]`` with zeros behind. Always copies, so that all calls have the same strides."""
+    """``[N, H, D]`` to ``[1, H, N', D]`` padded with zeros. Always copies, so that all calls have the same strides."""
     queries, keys = _padded_lengths(forest)
     made = []
     for x, length in ((query, queries), (key, keys), (value, keys)):
@@ -169,7 +169,7 @@ def _padded(forest: Forest, query: Tensor, key: Tensor, value: Tensor) -> list[T
 
 
 def padded_forest(forest: Forest, length: int) -> Forest:
-    """``forest`` and behind it, up to ``length`` tokens, a tree of padding: it sees itself and no token sees it."""
+    """``forest`` followed, up to ``length`` tokens, by a tree of padding: it sees itself and no token sees it."""
     if length == forest.num_tokens:
         return forest
     columns = np.stack([forest.start, forest.end, forest.parent, forest.subtree_end], axis=1)
@@ -181,7 +181,7 @@ def block_tables(forest: Forest, window: int | None, block: int = BLOCK) -> tupl
 
     Args:
         forest: of a whole number of blocks of keys. Blocks of queries are counted from the first query on, and what is
-            left of the queries behind the last whole block is left out.
+            left of the queries after the last whole block is left out.
         window: sliding window in tokens of a row, or None.
         block: edge of a block in tokens.
 
@@ -191,7 +191,7 @@ def block_tables(forest: Forest, window: int | None, block: int = BLOCK) -> tupl
     """
     rows, columns = forest.num_queries // block, forest.num_tokens // block
     seen = _seen_blocks(forest, window, block)
-    # All pairs are visible: the subtrees of all keys reach behind the last query, and no pair is too far apart.
+    # All pairs are visible: the subtrees of all keys reach beyond the last query, and no pair is too far apart.
     lowest_end = forest.token_subtree_end.reshape(columns, block).min(1)
     first_query = forest.num_given + np.arange(rows)[:, None] * block
     full = (first_query >= (np.arange(columns) + 1) * block) & (lowest_end >= first_query + block)
@@ -207,7 +207,7 @@ def _seen_blocks(forest: Forest, window: int | None, block: int) -> np.ndarray:
 
     Queries of one segment in one block are a piece. The keys that a piece sees are one stretch of its path from the
     root, from the first key of its first query to its last query. Walking up the path, each segment contributes one
-    range of packed positions, so one range of blocks, which is entered as +1 at its begin and -1 behind its end.
+    range of packed positions, so one range of blocks, which is entered as +1 at its beginning and -1 after its end.
     """
     rows, columns, given = forest.num_queries // block, forest.num_tokens // block, forest.num_given
     behind = given + rows * block

@@ -69,7 +69,7 @@ class Scan:
         self.device, self.num_tokens = layout.position_ids.device, layout.num_queries
         self._spans = _spans_behind_given(layout)
         self._goes_on = bool(layout.num_given)  # from the states and inputs at the end of the given tokens
-        is_prompt = layout.cache is not None and not self._goes_on  # one segment, and the state behind it is kept
+        is_prompt = layout.cache is not None and not self._goes_on  # one segment, and the state after it is kept
         self._contexts: dict[int, tuple[Tensor, Tensor]] = {}
         self.levels: list[list[_Batch]] = []
         real: list[Tensor] = []
@@ -127,8 +127,8 @@ class Scan:
             run: ``(inputs [N, L, ...], initial state [N, ...] or None, whether to return the final one)`` ->
                 ``(output [N, L, ...], final state [N, ...] or None)``.
             inputs: the tensors with one entry for each token, ``[1, T, ...]`` each.
-            given: the state behind the given tokens, ``[1, ...]``, where the layout has some.
-            keep: called with the state behind the last token, ``[1, ...]``, where the layout is that of a prompt.
+            given: the state after the given tokens, ``[1, ...]``, where the layout has some.
+            keep: called with the state after the last token, ``[1, ...]``, where the layout is that of a prompt.
 
         Returns:
             the outputs, ``[1, T, ...]``.
@@ -178,7 +178,7 @@ class Scan:
         """All segments end to end, each preceded by the ``width - 1`` positions that its first outputs need.
 
         Returns:
-            index (`LongTensor[T + S * (width - 1)]`): packed positions, -1 in front of a row's beginning; given tokens
+            index (`LongTensor[T + S * (width - 1)]`): packed positions, -1 before a row's beginning; given tokens
                 have negative ones, the last is -1.
             home (`LongTensor[T]`): for each packed position, its place in ``index``.
         """

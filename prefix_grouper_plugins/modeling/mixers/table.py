@@ -38,7 +38,7 @@ class Mixer:
         layer_types: types of layers, beyond the common ones, that it accounts for.
         outputs_as_they_are: which outputs do not belong to rows at all.
         without_mask: whether the model cannot take the 4-D placeholder mask, which then stays outside.
-        blanks_padding: whether it sets padding to zero and then mixes it into the tokens behind, so that a bias which
+        blanks_padding: whether it sets padding to zero and then mixes it into the tokens after it, so that a bias which
             is added in between makes left padding count.
         recipes: how its code may be made to fork states, see modeling/mixers/state_forking.py.
     """
@@ -221,7 +221,7 @@ _PROJECTIONS_BEFORE = ("in_proj", "qkv_proj", "q_proj", "k_proj", "linear_q", "l
 
 
 def puts_bias_on_padding(module: nn.Module) -> bool:
-    """Whether a known mixer adds a bias to padding, which it has set to zero, before it mixes it into the tokens behind."""
+    """Whether a known mixer adds a bias to padding, which it has set to zero, before it mixes it into the tokens after it."""
     if not mixer_of(module).blanks_padding:  # type: ignore[union-attr]
         return False
     return any(getattr(getattr(module, name, None), "bias", None) is not None for name in _PROJECTIONS_BEFORE)

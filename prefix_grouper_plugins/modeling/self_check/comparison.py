@@ -158,7 +158,7 @@ class Comparison:
 
     def _reach_of_other_rows(self, packed: Pass, ordinary: Pass, noise: list[dict[str, float] | None]) -> str | None:
         """Whether a row's outputs change when all tokens of other rows become extreme: what a gradient does not show."""
-        chosen = 3  # rows stand before it and behind it
+        chosen = 3  # there are rows before it and after it
         own = torch.zeros(self.layout.num_tokens, dtype=torch.bool, device=self.device)
         own[self._places()[chosen]] = True
         with torch.no_grad():
@@ -282,7 +282,7 @@ class Comparison:
 
     def _packed(self) -> tuple[Pass, float]:
         """As one packed row; and the largest gradient of one row's outputs at tokens of others, over that at its own."""
-        chosen = len(self.rows) // 2  # rows stand before it and behind it
+        chosen = len(self.rows) // 2  # there are rows before it and after it
         output, leaf = self._forward_packed(self.layout)
         objective = self._objective(self.layout.unpack(output)[chosen], chosen)
         (of_one,) = torch.autograd.grad(objective, [leaf], retain_graph=not self.sharded, allow_unused=True)
@@ -391,7 +391,7 @@ def _sum(total: dict[str, Tensor], added: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _with_last(outputs: list[Tensor]) -> Iterator[Tensor]:
-    """Each row's outputs with one behind, which no layout reads."""
+    """Each row's outputs and one more, which no layout reads."""
     return (torch.cat([output, output[-1:]]) for output in outputs)
 
 

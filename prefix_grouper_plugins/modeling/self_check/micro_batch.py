@@ -90,7 +90,7 @@ class Compared(SelfCheck):
         if graded and not self.has_gradients:
             said += " (all are zero, as every advantage is)"
         if self.leak is None:
-            return f"{said}; no two rows stand side by side, so no key could be leaked to see what an error would do"
+            return f"{said}; no two rows are side by side, so no key could be leaked to see what an error would do"
         said += f"; a leak of one key would have shown as {self.leak.log_probs:.1e} in log-probs"
         return f"{said} and {self.leak.gradients:.1e} in gradients" if graded else said
 

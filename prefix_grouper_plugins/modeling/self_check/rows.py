@@ -15,7 +15,7 @@ _MARGIN = 8  # places that padding and positions which do not count from 0 need
 PROMPTS_DIFFER_BY = 3  # tokens
 _CHUNK = re.compile(r"chunk|block_size")
 _MOST_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
-# Tokens that stand inside of ordinary rows: between the turns of a chat, or in front. Not placeholders of images.
+# Tokens that ordinary rows contain: between the turns of a chat, or at the beginning. Not placeholders of images.
 _INSIDE = ("eos_token_id", "bos_token_id", "sep_token_id")
 
 

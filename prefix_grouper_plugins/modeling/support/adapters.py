@@ -22,7 +22,7 @@ def adapter_reasons(adapters: Mapping[str, Any]) -> list[str]:
     for adapter, config in adapters.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if getattr(config, "is_prompt_learning", False):
-            reasons.append(f"adapter {adapter!r} learns a prompt ({kind}), which would stand in every row")
+            reasons.append(f"adapter {adapter!r} learns a prompt ({kind}), which would be part of every row")
         elif kind == "LILY":
             reasons.append(f"adapter {adapter!r} (LILY) mixes its experts by a mean over all tokens of a forward")
         elif kind not in VERIFIED_ADAPTERS:

@@ -47,7 +47,7 @@ def reasons_to_refuse(anatomy: Anatomy) -> list[str]:
         *adapter_reasons(anatomy.adapters),
         *_quantization_reasons(anatomy),
     ]
-    # Their remedy would mislead beside reasons without one.
+    # Their remedy would mislead next to reasons without one.
     return reasons or window_reasons(anatomy.text_models, anatomy.attention_layers)
 
 
@@ -167,12 +167,10 @@ def _quantization_reasons(anatomy: Anatomy) -> list[str]:
     if anatomy.int8_thresholds:
         return [
             f"llm_int8_threshold={max(anatomy.int8_thresholds)} chooses by all tokens of a forward which columns are "
-            "rounded, so that rows depend on what stands beside them: set it to 0, or load in 4 bits"
+            "rounded, so that rows depend on their neighbours: set it to 0, or load in 4 bits"
         ]
     quantization = getattr(anatomy.config, "quantization_config", None)
     recipe = type(getattr(quantization, "quant_type", None)).__name__
     if "DynamicActivation" in recipe:
-        return [
-            f"{recipe} rounds the activations of a forward together, so that rows depend on what stands beside them"
-        ]
+        return [f"{recipe} rounds the activations of a forward together, so that rows depend on their neighbours"]
     return []

@@ -20,7 +20,7 @@ NO_ROW_OF_A_SELF_CHECK = 5000  # tokens in all
 
 
 class Limited(LlamaModel):
-    """From so many tokens on, a forward adds what stands in front of each token."""
+    """From so many tokens on, a forward adds what comes before each token."""
 
     limit = NO_ROW_OF_A_SELF_CHECK
     forwards = 0

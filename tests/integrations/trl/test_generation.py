@@ -74,7 +74,7 @@ def test_what_is_prefilled_row_by_row_is_counted_and_said_once(tmp_path, caplog)
     given = {"processing_class": vision.processor("qwen2_5_vl"), "train_dataset": vision.prompts()}
     given |= {"generation_kwargs": {"suppress_tokens": [vision.families.IMAGE]}, "max_completion_length": 6}
     _, trainer = train(path, shared=True, **{**SETTINGS, **given})
-    reason = "a vision-language model keeps positions beside its cache"
+    reason = "a vision-language model keeps positions outside of its cache"
     assert dict(trainer.generation.fallbacks) == {reason: 3}  # one for each generation batch
     said = [record.message for record in caplog.records if reason in record.message]
     assert said == [f"prefix grouper: generation prefills every row: {reason}"]

@@ -167,7 +167,7 @@ def test_videos_fall_back_to_the_stock_method(monkeypatch, tmp_path):
         assert name in calls[-1]
     assert list(trainer.sharing.fallbacks) == [
         "`pixel_values_videos` belongs to rows with videos, which are not packed",
-        "`pixel_values` came without `num_images`, so that images cannot be told apart by row",
+        "`pixel_values` came without `num_images`, so it is not known which row an image belongs to",
     ]
 
 

@@ -107,10 +107,10 @@ def test_a_loss_of_ones_own_that_scores_by_the_shared_method_is_not_past_it(capl
 
 
 def test_the_wrong_order_of_base_classes_is_an_error_when_the_class_is_made():
-    with pytest.raises(ValueError, match=r"GRPOTrainer stands in front .* write class Wrong\(PrefixGrouperMixin, GRPO"):
+    with pytest.raises(ValueError, match=r"GRPOTrainer comes before .* write class Wrong\(PrefixGrouperMixin, GRPO"):
         type("Wrong", (GRPOTrainer, PrefixGrouperMixin), {})
     own = type("Own", (GRPOTrainer,), {})
-    with pytest.raises(ValueError, match=r"Own stands in front of PrefixGrouperMixin in Wrong"):
+    with pytest.raises(ValueError, match=r"Own comes before PrefixGrouperMixin in Wrong"):
         type("Wrong", (own, PrefixGrouperMixin), {})
     right = type("Right", (PrefixGrouperGRPOTrainer, own), {})
     assert issubclass(type("Below", (right,), {}), PrefixGrouperRLOOTrainer.__mro__[1])

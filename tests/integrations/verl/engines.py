@@ -138,7 +138,7 @@ def count_packed_positions(module: Any) -> None:
 
 
 class Leak:
-    """What a model of :func:`own_class` adds to each token of what stands in front of it, once it has been self-checked."""
+    """What a model of :func:`own_class` adds to each token of what comes before it, once it has been self-checked."""
 
     kind = "right"  # nothing; else "outputs", or "gradients" alone
 

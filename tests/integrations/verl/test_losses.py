@@ -89,7 +89,7 @@ def test_rows_move_under_the_policy_losses_that_are_sums_over_rows(mode):
 @pytest.mark.parametrize("mode", ["clip_cov", "kl_cov", "geo_mean", "one_of_next_year"])
 def test_rows_stay_under_all_others(mode):
     reason = why_rows_stay(partial(ppo_loss, config=actor(policy_loss={"loss_mode": mode})))
-    assert reason == f"the policy loss {mode} may depend on which rows stand in one micro-batch"
+    assert reason == f"the policy loss {mode} may depend on which rows are in one micro-batch"
 
 
 def test_rows_stay_under_a_loss_that_was_registered_in_place_of_verls(monkeypatch):

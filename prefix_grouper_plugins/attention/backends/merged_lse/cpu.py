@@ -47,7 +47,7 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
 def plan(forest: Forest, longest: int) -> _Plan:
-    """Triangles of at most ``longest`` tokens (at least 2), and the rectangles beside and below them."""
+    """Triangles of at most ``longest`` tokens (at least 2), and the rectangles left of and below them."""
     triangles, between = [], []
     for start, end in zip(forest.start.tolist(), forest.end.tolist(), strict=True):
         waiting = [(start, end)] if start >= forest.num_given else []
@@ -68,7 +68,7 @@ def plan(forest: Forest, longest: int) -> _Plan:
 def kernel_groups_heads() -> bool:
     """Whether torch's CPU flash kernel knows that query heads may share key heads. That of torch 2.8 does not.
 
-    It reads past the keys instead, without an error, so it is asked with keys behind which others lie.
+    It reads past the keys instead, without an error, so it is asked with keys that others follow.
     """
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     query = torch.zeros(1, 2, 1, 8)

@@ -219,7 +219,7 @@ def varlen_backward(
 
 
 def _whole(grad: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of all keys, from that of the keys behind the given ones."""
+    """The gradient of all keys, from that of the keys that follow the given ones."""
     num_given = num_tokens - grad.shape[0]
     if not num_given:
         return grad.to(dtype)

@@ -2,7 +2,7 @@
 
 Each segment is an entry: its queries, on the keys of all of its ancestors and its own. The keys of a prompt are copied for
 each response, as rows would hold them, and nothing has to be merged. That moves fewer bytes than partial outputs where
-prefixes are short beside what lies below them; `gathers` counts both (docs/cuda.md derives the counts). Gradients of the
+prefixes are short next to what lies below them; `gathers` counts both (docs/cuda.md derives the counts). Gradients of the
 copies of a key are added up in float32, in their order.
 """
 
@@ -28,8 +28,8 @@ class GatheredCall(NamedTuple):
         cu_q, cu_k: ``IntTensor[B + 1]``, cumulative query and key lengths of the segments that have queries.
         max_q, max_k: the longest entry; ``max_q`` is at least 2, for FA2 takes 1 to mean decoding.
         in_place: whether the gathered keys are the keys as they lie; the tables below are then not used.
-        key_of: ``IntTensor[C]``, the key behind each gathered one.
-        copies: ``IntTensor[C]``, places among the gathered keys, ordered by the key behind them.
+        key_of: ``IntTensor[C]``, the key that each gathered one is a copy of.
+        copies: ``IntTensor[C]``, places among the gathered keys, ordered by the key that they are copies of.
         first_copy: ``IntTensor[T + 1]``, where the copies of each key begin in ``copies``.
     """
 
@@ -44,7 +44,7 @@ class GatheredCall(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What the two ways differ by, in rows: how many of them the passes beside the flash kernels go over.
+    """What the two ways differ by, in rows: how many of them the passes other than the flash kernels go over.
 
     Attributes:
         tokens: keys of the forest.

@@ -56,7 +56,7 @@ def sum_copies(grad: Tensor, key_of: Tensor, copies: Tensor, first_copy: Tensor)
 
     Args:
         grad: ``[C, H_kv, D]``, of the copies.
-        key_of: ``IntTensor[C]``, the key behind each copy.
+        key_of: ``IntTensor[C]``, the key that each copy was made of.
         copies: ``IntTensor[C]``, rows of ``grad`` ordered by key; first_copy: ``IntTensor[T + 1]``, where those of each key
             begin in it.
 

@@ -128,7 +128,7 @@ def dq_kernel(
                 HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WINDOWED, CAPPED, False, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     for span in range(middle, end):
-        last = tl.minimum(tl.load(spans_pointer + 2 * span + 1), first_query + BLOCK_M)  # no key behind its query
+        last = tl.minimum(tl.load(spans_pointer + 2 * span + 1), first_query + BLOCK_M)  # no key after its query
         for first in range(tl.load(spans_pointer + 2 * span), last, BLOCK_N):
             total = _dq_of_keys(
                 total, query, grad, lse, delta, first, last, first_query, k_pointer, v_pointer, k_stride, v_stride,
