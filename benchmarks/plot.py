@@ -156,8 +156,8 @@ def draw_reuse(rows: list[Row]) -> None:
     """Seconds of an update by the rows of a micro-batch, and its peak memory as the group grows."""
     colours = {"stock": "#f4b183", "packed": "#8aa1bf", "reused": "#17375e"}
     groups = sorted({int(row["group"]) for row in rows})
-    lengths = list(dict.fromkeys((row["prompt"], row["response"]) for row in rows))
-    fixed = [row for row in rows if row["group"] == "8"]
+    fixed = [row for row in rows if row["group"] == "8" and int(row["prompt"]) >= 512]
+    lengths = list(dict.fromkeys((row["prompt"], row["response"]) for row in fixed))
     figure, axes = new_figure(len(lengths) + 1)
     for ax, length in zip(axes[0], lengths, strict=False):
         chosen = [row for row in fixed if (row["prompt"], row["response"]) == length]
@@ -171,7 +171,7 @@ def draw_reuse(rows: list[Row]) -> None:
                title=f"{length[0]} prompt tokens, responses of {length[1]}")  # fmt: skip
     ax = axes[0][-1]
     for way, colour_of_way in colours.items():
-        cells = {int(r["group"]): float(r["peak_mib"]) for r in rows if r["way"] == way and r["rows"] == "2"
+        cells = {int(r["group"]): float(r["peak_mib"]) for r in rows if r["way"] == way and r["rows"] == "1"
                  and (r["prompt"], r["response"]) == lengths[0]}  # fmt: skip
         ax.plot(
             sorted(cells), [cells[g] for g in sorted(cells)], marker="o", markersize=4, color=colour_of_way, label=way
@@ -179,7 +179,7 @@ def draw_reuse(rows: list[Row]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(groups, [str(group) for group in groups])
     ax.set_ylim(bottom=0)
-    finish(ax, xlabel="responses in the group", ylabel="peak MiB", title="micro-batches of 2 rows")
+    finish(ax, xlabel="responses in the group", ylabel="peak MiB", title="micro-batches of 1 row")
     axes[0][0].legend(frameon=False)
     save(figure, "prompt-reuse-cpu.png")
 
@@ -190,11 +190,13 @@ def draw_reuse(rows: list[Row]) -> None:
 def reuse_table(rows: list[Row]) -> str:
     """One line for each size, seconds and memory of each way."""
     ways = ("stock", "packed", "reused")
-    lines = ["| Prompt, response, G | Rows of a micro-batch | " + " | ".join(ways) + " |", "|---" * 5 + "|"]
+    lines = ["| Prompt, response, G | Rows of a micro-batch | " + " | ".join(ways) + " | Times as fast | Bound |"]
+    lines.append("|---" * 7 + "|")
     for size in dict.fromkeys((r["prompt"], r["response"], r["group"], r["rows"]) for r in rows):
         found = {r["way"]: r for r in rows if (r["prompt"], r["response"], r["group"], r["rows"]) == size}
         cells = [f"{found[w]['seconds']} s, {float(found[w]['peak_mib']):.0f} MiB" if w in found else "-" for w in ways]
-        lines.append(f"| {', '.join(size[:3])} | {size[3]} | {' | '.join(cells)} |")
+        ratios = (found["reused"].get(name) or "-" for name in ("times_as_fast", "bound"))
+        lines.append(f"| {', '.join(size[:3])} | {size[3]} | {' | '.join([*cells, *ratios])} |")
     return "\n".join(lines)
 
 

@@ -1,13 +1,16 @@
 """What does the update of one group cost when micro-batches are smaller than the group?
 
-    python benchmarks/prompt_reuse.py      CPU, one thread: G = 8 by micro-batches of 1 ... 8 rows, then G = 2 ... 64 by 2
+    python benchmarks/prompt_reuse.py      CPU, one thread: G = 8 by micro-batches of 1 ... 8 rows, then G = 1 ... 64 by 1
 
 One optimizer step of a policy-gradient loss on a small Qwen2 model, in micro-batches of ``rows`` rows, in three ways:
 
     stock     each micro-batch as padded rows, as TRL forwards it
     packed    each micro-batch as a packed row of its own: its rows share their prompt, the next micro-batch runs it again
-    reused    each micro-batch runs its completions against the prompt of the group, which was forwarded once
+    reused    as our TRL trainer does it: one forward takes as many micro-batches as hold no more tokens than one of stock, and
+              where the group does not fit into one, each runs its completions against the prompt, which was forwarded once
 
+Two cases have nothing to gain: a group of one row, and a short prompt. ``bound`` is the ratio of the FLOPs of stock and reused
+(prefix_grouper_plugins/cost.py): attention between completions and prompt, and the head, cost what they cost in stock.
 Seconds are of the process, in turns; peak memory is that of a fresh process for each way, above the model and its gradients.
 """
 
@@ -29,14 +32,16 @@ from torch import Tensor, nn
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
-from prefix_grouper_plugins.cost import ModelShape
+from prefix_grouper_plugins.cost import ModelShape, compare
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
+from prefix_grouper_plugins.token_budget import RowTokens, plan_forwards
 
 SHAPE = ModelShape(256, 4, 8, 2, 32, 1024, 4096, tied_head=True)
 LENGTHS = ((1024, 64), (512, 512))  # prompt and response
 ROWS = (1, 2, 4, 8)  # of a micro-batch, with a group of 8
-GROUPS = (2, 4, 8, 16, 32, 64)  # with micro-batches of 2 rows
+GROUPS = (1, 2, 4, 8, 16, 32, 64)  # with micro-batches of 1 row
+SHORT = (16, 512, 8, 8)  # prompt, response, group and rows where next to nothing is shared
 MOST_STOCK_ROWS = 16  # stock takes no more memory for a larger group, only longer
 
 
@@ -67,13 +72,19 @@ def packed(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) ->
 
 
 def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) -> None:
-    cache, parts = PromptCache(), _batches(prompts, completions, rows)
-    prompt = PrefixLayout.from_rows([prompts[0]])
-    cache.run(model, prompt, prompts[0, :-1])
-    for number_of_part, batch in enumerate(parts, 1):
-        part = batch.behind_prompt()
-        cache.prepare(part.layout, last=number_of_part == len(parts))
-        _backward(model, part)
+    (group, prompt), response = prompts.shape, completions.shape[1]
+    row = RowTokens.of("the prompt", prompt, response)
+    micro_batches = [[row] * len(part) for part in range_parts(group, rows)]
+    cache = PromptCache()
+    for forward in plan_forwards(micro_batches, rows * (prompt + response), group):
+        first, end = (number * rows for number in (forward.micro_batches.start, forward.micro_batches.stop))
+        (batch,) = _batches(prompts[first:end], completions[first:end], end - first)
+        if forward.shared:
+            if first == 0:
+                cache.run(model, PrefixLayout.from_rows([prompts[0]]), prompts[0, :-1])
+            batch = batch.behind_prompt()
+            cache.prepare(batch.layout, last=end >= group)
+        _backward(model, batch)
 
 
 def _batches(prompts: Tensor, completions: Tensor, rows: int) -> list[GroupedBatch]:
@@ -123,6 +134,8 @@ def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[dict[str, An
         "packed": sum(prompt - 1 + response * len(part) for part in range_parts(group, rows)),
         "reused": prompt - 1 + group * response,
     }
+    layout = PrefixLayout.from_groups([prompt], [[response] * group])
+    bound = compare(SHAPE, layout, scored=group * response, element_size=4).speedup
     found = []
     for way in ways:
         peak = memory(way, sizes)
@@ -131,6 +144,7 @@ def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[dict[str, An
             "tokens": tokens[way], "token_ratio": number(tokens[way] / tokens["stock"], 3),
             "seconds": number(median(t.cpu for t in timings[way])),
             "times_as_fast": number(times_as_fast(timings[way], timings["stock"]), 3) if "stock" in ways else "",
+            "bound": number(bound, 3) if way == "reused" else "",
             "peak_mib": number(peak),
         }  # fmt: skip
         print(row, flush=True)
@@ -146,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of a micro-batch, with a group of 8")
-    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="with micro-batches of 2 rows")
+    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="with micro-batches of 1 row")
     parser.add_argument("--output", type=Path, default=RESULTS / "prompt-reuse-cpu.csv")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -156,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         step = step_of(way, *map(int, sizes))
         print(json.dumps(peak_mib(lambda: step, "cpu")))
         return
-    cases = [(*lengths, 8, rows) for lengths in LENGTHS for rows in args.rows]
-    cases += [(*LENGTHS[0], group, 2) for group in args.groups if (*LENGTHS[0], group, 2) not in cases]
+    cases = [(*lengths, 8, rows) for lengths in LENGTHS for rows in args.rows] + [SHORT]
+    cases += [(*LENGTHS[0], group, 1) for group in args.groups if (*LENGTHS[0], group, 1) not in cases]
     rows: list[dict[str, Any]] = []
     for case in cases:
         rows += measure(case, args.repeats)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from prefix_grouper_plugins.layout import IGNORE_INDEX, PrefixLayout, on_device
 
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor]  # ids and mask of the prompts [B, P], of the completions [B, C]
+
 
 class NothingToScore(ValueError):
     """Every completion of a batch is empty."""
@@ -37,6 +39,7 @@ class GroupedBatch:
             None for none. See `PrefixLayout.from_rows`.
         forward_last: forward the last token of every row as well, and rows with an empty completion too, so that
             statistics over all tokens (the router loss of a mixture of experts) see what the ordinary forward sees.
+        on_host: the four blocks as :func:`blocks_on_host` returns them, where the caller has read them already.
 
     Attributes:
         layout (`PrefixLayout`): on the device of ``prompt_ids``.
@@ -64,12 +67,13 @@ class GroupedBatch:
         padded_positions: bool = False,
         min_level: int | None = None,
         forward_last: bool = False,
+        on_host: Blocks | None = None,
     ) -> None:
         check_tensors(prompt_ids, prompt_mask, completion_ids, completion_mask)
         device = prompt_ids.device
-        prompts, prompt_mask, completions, completion_mask = _on_host(
-            prompt_ids, prompt_mask, completion_ids, completion_mask
-        )
+        if on_host is None:
+            on_host = blocks_on_host(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        prompts, prompt_mask, completions, completion_mask = on_host
         _check_batch(prompts, prompt_mask, completions, completion_mask, keys)
         prompt_lengths, lengths = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
         self.kept = kept = [i for i, length in enumerate(lengths) if length or forward_last]
@@ -80,6 +84,7 @@ class GroupedBatch:
 
         width = prompts.shape[1]
         own_prompts = [prompts[i, width - prompt_lengths[i] :] for i in kept]
+        self._prompt_length = len(own_prompts[0])
         tail = torch.zeros(int(forward_last), dtype=torch.long)  # follows the last token, and is not forwarded
         tokens = [
             torch.cat([own, completions[i, : lengths[i]], tail]) for i, own in zip(kept, own_prompts, strict=True)
@@ -121,7 +126,7 @@ class GroupedBatch:
         """
         if self.num_groups != 1:
             raise ValueError(f"the batch has {self.num_groups} prompts: one part of one group is needed")
-        part, given = copy(self), int(self.positions.min())
+        part, given = copy(self), self._prompt_length - 1
         part.layout = self.layout.given(given)
         for name in ("input_ids", "position_ids", "labels", "_places"):
             setattr(part, name, getattr(self, name)[given:])
@@ -163,9 +168,7 @@ def check_tensors(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tenso
         raise ValueError(f"the batch lies on several devices ({where}): move all of it to the model's")
 
 
-def _on_host(
-    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def blocks_on_host(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Blocks:
     """Ids as int64 and masks as bool on the CPU. From a device by one copy, since each waits until it has done all its work."""
     blocks = [prompt_ids.long(), prompt_mask != 0, completion_ids.long(), completion_mask != 0]
     if prompt_ids.device.type != "cpu":

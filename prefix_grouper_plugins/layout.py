@@ -81,6 +81,7 @@ class PrefixLayout:
     num_padding: int = 0
     num_given: int = 0
     _given_of_rows: tuple[int, ...] = ()
+    _row_index_on_host: Tensor
     cache: Any = None  # the `modeling.prompt_cache.PromptCache` that the tokens of this layout fill or read
     blocks: IntTensor | None = None
     blocks_cut_by_window: bool = False
@@ -99,8 +100,9 @@ class PrefixLayout:
         self.position_ids = on_device(torch.from_numpy(depth[segment_of] + into), device)
         self.subtree_end = on_device(torch.from_numpy(segments[segment_of, 3]), device)
         self.source_index = on_device(torch.from_numpy(first_token[segment_of] + into), device)
-        row_index = torch.from_numpy(_row_index(nodes, segments, len(self.row_lengths)))
-        self.row_index = on_device(row_index, device)
+        # Planning reads it, and reads of a device tensor wait until the device has done all its work.
+        self._row_index_on_host = torch.from_numpy(_row_index(nodes, segments, len(self.row_lengths)))
+        self.row_index = on_device(self._row_index_on_host, device)
 
     @classmethod
     def from_groups(
@@ -254,7 +256,7 @@ class PrefixLayout:
         """For each row the segments that it goes through, from the root down; none for a row of one token."""
         parents = self.segments[:, 2].tolist()
         ends = np.cumsum([length - 1 - given for length, given in self._row_spans()])
-        index = self.row_index.cpu().numpy() + self.num_given
+        index = self._row_index_on_host.numpy() + self.num_given
         last = [int(index[end - 1]) if end > begin else -1 for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         paths = []
         for segment in (np.searchsorted(self.segments[:, 0].numpy(), last, side="right") - 1).tolist():
@@ -284,6 +286,7 @@ class PrefixLayout:
         moved.row_lengths, moved.segments, moved.num_padding = self.row_lengths, self.segments, self.num_padding
         moved.blocks, moved.blocks_cut_by_window = self.blocks, self.blocks_cut_by_window
         moved.num_given, moved.cache, moved._given_of_rows = self.num_given, self.cache, self._given_of_rows
+        moved._row_index_on_host = self._row_index_on_host
         for name in ("position_ids", "subtree_end", "source_index", "row_index"):
             setattr(moved, name, on_device(getattr(self, name), device))
         return moved
@@ -314,8 +317,10 @@ class PrefixLayout:
             raise ValueError(f"num_tokens={num_tokens} is not the beginning of one row: give the tokens of one prompt")
         part.num_given = num_tokens
         part.position_ids, part.source_index = self.position_ids[num_tokens:], self.source_index[num_tokens:]
-        part.row_index = self.row_index[self.row_index >= num_tokens] - num_tokens
-        paths = self.row_index.split([length - 1 for length in self.row_lengths])
+        index = self._row_index_on_host
+        part._row_index_on_host = index[index >= num_tokens] - num_tokens
+        part.row_index = on_device(part._row_index_on_host, self.row_index.device)
+        paths = index.split([length - 1 for length in self.row_lengths])
         part._given_of_rows = tuple(int((path < num_tokens).sum()) for path in paths)
         return part
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prefix_grouper_plugins.layout import PrefixLayout
@@ -187,6 +187,81 @@ def runs_of_parts(
         if sizes[plan[numbers[0]][0]].prompt > 1
     ]
     return [list(plan[number]) for number in order], runs
+
+
+# A plan of one rank that yields what ranks have to agree on: numbers, of each of which it is sent the largest of all ranks.
+RankPlan = Generator[list[int], list[int], tuple[list[list[int]], list[tuple[int, int]]]]
+
+
+def plan_of_rank(sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None) -> RankPlan:
+    """The plan of a rank whose parts of a group may reuse its prompt. All ranks get as many micro-batches.
+
+    Ranks cut their groups alike, so that they forward prompts at the same time and none has to wait.
+
+    Args:
+        sizes, max_tokens, max_rows: as in :func:`plan_micro_batches`.
+
+    Yields:
+        first how many micro-batches there are without reuse, and how many groups are cut; where no rank cuts one, or 0 is
+        sent, nothing more. Then the parts of each group, then how many micro-batches there are.
+
+    Returns:
+        row indices of each micro-batch, and the runs of those that reuse a prompt, see :func:`runs_of_parts`.
+
+    Raises:
+        ValueError: a single row is longer than ``max_tokens``.
+    """
+    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    parts = cut_groups(sizes, max_tokens, max_rows)
+    count, cut = yield [len(plan), sum(len(of_group) > 1 for of_group in parts)]
+    if not cut:
+        return spread_micro_batches(plan, sizes, count), []
+    at_least = yield [*map(len, parts[:cut]), *[1] * (cut - len(parts))]
+    groups = cut_groups(sizes, max_tokens, max_rows, at_least)
+    in_parts, whole = plan_parts(groups, sizes, max_tokens, max_rows)
+    (count,) = yield [len(in_parts) + len(whole)]
+    missing = count - len(in_parts)
+    if missing <= sum(map(len, whole)):  # parts stay as they are, alike on all ranks
+        plan = in_parts + (spread_micro_batches(whole, sizes, missing) if whole else [])
+    else:
+        plan = spread_micro_batches(in_parts + whole, sizes, count)
+    return runs_of_parts(plan, sizes)
+
+
+def finish_plan(
+    rank: RankPlan, agreed: list[int], largest: Callable[[list[int]], list[int]]
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """What ``rank`` returns.
+
+    Args:
+        rank: a :func:`plan_of_rank` that has yielded once.
+        agreed: the answer to that.
+        largest: gives the largest of each number over all ranks; a collective.
+    """
+    while True:
+        try:
+            told = rank.send(agreed)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        agreed = largest(told)
+
+
+def plan_all_ranks(
+    sizes: Sequence[Sequence[RowSize]], max_tokens: int | None, max_rows: int | None
+) -> list[tuple[list[list[int]], list[tuple[int, int]]]]:
+    """:func:`plan_of_rank` of every rank, by one process that knows the rows of all."""
+    ranks = [plan_of_rank(of_rank, max_tokens, max_rows) for of_rank in sizes]
+    told = [next(rank) for rank in ranks]
+    plans: list[tuple[list[list[int]], list[tuple[int, int]]]] = []
+    while not plans:
+        agreed = [max(values) for values in zip(*told, strict=True)]
+        told = []
+        for rank in ranks:  # all of them return at the same point
+            try:
+                told.append(rank.send(agreed))
+            except StopIteration as done:
+                plans.append(done.value)
+    return plans
 
 
 def _check_rows(sizes: Sequence[RowSize], max_tokens: int | None) -> None:

@@ -1,13 +1,15 @@
-"""How many micro-batches run as one forward: as many as hold no more tokens than one of them holds padded.
+"""How many micro-batches run as one forward, and which prompts outlive it: the plan of an optimizer step's forwards.
 
 Trainers choose the rows of a micro-batch by the memory they have, and a stock micro-batch of ``b`` rows holds ``b`` padded
 rows. Where rows share their prompts, several micro-batches fit into as many tokens, and one forward for all of them keeps
-the device busier than one for each.
+the device busier than one for each. A prompt whose rows do not fit into one forward is forwarded once, and stays open for
+the forwards that follow. The plan is pure: it depends on numbers of tokens alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+import math
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -25,6 +27,34 @@ class RowTokens(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     levels: tuple[tuple[Hashable, int], ...] = ()
+
+    @classmethod
+    def of(cls, prompt: Hashable, prompt_length: int, completion_length: int) -> RowTokens:
+        """A row by its lengths.
+
+        A prompt of one token has nothing to share: its last token is forwarded with each completion.
+
+        Args:
+            prompt: equal for rows of one prompt.
+            prompt_length, completion_length: in tokens; without a completion the row is not forwarded.
+        """
+        name = (prompt if prompt_length > 1 else object()) if completion_length else None
+        return cls(name, prompt_length - 1, completion_length)
+
+
+class Forward(NamedTuple):
+    """One forward of the plan.
+
+    Attributes:
+        micro_batches: those whose rows it takes, by number.
+        shared: for each prompt of its rows that other forwards hold too, whether this one is the first of them, which
+            forwards it. The rows of each run against its keys; the other rows run together as one packed row.
+        held: tokens of the prompts that have been forwarded before and are still in memory.
+    """
+
+    micro_batches: range
+    shared: dict[Hashable, bool]
+    held: int
 
 
 def num_that_fit(
@@ -51,3 +81,57 @@ def num_that_fit(
         if tokens > budget:
             return max(number, 1)
     return len(micro_batches)
+
+
+def next_forward(
+    coming: Sequence[Sequence[RowTokens]],
+    budget: int,
+    group: int,
+    *,
+    opened: Mapping[Hashable, int] | None = None,
+    stays_open: bool = True,
+    max_scored: int | None = None,
+) -> tuple[int, list[Hashable]]:
+    """What the forward of the first of ``coming`` takes: micro-batches until it has as many rows as a group, if they fit.
+
+    Args:
+        coming: micro-batches that certainly lie in one optimizer step, at least one, in the order in which they run.
+        budget: tokens that a forward may hold, open prompts included.
+        group: rows of a group.
+        opened: tokens of each prompt that an earlier forward has left open.
+        stays_open: whether prompts may stay open for later forwards.
+        max_scored: completion tokens that a forward may score, where the logits of all are kept; None for no limit.
+
+    Returns:
+        how many micro-batches, and those prompts of their rows that other forwards hold too.
+    """
+    opened = opened or {}
+    may_join = coming[: max(1, math.ceil(group / len(coming[0])))]
+    count = num_that_fit(may_join, budget, held=sum(opened.values()), opened=opened)
+    if max_scored is not None:
+        scored = [[row._replace(prompt_tokens=0, levels=()) for row in rows] for rows in may_join]
+        count = min(count, num_that_fit(scored, max_scored))
+    return count, prompts_to_share(coming, count, opened, stays_open)
+
+
+def prompts_to_share(
+    coming: Sequence[Sequence[RowTokens]], count: int, opened: Collection[Hashable] = (), stays_open: bool = True
+) -> list[Hashable]:
+    """Prompts of the first ``count`` of ``coming`` that other forwards hold too, each once. Arguments of :func:`next_forward`."""
+    later = {row.prompt for rows in coming[count:] for row in rows} if stays_open else set()
+    own = dict.fromkeys(row.prompt for rows in coming[:count] for row in rows)
+    return [prompt for prompt in own if prompt is not None and (prompt in opened or prompt in later)]
+
+
+def plan_forwards(micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int) -> Iterator[Forward]:
+    """The forwards of micro-batches that lie in one optimizer step. Arguments of :func:`next_forward`."""
+    opened: dict[Hashable, int] = {}
+    start = 0
+    while start < len(micro_batches):
+        count, shared = next_forward(micro_batches[start:], budget, group, opened=opened)
+        taken = range(start, start + count)
+        yield Forward(taken, {prompt: prompt not in opened for prompt in shared}, sum(opened.values()))
+        opened |= {row.prompt: row.prompt_tokens for i in taken for row in micro_batches[i] if row.prompt in shared}
+        start += count
+        later = {row.prompt for rows in micro_batches[start:] for row in rows}
+        opened = {prompt: tokens for prompt, tokens in opened.items() if prompt in later}

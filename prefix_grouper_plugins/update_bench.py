@@ -22,7 +22,7 @@ from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling import packed_inputs, transformers_model, without_prefix_grouper
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, decoder
 from prefix_grouper_plugins.scoring import CHUNK_SIZE
-from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
+from prefix_grouper_plugins.token_budget import RowTokens, plan_forwards
 
 STOCK, SHARED = "stock", "shared"
 
@@ -62,16 +62,10 @@ class Update:
         """The same, joined where several fit into the tokens of one that is padded, as ours does it in TRL."""
         prompt, width = self.prompt_ids.shape[1], self.completion_ids.shape[1]
         lengths = self.completion_mask.sum(1).tolist()
-        rows = [RowTokens(0, prompt - 1, length) for length in lengths]
-        waiting = [rows[start : start + self.rows] for start in range(0, len(rows), self.rows)]
-        sizes: list[int] = []
-        while waiting:
-            opened = {0} if sizes else set()
-            budget, held = self.rows * (prompt + width), (prompt - 1) * len(opened)
-            count = num_that_fit(waiting, budget, held=held, opened=opened)
-            sizes.append(sum(map(len, waiting[:count])))
-            waiting = waiting[count:]
-        return self._split(sizes)
+        rows = [RowTokens.of(0, prompt, length) for length in lengths]
+        batches = [rows[start : start + self.rows] for start in range(0, len(rows), self.rows)]
+        forwards = plan_forwards(batches, self.rows * (prompt + width), len(rows))
+        return self._split([len(forward.micro_batches) * self.rows for forward in forwards])
 
     def _split(self, sizes: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         blocks = (self.prompt_ids, torch.ones_like(self.prompt_ids), self.completion_ids, self.completion_mask)

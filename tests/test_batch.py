@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_grouper_plugins.batch import GroupedBatch, _on_host
+from prefix_grouper_plugins.batch import GroupedBatch, blocks_on_host
 
 
 def padded(prompts, completions):
@@ -207,7 +207,7 @@ def test_a_batch_on_a_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> No
         torch.tensor([[7, 8], [9, 0]]),
         torch.tensor([[1, 1], [1, 0]]),
     )
-    there = _on_host(*(block.as_subclass(Elsewhere) for block in blocks))
+    there = blocks_on_host(*(block.as_subclass(Elsewhere) for block in blocks))
     assert reads == [20]
     for found, expected, kind in zip(there, blocks, (torch.long, torch.bool) * 2, strict=True):
         assert type(found) is torch.Tensor and torch.equal(found, expected.to(kind))

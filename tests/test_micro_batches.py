@@ -11,8 +11,11 @@ from prefix_grouper_plugins import PrefixLayout
 from prefix_grouper_plugins.micro_batches import (
     RowSize,
     cut_groups,
+    finish_plan,
     packed_tokens,
+    plan_all_ranks,
     plan_micro_batches,
+    plan_of_rank,
     plan_parts,
     rows_by_group,
     runs_of_parts,
@@ -301,3 +304,38 @@ def test_the_groups_that_are_cut_most_come_first_and_are_cut_as_others_cut_their
 
 def test_a_prompt_of_one_token_leaves_nothing_to_reuse():
     assert runs_of_parts([[0], [1]], [RowSize("a", 1, 3)] * 2) == ([[0], [1]], [])
+
+
+# ------------------------------------------------------------------------------------------------------------ the ranks
+
+RANKS = [
+    [RowSize("a", 9, 3)] * 4 + [RowSize("b", 5, 3)] * 2,
+    [RowSize("c", 6, 2)] * 3 + [RowSize("d", 4, 6)] * 2 + [RowSize("e", 7, 2)],
+]
+
+
+@pytest.mark.parametrize("limit", [(None, 1), (None, 2), (None, 4), (18, None), (1000, None)], ids=str)
+def test_ranks_make_equally_many_micro_batches_and_each_forwards_a_prompt_once(limit):
+    plans = plan_all_ranks(RANKS, *limit)
+    assert len({len(plan) for plan, _ in plans}) == 1
+    for (plan, runs), sizes in zip(plans, RANKS, strict=True):
+        assert_each_row_once(plan, sizes)
+        first_of = {number: first for first, end in runs for number in range(first, end)}
+        homes = {(first_of.get(i, i), sizes[row].group) for i, rows in enumerate(plan) for row in rows}
+        assert len(homes) == len({size.group for size in sizes})
+
+
+def test_a_rank_that_cuts_nothing_follows_one_that_does():
+    """Two rows of a micro-batch: one rank has a group of four, which it cuts, and the other one four of one row."""
+    cut, uncut = RANKS[0][:4], [RowSize(name, 5, 3) for name in "wxyz"]
+    (_, runs), (plan, no_runs) = plan_all_ranks([cut, uncut], None, 2)
+    assert runs == [(0, 2)] and no_runs == [] and len(plan) == 2
+
+
+def test_without_reuse_a_rank_takes_the_plan_without_it():
+    rank = plan_of_rank(RANKS[0], None, 2)
+    count, cut = next(rank)
+    assert cut == 1
+    plan, runs = finish_plan(rank, [count + 1, 0], lambda told: pytest.fail("nothing more is agreed on"))
+    assert runs == [] and len(plan) == count + 1
+    assert_each_row_once(plan, RANKS[0])

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import trl.trainer.utils as trl_utils
 from torch import Tensor
 
-from prefix_grouper_plugins.batch import GroupedBatch
+from prefix_grouper_plugins.batch import Blocks, GroupedBatch, blocks_on_host
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
 from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
-from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.layout import PrefixLayout, on_device
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import numbers_padded_columns, packed_inputs
 from prefix_grouper_plugins.modeling.images import ImageRows
@@ -27,7 +28,6 @@ from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
 HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 
 Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probs [B, C], entropies [B, C], router loss []
-Blocks = tuple[Tensor, Tensor, Tensor, Tensor]  # ids and mask of the prompts [B, P], of the completions [B, C]
 
 
 @dataclass(frozen=True)
@@ -38,43 +38,47 @@ class Rows:
         input_ids, attention_mask: ``[B, P + C]``, prompts padded on the left and completions on the right.
         num_scored: ``C``, called ``logits_to_keep`` in TRL.
         images: the images and token kinds of each row.
+        copied: :attr:`on_host`, where it is known already.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     num_scored: int
     images: RowsOfImages
+    copied: Blocks | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, rows: slice) -> Rows:
-        return Rows(self.input_ids[rows], self.attention_mask[rows], self.num_scored, self.images[rows])
+        return self._select(rows, rows, self.images[rows])
 
     @classmethod
-    def of_blocks(cls, blocks: Blocks) -> Rows:
+    def of_blocks(cls, blocks: Blocks, on_host: Blocks) -> Rows:
         """Rows without images."""
         prompts, prompt_mask, completions, completion_mask = blocks
         ids, mask = torch.cat([prompts, completions], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
-        return cls(ids, mask, completions.shape[1], RowsOfImages({}, len(ids)))
+        return cls(ids, mask, completions.shape[1], RowsOfImages({}, len(ids)), on_host)
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
         """Rows without images, one part after the other; all are equally wide."""
         ids, mask = torch.cat([part.input_ids for part in parts]), torch.cat([part.attention_mask for part in parts])
-        return cls(ids, mask, parts[0].num_scored, RowsOfImages({}, len(ids)))
+        on_host: Blocks = tuple(map(torch.cat, zip(*(part.on_host for part in parts), strict=True)))  # type: ignore[assignment]
+        return cls(ids, mask, parts[0].num_scored, RowsOfImages({}, len(ids)), on_host)
 
-    def equals(self, other: Rows) -> bool:
-        """Whether both hold the same tokens; images are not looked at."""
-        return (
-            self.num_scored == other.num_scored
-            and torch.equal(self.input_ids, other.input_ids)
-            and torch.equal(self.attention_mask, other.attention_mask)
-        )
+    def holds(self, on_host: Blocks) -> bool:
+        """Whether these are the rows of ``on_host``, by their tokens; images are not looked at."""
+        return all(map(torch.equal, self.on_host, on_host))
 
     def take(self, rows: list[int]) -> Rows:
         """Rows without images, by number."""
-        return Rows(self.input_ids[rows], self.attention_mask[rows], self.num_scored, RowsOfImages({}, len(rows)))
+        places = torch.tensor(rows)
+        return self._select(on_device(places, self.input_ids.device), places, RowsOfImages({}, len(rows)))
+
+    def _select(self, rows: slice | Tensor, rows_on_host: slice | Tensor, images: RowsOfImages) -> Rows:
+        on_host: Blocks = tuple(block[rows_on_host] for block in self.on_host)  # type: ignore[assignment]
+        return Rows(self.input_ids[rows], self.attention_mask[rows], self.num_scored, images, on_host)
 
     def chunks(self, size: int | None) -> Iterator[Rows]:
         """The stock method's chunks, so that every process makes the same number of forwards."""
@@ -86,9 +90,14 @@ class Rows:
         ids, mask, scored = self.input_ids, self.attention_mask, self.num_scored
         return ids[:, :-scored], mask[:, :-scored], ids[:, -scored:], mask[:, -scored:]
 
+    @cached_property
+    def on_host(self) -> Blocks:
+        """:attr:`blocks` on the CPU, see `blocks_on_host`: read once, since a read waits until the device has done its work."""
+        return blocks_on_host(*self.blocks) if self.copied is None else self.copied
+
     @property
     def has_completions(self) -> bool:
-        return bool(self.blocks[3].any())
+        return bool(self.on_host[3].any())
 
 
 class PackedForward:
@@ -113,7 +122,7 @@ class PackedForward:
         if not rows.has_completions and not aux_loss:
             return self.nothing_to_score(model, rows, entropy=entropy)
         images = rows.images.image_rows(model, rows.blocks)
-        batch = self._batch(model, rows.blocks, images, forward_last=aux_loss)
+        batch = self._batch(model, rows.blocks, rows.on_host, images, forward_last=aux_loss)
         with capture_router_logits(model, enabled=aux_loss) as router_logits:
             logps, entropies = self._forward(model, batch, images, entropy)
         loss = load_balancing_loss(model, router_logits, batch.layout.rows_per_position) if aux_loss else None
@@ -138,7 +147,7 @@ class PackedForward:
         Returns:
             log-probs and entropies ``[B, C]``, what was forwarded, and the prompt's cache.
         """
-        whole = self._batch(model, rows.blocks, None, forward_last=False)
+        whole = self._batch(model, rows.blocks, rows.on_host, None, forward_last=False)
         part = whole.behind_prompt()
         given = part.layout.num_given
         counts = Counts(
@@ -161,21 +170,27 @@ class PackedForward:
         Sharded and distributed models wait for every process in each layer, forward and backward, and for the gradient of
         every parameter: so this process runs them too. Rows with images need all of their prompt for that.
         """
-        number, blocks = _smallest_forward(rows)
-        images = rows[number : number + 1].images.image_rows(model, blocks)
-        batch = self._batch(model, blocks, images, forward_last=False)
+        number = _row_with_images(rows)
+        blocks, on_host = (_smallest(number, blocks) for blocks in (rows.blocks, rows.on_host))
+        first = number or 0
+        images = rows.images[first : first + 1].image_rows(model, blocks)
+        batch = self._batch(model, blocks, on_host, images, forward_last=False)
         logps, _ = self._forward(model, batch, images, False)
         zeros = (logps.sum() * 0).expand(len(rows), rows.num_scored)
-        counts = Counts(tokens_forwarded=batch.layout.num_tokens, row_tokens=int(rows.attention_mask.sum()))
+        row_tokens = sum(int(mask.sum()) for mask in (rows.on_host[1], rows.on_host[3]))
+        counts = Counts(tokens_forwarded=batch.layout.num_tokens, row_tokens=row_tokens)
         return (zeros, zeros.detach() if entropy else None, None), counts
 
-    def _batch(self, model: Any, blocks: Blocks, images: ImageRows | None, *, forward_last: bool) -> GroupedBatch:
+    def _batch(
+        self, model: Any, blocks: Blocks, on_host: Blocks, images: ImageRows | None, *, forward_last: bool
+    ) -> GroupedBatch:
         batch = GroupedBatch(
             *blocks,
             keys=None if images is None else images.keys,
             padded_positions=numbers_padded_columns(model),  # TRL passes no position_ids
             min_level=self._trainer.min_level,
             forward_last=forward_last,
+            on_host=on_host,
         )
         verification = self._trainer.verification
         if verification.leaks and (leaking := leak_one_key(batch.layout)) is not None:
@@ -207,15 +222,19 @@ class PackedForward:
             return logps, trl_utils.entropy_from_logits(logits)
 
 
-def _smallest_forward(rows: Rows) -> tuple[int, Blocks]:
-    """A row of ``rows``, and blocks of it whose forward uses every part of the model: one token, or a prompt with images."""
-    prompts, prompt_mask, completions, completion_mask = rows.blocks
+def _row_with_images(rows: Rows) -> int | None:
+    """The first row that has images, or the first of all where there are token kinds; None where text alone is forwarded."""
     number = next((i for i, images in enumerate(rows.images.images) if images), None)
-    if number is None and not rows.images.token_tensors:
-        token = prompts[:1, -1:]
-        return 0, (token, torch.ones_like(token), token, torch.ones_like(token))
-    number = number or 0
+    return 0 if number is None and rows.images.token_tensors else number
+
+
+def _smallest(number: int | None, blocks: Blocks) -> Blocks:
+    """Blocks of a row whose forward uses every part of the model: one token, or of row ``number`` the prompt with images."""
+    prompts, prompt_mask, completions, completion_mask = blocks
+    if number is None:
+        token, real = prompts[:1, -1:], torch.ones_like(prompt_mask[:1, -1:])
+        return token, real, token, real
     row = slice(number, number + 1)
     first_scored = torch.zeros_like(completion_mask[row])
     first_scored[:, 0] = 1
-    return number, (prompts[row], prompt_mask[row], completions[row], first_scored)
+    return prompts[row], prompt_mask[row], completions[row], first_scored

@@ -25,62 +25,55 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from prefix_grouper_plugins.batch import prompt_group
-from prefix_grouper_plugins.integrations.trl.forward import HAS_FUSED_HEAD, Blocks, PackedForward, Rows, Scores
+from prefix_grouper_plugins.batch import Blocks, blocks_on_host, prompt_group
+from prefix_grouper_plugins.integrations.trl.forward import HAS_FUSED_HEAD, PackedForward, Rows, Scores
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
-from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.layout import PrefixLayout, on_device
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
 from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
-from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
+from prefix_grouper_plugins.token_budget import RowTokens, next_forward, prompts_to_share
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
 
 
-def tokens_of_rows(blocks: Blocks) -> list[RowTokens]:
+def tokens_of_rows(on_host: Blocks) -> list[RowTokens]:
     """What each row adds to a packed forward. Rows have a prompt in common where it is equal, padding included.
 
-    A prompt of one token has nothing to share: its last token is forwarded with each completion.
+    Args:
+        on_host: ids and masks as `blocks_on_host` returns them.
     """
-    prompt_ids, prompt_mask, _, completion_mask = blocks
-    ids = prompt_ids.masked_fill(prompt_mask == 0, -1).cpu()
+    prompt_ids, prompt_mask, _, completion_mask = on_host
+    ids = prompt_ids.masked_fill(~prompt_mask, -1)
     prompts, completions = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
-    return [
-        RowTokens((prompt_group(None, row) if prompt > 1 else object()) if completion else None, prompt - 1, completion)
-        for row, prompt, completion in zip(ids, prompts, completions, strict=True)
-    ]
+    rows = zip(ids, prompts, completions, strict=True)
+    return [RowTokens.of(prompt_group(None, row), prompt, completion) for row, prompt, completion in rows]
 
 
-def with_levels(
-    batches: Sequence[Sequence[RowTokens]], blocks: Sequence[Blocks], min_level: int | None
-) -> list[list[RowTokens]]:
-    """``batches``, micro-batches of `tokens_of_rows`, with what completions of a prompt share.
+def with_levels(rows: Sequence[RowTokens], on_host: Blocks, min_level: int | None) -> list[RowTokens]:
+    """``rows``, from `tokens_of_rows`, with what completions of a prompt share.
 
     Args:
-        batches: micro-batches.
-        blocks: of each of them.
+        rows, on_host: as there.
         min_level: as in `PrefixLayout.from_rows`.
     """
-    completions = [
-        ids[own] for *_, block, mask in blocks for ids, own in zip(block.cpu(), mask.cpu() != 0, strict=True)
-    ]
-    rows = [row for batch in batches for row in batch]
-    if min_level is None or not any(row.prompt is not None for row in rows):
-        return [list(batch) for batch in batches]
+    prompts = [row.prompt for row in rows if row.prompt is not None]
+    if min_level is None or len(set(prompts)) == len(prompts):
+        return list(rows)
     mark = torch.tensor([-1])  # in the place of the prompt, whose last token is forwarded with each completion
+    completions = [ids[own] for ids, own in zip(*on_host[2:], strict=True)]
     layout = PrefixLayout.from_rows(
         [torch.cat([mark, ids]) for ids in completions], [row.prompt for row in rows], min_level=min_level
     )
     lengths = (layout.segments[:, 1] - layout.segments[:, 0]).tolist()
     users = Counter(segment for path in layout.row_segments for segment in path)
     levels = [tuple((s, lengths[s]) for s in path if users[s] > 1) for path in layout.row_segments]
-    found = iter([row._replace(levels=own) for row, own in zip(rows, levels, strict=True)])
-    return [[next(found) for _ in batch] for batch in batches]
+    return [row._replace(levels=own) for row, own in zip(rows, levels, strict=True)]
 
 
 class PromptReuse:
@@ -96,9 +89,13 @@ class PromptReuse:
         self._prompts = OpenPrompts()
         self._ahead: ScoresAhead | None = None
         self._micro_batches: list[MicroBatch] = []  # of the generation batch
-        self._tokens: list[list[RowTokens]] = []  # of their rows
+        self._on_host: list[Blocks] = []  # their rows
+        self._tokens: list[list[RowTokens]] = []
         # The micro-batch that was entered, and those that certainly follow in its optimizer step.
         self._coming = range(0)
+        # What holds for an optimizer step is asked once in it: whether micro-batches share forwards, and open prompts.
+        self._shares: bool | None = None
+        self._stays_open: bool | None = None
 
     def why_not(self, model: Any, *, update: bool = True) -> str | None:
         """Why prompts do not stay open for later micro-batches; None if they do.
@@ -147,17 +144,27 @@ class PromptReuse:
             number: of the micro-batch among them.
         """
         self._coming = range(0)
-        if self.why_not_ahead(self._trainer.model) is not None:
+        if self._shares is None:
+            self._shares = self.why_not_ahead(self._trainer.model) is None
+        if not self._shares:
             return
         if micro_batches is not self._micro_batches:
-            self._micro_batches = micro_batches
-            blocks = [_blocks_of(batch) for batch in micro_batches]
-            self._tokens = with_levels(list(map(tokens_of_rows, blocks)), blocks, self._trainer.min_level)
+            self._count_rows(micro_batches)
         window = self.window()
         end = number - number % window + window
         if self._trainer.accelerator.sync_gradients:  # the optimizer steps after this one, whatever comes
             end = number + 1
         self._coming = range(number, end)
+
+    def _count_rows(self, micro_batches: list[MicroBatch]) -> None:
+        """Read the rows of a generation batch from the device, all at once, and count their tokens."""
+        self._micro_batches = micro_batches
+        sizes = [len(batch["prompt_ids"]) for batch in micro_batches]
+        blocks = (torch.cat(of_all) for of_all in zip(*map(_blocks_of, micro_batches), strict=True))
+        on_host = blocks_on_host(*blocks)
+        self._on_host = list(zip(*(block.split(sizes) for block in on_host), strict=True))
+        rows = iter(with_levels(tokens_of_rows(on_host), on_host, self._trainer.min_level))
+        self._tokens = [[next(rows) for _ in range(size)] for size in sizes]
 
     def leave(self) -> None:
         """The backward of a micro-batch has run.
@@ -166,6 +173,8 @@ class PromptReuse:
             RuntimeError: a gradient would be missing from the optimizer step.
         """
         step_ends, self._coming = self._trainer.accelerator.sync_gradients, range(0)
+        if step_ends:
+            self._shares = self._stays_open = None
         if self._ahead is not None and self._ahead.num_left and not step_ends:
             return
         ahead, self._ahead = self._ahead, None
@@ -187,15 +196,22 @@ class PromptReuse:
             return None
         if self._ahead is not None:
             return self._from_ahead(self._ahead, model, rows)
-        joint = [rows] if self._leaves_experts_out(model) else self._joint(rows)
-        self._expect(self._prompts, model, [self._tokens[number] for number in self._coming[len(joint) :]])
-        if len(joint) == 1:
-            return self._score(model, rows, self._prompts, entropy)
-        self._ahead, counts = self._score_joint(model, joint, self._prompts, entropy)
+        if self._stays_open is None:
+            self._stays_open = self.why_not(model) is None
+        first, *later = self._coming
+        is_known = rows.holds(self._on_host[first])  # a loss of the user's own may score other rows
+        tokens = self._tokens[first] if is_known else tokens_of_rows(rows.on_host)
+        coming = [tokens, *(self._tokens[number] for number in later)]
+        may_join = is_known and not self._leaves_experts_out(model)
+        count, shared = self._plan(coming, rows, self._prompts, self._stays_open, may_join=may_join)
+        if count == 1:
+            return self._score(model, rows, tokens, shared, self._prompts, entropy)
+        joint = [rows, *map(self._rows_of, later[: count - 1])]
+        self._ahead, counts = self._score_joint(model, joint, coming[:count], shared, self._prompts, entropy)
         return (*self._ahead.take(), None), counts
 
     def _anatomy(self, model: Any) -> Anatomy | None:
-        """What enabling has found: this is asked before every micro-batch, and finding it walks the whole model."""
+        """What enabling has found, since finding it walks the whole model."""
         base = transformers_model(model)
         return next((anatomy for anatomy in self._trainer.gate.anatomies if anatomy.base is base), None)
 
@@ -204,20 +220,12 @@ class PromptReuse:
         anatomy = self._anatomy(model)
         return bool(getattr(model, "find_unused_parameters", False)) and (anatomy is None or anatomy.has_experts)
 
-    def _joint(self, rows: Rows) -> list[Rows]:
-        """``rows``, of the micro-batch that was entered, and those of the following ones that fit into the same forward."""
-        count = self._num_joint([self._tokens[number] for number in self._coming], rows, self._prompts)
-        if count == 1:
-            return [rows]
-        joint = [self._rows_of(number) for number in self._coming[:count]]
-        return joint if joint[0].equals(rows) else [rows]  # a loss of the user's own may score other rows
-
     def _rows_of(self, number: int) -> Rows:
-        return Rows.of_blocks(_blocks_of(self._micro_batches[number]))
+        return Rows.of_blocks(_blocks_of(self._micro_batches[number]), self._on_host[number])
 
     def _from_ahead(self, ahead: ScoresAhead, model: Any, rows: Rows) -> tuple[Scores, list[Counts]]:
         """Scores of a micro-batch whose rows were forwarded with those of an earlier one."""
-        if not rows.equals(self._rows_of(self._coming[0])):
+        if not rows.holds(self._on_host[self._coming[0]]):
             raise RuntimeError(
                 "the loss scores other rows than those of its micro-batch, which were forwarded with an earlier one: set "
                 "prefix_grouper_regroup='none'"
@@ -238,18 +246,20 @@ class PromptReuse:
         """For each chunk of a call its scores, or None if it shares nothing with others."""
         if len(chunks) < 2 or torch.is_grad_enabled() or self.why_not_ahead(model, update=False) is not None:
             return [None] * len(chunks)
-        blocks = [chunk.blocks for chunk in chunks]
-        tokens = with_levels(list(map(tokens_of_rows, blocks)), blocks, self._trainer.min_level)
+        stays_open = self.why_not(model, update=False) is None
+        whole = Rows.join(chunks)
+        rows = iter(with_levels(tokens_of_rows(whole.on_host), whole.on_host, self._trainer.min_level))
+        tokens = [[next(rows) for _ in range(len(chunk))] for chunk in chunks]
         prompts = OpenPrompts()
         found: list[tuple[Scores, list[Counts]] | None] = []
         while len(found) < len(chunks):
             start = len(found)
-            count = self._num_joint(tokens[start:], chunks[start], prompts)
-            self._expect(prompts, model, tokens[start + count :], update=False)
+            count, shared = self._plan(tokens[start:], chunks[start], prompts, stays_open)
+            taken = slice(start, start + count)
             if count == 1:
-                found.append(self._score(model, chunks[start], prompts, entropy))
+                found.append(self._score(model, chunks[start], tokens[start], shared, prompts, entropy))
                 continue
-            scores, counts = self._score_joint(model, chunks[start : start + count], prompts, entropy)
+            scores, counts = self._score_joint(model, chunks[taken], tokens[taken], shared, prompts, entropy)
             found += [((*scores.take(), None), counts if first else []) for first in (True, *[False] * (count - 1))]
         return found
 
@@ -258,46 +268,53 @@ class PromptReuse:
 
         For comparisons. No prompt stays open, and one backward goes through prompts and completions.
         """
-        keys = _keys_of(rows)
-        own: list[Hashable] = [key for key in dict.fromkeys(keys) if isinstance(key, tuple)]
-        if not own:
-            return self._forward.score(model, rows, entropy=entropy, aux_loss=False)[0]
-        return self._score_pieces(model, rows, keys, own, OpenPrompts(), entropy)[0]
+        tokens = tokens_of_rows(rows.on_host)
+        prompts = dict.fromkeys(row.prompt for row in tokens)
+        own: list[Hashable] = [key for key in prompts if isinstance(key, tuple)]
+        found = self._score(model, rows, tokens, own, OpenPrompts(), entropy)
+        return found[0] if found else self._forward.score(model, rows, entropy=entropy, aux_loss=False)[0]
 
     # -------------------------------------------------------------------------------------------------------- planning
 
-    def _num_joint(self, coming: Sequence[Sequence[RowTokens]], first: Rows, prompts: OpenPrompts) -> int:
-        """How many micro-batches go into one forward: until it has as many rows as a group, if it then holds no more
-        tokens than the padded rows ``first``.
-        """
-        coming = coming[: max(1, math.ceil(self._trainer.num_generations / len(first)))]
-        held = sum(cache.num_tokens for cache in prompts.open.values())
-        count = num_that_fit(coming, first.input_ids.numel(), held=held, opened=prompts.open)
-        if HAS_FUSED_HEAD:
-            return count
-        # The logits of completions are kept, each its own.
-        scored = [[row._replace(prompt_tokens=0, levels=()) for row in rows] for rows in coming]
-        return min(count, num_that_fit(scored, len(first) * first.num_scored))
-
-    def _expect(
-        self, prompts: OpenPrompts, model: Any, coming: Sequence[Sequence[RowTokens]], *, update: bool = True
-    ) -> None:
-        """Keep ``prompts`` open for the rows of later micro-batches."""
-        stays_open = self.why_not(model, update=update) is None
-        prompts.expect(row.prompt for rows in coming for row in rows if stays_open)
+    def _plan(
+        self,
+        coming: Sequence[Sequence[RowTokens]],
+        first: Rows,
+        prompts: OpenPrompts,
+        stays_open: bool,
+        *,
+        may_join: bool = True,
+    ) -> tuple[int, list[Hashable]]:
+        """What the next forward takes, see `next_forward`; it holds no more than ``first``, the first of ``coming``, padded."""
+        opened = {key: cache.num_tokens for key, cache in prompts.open.items()}
+        if may_join:
+            count, shared = next_forward(
+                coming,
+                first.input_ids.numel(),
+                self._trainer.num_generations,
+                opened=opened,
+                stays_open=stays_open,
+                max_scored=None if HAS_FUSED_HEAD else len(first) * first.num_scored,
+            )
+        else:
+            count, shared = 1, prompts_to_share(coming, 1, opened, stays_open)
+        prompts.expect(row.prompt for rows in coming[count:] for row in rows if stays_open)
+        return count, shared
 
     # -------------------------------------------------------------------------------------------------------- forward
 
     def _score_joint(
         self,
         model: Any,
-        parts: list[Rows],
+        parts: Sequence[Rows],
+        tokens: Sequence[Sequence[RowTokens]],
+        shared: list[Hashable],
         prompts: OpenPrompts,
         entropy: bool,
     ) -> tuple[ScoresAhead, list[Counts]]:
         """Scores of several micro-batches, or chunks, from one forward."""
         rows = Rows.join(parts)
-        found = self._score(model, rows, prompts, entropy)
+        found = self._score(model, rows, [row for part in tokens for row in part], shared, prompts, entropy)
         if found is None:
             scores, count = self._forward.score(model, rows, entropy=entropy, aux_loss=False)
             found = scores, [count]
@@ -308,29 +325,18 @@ class PromptReuse:
         self,
         model: Any,
         rows: Rows,
-        prompts: OpenPrompts,
-        entropy: bool,
-    ) -> tuple[Scores, list[Counts]] | None:
-        keys = _keys_of(rows)
-        shared = prompts.of(keys)
-        if not shared:
-            return None
-        return self._score_pieces(model, rows, keys, shared, prompts, entropy)
-
-    def _score_pieces(
-        self,
-        model: Any,
-        rows: Rows,
-        keys: list[Hashable],
+        tokens: Sequence[RowTokens],
         shared: list[Hashable],
         prompts: OpenPrompts,
         entropy: bool,
-    ) -> tuple[Scores, list[Counts]]:
-        """Scores of rows whose prompts in ``shared`` go through the caches of ``prompts``."""
+    ) -> tuple[Scores, list[Counts]] | None:
+        """Scores of ``rows``, whose prompts in ``shared`` go through the caches of ``prompts``; None if there are none."""
+        if not shared:
+            return None
         logps: Tensor | None = None
         entropies: Tensor | None = None
         counts = []
-        for members, key in self._pieces(keys, shared):
+        for members, key in self._pieces([row.prompt for row in tokens], shared):
             piece = rows.take(members)
             if key is None:
                 (values, more, _), count = self._forward.score(model, piece, entropy=entropy, aux_loss=False)
@@ -340,7 +346,7 @@ class PromptReuse:
                 )
                 prompts.keep(key, cache)
             counts.append(count)
-            place = torch.tensor(members, device=values.device)
+            place = on_device(torch.tensor(members), values.device)
             logps = _placed(logps, values, place, len(rows))
             entropies = None if more is None else _placed(entropies, more, place, len(rows))
         assert logps is not None
@@ -352,10 +358,6 @@ class PromptReuse:
         pieces = [([row for row, own in enumerate(keys) if own == key], key) for key in shared]
         others = [row for row, own in enumerate(keys) if own is not None and own not in shared]
         return [*pieces, (others, None)] if others else pieces  # type: ignore[list-item]
-
-
-def _keys_of(rows: Rows) -> list[Hashable]:
-    return [row.prompt for row in tokens_of_rows(rows.blocks)]
 
 
 def _blocks_of(micro_batch: MicroBatch) -> Blocks:

@@ -15,13 +15,10 @@ from verl.utils.device import get_device_name
 
 from prefix_grouper_plugins.micro_batches import (
     RowSize,
-    cut_groups,
+    finish_plan,
     packed_tokens,
-    plan_micro_batches,
-    plan_parts,
+    plan_of_rank,
     rows_by_group,
-    runs_of_parts,
-    spread_micro_batches,
 )
 from prefix_grouper_plugins.modeling.prompt_reuse import matched_ends
 
@@ -98,15 +95,13 @@ def plan_on_all_ranks(
     Raises:
         ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
     """
-    plan: list[list[int]] = []
-    parts: list[list[list[int]]] = []
     most = limits.max_tokens, limits.max_rows
+    rank, told = None, [0, 0]
     # Nothing is raised before all ranks know: those that went on would wait for this one.
     if sizes is not None and (limits.max_tokens is None or longest - 1 <= limits.max_tokens):
-        plan = plan_micro_batches(sizes, max_tokens=most[0], max_rows=most[1])
-        parts = cut_groups(sizes, *most)
-    told = [len(plan), int(sizes is None), longest, int(not reuses), sum(len(of_group) > 1 for of_group in parts)]
-    count, refused, longest, repeats, cut = _largest(told, group)
+        rank = plan_of_rank(sizes, *most)
+        told = next(rank)
+    count, cut, refused, longest, repeats = _largest([*told, int(sizes is None), longest, int(not reuses)], group)
     needed = longest if refused else longest - 1  # a packed row does without the last token of its rows
     if limits.max_tokens is not None and needed > limits.max_tokens:
         raise ValueError(
@@ -114,22 +109,12 @@ def plan_on_all_ranks(
             f"{f' on each of {limits.ranks} sequence-parallel ranks' if limits.ranks > 1 else ''}. Set it to at least "
             f"{limits.per_rank(needed)}, or make prompts and responses shorter"
         )
-    if refused or sizes is None:
+    if refused or rank is None:
         return None
-    if repeats or not cut:
-        spread = spread_micro_batches(plan, sizes, count)
-        return Plan(spread, [], [set() for _ in spread])
-    # Ranks that cut their groups alike forward their prompts at the same time, so that none has to wait.
-    at_least = _largest([*map(len, parts[:cut]), *[1] * (cut - len(parts))], group)
-    in_parts, whole = plan_parts(cut_groups(sizes, *most, at_least), sizes, *most)
-    (count,) = _largest([len(in_parts) + len(whole)], group)
-    missing = count - len(in_parts)
-    if missing <= sum(map(len, whole)):  # parts stay as they are, alike on all ranks
-        plan = in_parts + (spread_micro_batches(whole, sizes, missing) if whole else [])
-    else:
-        plan = spread_micro_batches(in_parts + whole, sizes, count)
-    plan, runs = runs_of_parts(plan, sizes)
-    return Plan(plan, runs, _ends_on_all_ranks(runs, count, group))
+    reused = cut and not repeats
+    plan, runs = finish_plan(rank, [count, cut if reused else 0], lambda values: _largest(values, group))
+    ends = _ends_on_all_ranks(runs, len(plan), group) if reused else [set() for _ in plan]
+    return Plan(plan, runs, ends)
 
 
 def _largest(values: Sequence[int], group: Any) -> list[int]:

@@ -111,6 +111,7 @@ class Anatomy:
         numbers_positions: the module that numbers positions by the model's own padding token, or None.
         indexers: names of classes that choose keys by scores of their own.
         parameters: each once.
+        checkpointable: modules on which transformers switches gradient checkpointing on and off.
         is_sharded: whether parameters are spread over processes, so that all of them must forward together.
         has_experts: whether any module is called an expert.
     """
@@ -134,6 +135,7 @@ class Anatomy:
         self.int8_thresholds: set[float] = set()
         self.numbers_positions: Any = None
         self.indexers: set[str] = set()
+        self.checkpointable: list[nn.Module] = []
         self.is_sharded = False
         self.has_experts = False
         self._configs: dict[int, Any] = {}
@@ -248,6 +250,8 @@ class Anatomy:
         kind = type(module).__name__
         self.is_sharded |= isinstance(module, FullyShardedDataParallel)
         self.has_experts |= "expert" in name.lower()
+        if hasattr(type(module), "gradient_checkpointing") or "gradient_checkpointing" in vars(module):
+            self.checkpointable.append(module)
         if not self.adapters and isinstance(configs := getattr(module, "peft_config", None), dict):
             self.adapters = configs
         # PEFT's layer around the one of bitsandbytes has the same name, but no state.

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
 
@@ -369,16 +370,17 @@ def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | Non
     config = transformers_model(model).config
     if config.get_text_config(decoder=True) is not config:
         return "the model takes images"
-    mixers = (Anatomy(model) if anatomy is None else anatomy).mixers
-    for _, mixer in mixers:
+    anatomy = Anatomy(model) if anatomy is None else anatomy
+    for _, mixer in anatomy.mixers:
         if (reason := why_on_rows(mixer)) is not None:
             return (
                 f"{type(mixer).__name__} mixes tokens past the attention interface and does not start from a given state: "
                 f"{reason}"
             )
-    if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, model.modules())):
+    if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, anatomy.checkpointable)):
         return "reentrant gradient checkpointing hides the prompt's graph: set use_reentrant=False"
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    # Not by the anatomy: these wrappers may be younger.
+    if dist.is_initialized() and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "FSDP1 gathers parameters for one forward and its backward at a time: use FSDP2"
     if decoder(model) is transformers_model(model):
         return f"{type(transformers_model(model)).__name__} has no decoder apart from its head"

@@ -2,15 +2,15 @@
 
 TRL samples completions group by group, shuffles the rows of a process's generation batch and cuts it into micro-batches;
 ours brings rows of a prompt side by side again, runs several micro-batches in one forward where they fit, and lets
-forwards reuse an open prompt (``integrations/trl/regroup.py`` and ``reuse.py``). verl cuts each optimizer step of a rank into micro-batches by rows or by tokens; ours plans them with
-every prompt counted once. What is counted here is what the metric ``prefix_grouper/token_ratio`` counts: exactly, where the
+forwards reuse an open prompt. verl cuts each optimizer step of a rank into micro-batches by rows or by tokens; ours plans them
+with every prompt counted once. The plans are made by the code that the trainers run (``token_budget.py`` and
+``micro_batches.py``). What is counted here is what the metric ``prefix_grouper/token_ratio`` counts: exactly, where the
 order of rows makes no difference, and for one order drawn at random where it does (prompts that begin alike).
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.micro_batches import RowSize, cut_groups, plan_parts, runs_of_parts, spread_micro_batches
+from prefix_grouper_plugins.micro_batches import RowSize, plan_all_ranks
 from prefix_grouper_plugins.step_order import regrouped_order
-from prefix_grouper_plugins.token_budget import RowTokens, num_that_fit
+from prefix_grouper_plugins.token_budget import RowTokens, plan_forwards
 from prefix_grouper_plugins.usage import UsageError
 
 
@@ -258,37 +258,19 @@ def _padded(prompts: Prompts, rows: Sequence[RowSize], size: int) -> list[Load]:
 
 
 def _reused(prompts: Prompts, micro_batches: list[list[RowSize]], group: int, padded_width: int) -> list[Load]:
-    """Micro-batches of one window. A forward takes as many of them as hold no more tokens than the padded rows of one, up
-    to a group; prompts that go beyond it are forwarded once and held until their last rows.
-    """
+    """The forwards of one window's micro-batches, by the plan that the trainer follows."""
+    tokens = [[RowTokens.of(row.group, row.prompt, row.response) for row in batch] for batch in micro_batches]
     loads: list[Load] = []
-    opened: set[int] = set()
-    start = 0
-    while start < len(micro_batches):
-        count = _num_joint(micro_batches[start:], opened, group, padded_width)
-        joint = [row for batch in micro_batches[start : start + count] for row in batch]
-        start += count
-        later = Counter(row.group for batch in micro_batches[start:] for row in batch)
-        beyond = {row.group for row in joint if row.prompt > 1 and (row.group in opened or later[row.group])}
-        others = [row for row in joint if row.group not in beyond]
+    for forward in plan_forwards(tokens, len(micro_batches[0]) * padded_width, group):
+        rows = [row for number in forward.micro_batches for row in micro_batches[number]]
+        others = [row for row in rows if row.group not in forward.shared]
         parts = [prompts.packed(others)] if others else []
-        for number in beyond:
-            parts.append(_part(prompts, [row for row in joint if row.group == number], is_first=number not in opened))
-        idle = sum(len(prompts.ids[number]) - 1 for number in opened - beyond)
+        for number, is_first in forward.shared.items():
+            parts.append(_part(prompts, [row for row in rows if row.group == number], is_first=is_first))
         load = _sum(parts)
-        loads.append(load._replace(open_tokens=load.open_tokens + idle, cached_tokens=load.cached_tokens + idle))
-        opened = {number for number in {*opened, *beyond} if later[number]}  # type: ignore[misc]
+        idle = forward.held - load.open_tokens
+        loads.append(load._replace(open_tokens=forward.held, cached_tokens=load.cached_tokens + idle))
     return loads
-
-
-def _num_joint(coming: list[list[RowSize]], opened: set[int], group: int, padded_width: int) -> int:
-    """How many micro-batches one forward takes (``integrations/trl/reuse.py``)."""
-    size = len(coming[0])
-    tokens = [[RowTokens(row.group, row.prompt - 1, row.response) for row in batch] for batch in coming]
-    held = sum(
-        row.prompt - 1 for row in {row.group: row for batch in coming for row in batch if row.group in opened}.values()
-    )
-    return num_that_fit(tokens[: math.ceil(group / size)], size * padded_width, held=held, opened=opened)
 
 
 def _part(prompts: Prompts, rows: Sequence[RowSize], *, is_first: bool) -> Load:
@@ -346,24 +328,10 @@ def _ordinary(prompts: Prompts, rows: Sequence[RowSize], sizes: VerlSizes) -> li
 
 
 def _planned(prompts: Prompts, ranks: Sequence[Sequence[RowSize]], sizes: VerlSizes) -> list[Load]:
-    """Ours, equally many on each rank; the parts of a group that exceeds a micro-batch reuse its prompt, as under FSDP2.
-
-    As ``integrations/verl/planning.py`` does it, whose ranks agree by collectives.
-    """
+    """Ours, equally many on each rank; the parts of a group that exceeds a micro-batch reuse its prompt, as under FSDP2."""
     most = sizes.max_token_len, sizes.micro_batch_size if sizes.max_token_len is None else None
-    groups = [cut_groups(rows, *most) for rows in ranks]
-    cut = max(sum(len(parts) > 1 for parts in of_rank) for of_rank in groups)
-    at_least = [max(len(of_rank[i]) if i < len(of_rank) else 1 for of_rank in groups) for i in range(cut)]
-    plans = [plan_parts(cut_groups(rows, *most, at_least), rows, *most) for rows in ranks]
-    count = max(len(in_parts) + len(whole) for in_parts, whole in plans)
     loads = []
-    for (in_parts, whole), rows in zip(plans, ranks, strict=True):
-        missing = count - len(in_parts)
-        if missing <= sum(map(len, whole)):
-            plan = in_parts + (spread_micro_batches(whole, rows, missing) if whole else [])
-        else:
-            plan = spread_micro_batches(in_parts + whole, rows, count)
-        plan, runs = runs_of_parts(plan, rows)
+    for (plan, runs), rows in zip(plan_all_ranks(ranks, *most), ranks, strict=True):
         first_of = {number: first for first, end in runs for number in range(first, end)}
         for number, batch in enumerate(plan):
             members = [rows[i] for i in batch]

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import trl.trainer.utils as trl_utils
+from accelerate.utils import DistributedType
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
+import prefix_grouper_plugins.integrations.trl.reuse as reuse_module
+from prefix_grouper_plugins import enable_prefix_grouper
+from prefix_grouper_plugins.batch import blocks_on_host
 from prefix_grouper_plugins.integrations.trl import (
     PrefixGrouperGRPOTrainer,
     PrefixGrouperRLOOConfig,
     PrefixGrouperRLOOTrainer,
 )
-from prefix_grouper_plugins.integrations.trl.forward import PackedForward
+from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
+from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
+from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, _blocks_of
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from tests import tiny
-from tests.integrations.trl.training import largest_difference, logged, make_trainer, train, use_float64_head
+from tests.integrations.trl.training import (
+    largest_difference,
+    logged,
+    make_trainer,
+    train,
+    trained_weights,
+    use_float64_head,
+)
+
+ROOT = Path(__file__).parents[3]
 
 MODELS = {"qwen3": {}, "llama": {}, "mistral": {"sliding_window": 7}}
 # per_device_train_batch_size, gradient_accumulation_steps, num_generations; in (4, 3, 6) one holds two groups' ends
@@ -280,3 +302,167 @@ def test_training_that_is_resumed_learns_the_stock_weights(monkeypatch, paths, t
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
         weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
     assert largest_difference(*weights) <= 1e-12
+
+
+# ------------------------------------------------------------------------------------------ what a micro-batch costs besides
+
+
+def stub_trainer(model, micro_batches, group):
+    """What PromptReuse asks of a trainer, for one process and one optimizer step."""
+    args = SimpleNamespace(gradient_accumulation_steps=micro_batches, steps_per_generation=micro_batches)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.NO,
+        num_processes=1,
+        sync_gradients=False,
+        autocast=contextlib.nullcontext,
+        unwrap_model=lambda model: model,
+    )
+    return SimpleNamespace(
+        model=model,
+        args=args,
+        accelerator=accelerator,
+        num_generations=group,
+        temperature=1.0,
+        min_level=None,
+        gate=SimpleNamespace(anatomies=[Anatomy(model)]),
+        verification=SimpleNamespace(leaks=False),
+        loss_is_sum_over_rows=True,
+        _option={"prefix_grouper_regroup": "exact"}.get,
+    )
+
+
+def one_group(prompt, completion, rows, group=8, tensor=lambda x: x):
+    """The micro-batches of a generation batch."""
+    ids = torch.randint(3, 20, (group, prompt + completion), generator=torch.Generator().manual_seed(0))
+    ids[:, :prompt] = ids[0, :prompt]
+    blocks = {"prompt_ids": ids[:, :prompt], "completion_ids": ids[:, prompt:]}
+    blocks |= {name.replace("ids", "mask"): torch.ones_like(block) for name, block in blocks.items()}
+    parts = range(0, group, rows)
+    return [{name: tensor(block[start : start + rows].clone()) for name, block in blocks.items()} for start in parts]
+
+
+def run_step(trainer, reuse, micro_batches):
+    """Each micro-batch scored as TRL's loss does it, with its backward."""
+    for number, batch in enumerate(micro_batches):
+        trainer.accelerator.sync_gradients = number == len(micro_batches) - 1
+        reuse.enter(micro_batches, number)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        rows = Rows(ids, mask, batch["completion_ids"].shape[1], RowsOfImages({}, len(ids)))
+        (logps, _, _), _ = reuse.score_update(trainer.model, rows, entropy=False)
+        logps.sum().backward()
+        reuse.leave()
+
+
+def enabled_model():
+    model = tiny.model("qwen3").float().train()
+    if hasattr(trl_utils, "add_fused_lm_head"):
+        trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return enable_prefix_grouper(model, self_check=False)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 8), (2, 4)], ids=["an open prompt", "rows ahead"])
+def test_each_micro_batch_is_read_from_the_device_once(monkeypatch, rows, expected):
+    """Beside the rows of a generation batch, all at once: the loss may score other rows, so those of a call are compared."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from host_time import OnDevice, on_marked_tensors
+
+    model = enabled_model()
+    micro_batches = one_group(12, 4, rows, tensor=lambda x: x.as_subclass(OnDevice))
+    trainer = stub_trainer(model, len(micro_batches), 8)
+    reuse = PromptReuse(trainer, PackedForward(trainer))
+    with on_marked_tensors() as copies:
+        run_step(trainer, reuse, micro_batches)
+    assert len(copies) == 1 + expected
+    reads = [
+        line for line in OnDevice.waits if not line.startswith("to ")
+    ]  # transformers moves tensors to their own device
+    assert not reads
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_planning_a_step_of_eight_micro_batches_takes_less_than_a_millisecond():
+    """On a prompt of 1,000 tokens, by a model of as many decoder layers as one of 36 has."""
+    model = enabled_model()
+    trainer = stub_trainer(model, 8, 8)
+    anatomy = trainer.gate.anatomies[0]
+    anatomy.checkpointable *= 36 // tiny.SIZES["num_hidden_layers"]
+    micro_batches = one_group(1000, 64, 1)
+    blocks = [Rows.of_blocks(_blocks_of(batch), blocks_on_host(*_blocks_of(batch))) for batch in micro_batches]
+    seconds = []
+    for _ in range(10):
+        reuse = PromptReuse(trainer, None)
+        reuse._score = lambda *args: ((torch.zeros(1, 64), None, None), [])
+        started = time.thread_time()
+        for number, rows in enumerate(blocks):
+            reuse.enter(micro_batches, number)
+            reuse.score_update(model, rows, entropy=False)
+            reuse.leave()
+        seconds.append(time.thread_time() - started)
+    assert min(seconds) < 1e-3
+
+
+# --------------------------------------------------------------------------------------------- scaled gradients, DeepSpeed
+
+
+def train_with_a_scaler(monkeypatch, path, *, shared, overflow, **settings):
+    """As under fp16, but in float64: gradients are scaled, the second optimizer step is skipped if ``overflow``."""
+    trainer = make_trainer(path, shared=shared, **settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    trainer.accelerator.scaler = scaler
+    clip = trainer.accelerator.clip_grad_norm_
+
+    def unscale_and_clip(parameters, norm):
+        scaler.unscale_(trainer.optimizer.optimizer)
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", unscale_and_clip)
+    if overflow:
+        weight = trainer.model.get_input_embeddings().weight
+        weight.register_hook(lambda grad: grad * (torch.inf if trainer.state.global_step == 1 else 1.0))
+    torch.manual_seed(5)
+    trainer.train()
+    return trained_weights(trainer), trainer, scaler.get_scale()
+
+
+@pytest.mark.parametrize(("rows", "overflow"), [(1, True), (2, False)])
+def test_scaled_gradients_learn_the_stock_weights(monkeypatch, paths, rows, overflow):
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(rows, 8 // rows, 8), **LONG_PROMPTS, "max_steps": 4, "max_grad_norm": 0.5}
+    stock, _, stock_scale = train_with_a_scaler(
+        monkeypatch, paths["qwen3"], shared=False, overflow=overflow, **settings
+    )
+    shared, trainer, scale = train_with_a_scaler(
+        monkeypatch, paths["qwen3"], shared=True, overflow=overflow, **settings
+    )
+    assert scale == stock_scale == (32.0 if overflow else 128.0)
+    assert largest_difference(stock, shared) <= 1e-12
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [8] * 4
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_under_deepspeed_and_fsdp_the_reason_is_named(kind):
+    trainer = stub_trainer(enabled_model(), 8, 8)
+    trainer.accelerator.distributed_type = kind
+    reuse = PromptReuse(trainer, PackedForward(trainer))
+    for update in (True, False):
+        assert f"under {kind.value} every process has to make the same number" in reuse.why_not(
+            trainer.model, update=update
+        )
+    reuse.enter(one_group(12, 4, 1), 0)
+    assert reuse.score_update(trainer.model, None, entropy=False) is None
+
+
+def test_where_every_process_must_forward_alike_the_reason_is_said_once_and_the_weights_are_stock(
+    monkeypatch, paths, caplog
+):
+    """As under DeepSpeed and FSDP, by one process that is taken for several."""
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(2, 4, 8), "max_steps": 2, "beta": 0.04}
+    stock, _ = train(paths["llama"], shared=False, **settings)
+    monkeypatch.setattr(reuse_module, "_KINDS", set())
+    shared, trainer = train(paths["llama"], shared=True, **settings)
+    assert largest_difference(stock, shared) <= 1e-12
+    assert trainer.sharing.passes["update"].rows_per_group == 2
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("every process has to make the same number of forwards" in warning for warning in warnings) == 1
