@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
@@ -114,6 +115,29 @@ def test_layers_in_front_of_the_first_adapter_have_nothing_to_send_back():
     model.model.layers[1].self_attn.q_proj.weight.requires_grad_()
     model.model.layers[2].self_attn.v_proj.weight.requires_grad_()
     assert_parts_equal_rows(model, 2, 1e-12)
+
+
+def test_a_checkpointed_prompt_is_run_again_with_the_dropout_mask_of_its_forward():
+    """Rows of a group share one mask on their prompt, whose keys the parts have read before its layers run again."""
+    found = {}
+    for checkpointing, seed in ((False, 0), (True, 0), (True, 1)):
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.5)
+        torch.manual_seed(3)
+        model = get_peft_model(double("llama"), adapter).double().train()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # zero in a new adapter
+                torch.nn.init.normal_(weight)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_prefix_grouper(model, self_check=False)
+        torch.manual_seed(seed)
+        found[checkpointing, seed] = in_parts(model, 2)[1]
+    plain, checkpointed, other_mask = found.values()
+    assert largest_difference(plain, checkpointed) <= 1e-12 < 1e-2 < largest_difference(plain, other_mask)
+
+
+def largest_difference(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 def test_without_gradients_nothing_is_left_open():

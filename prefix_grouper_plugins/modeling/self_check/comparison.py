@@ -197,6 +197,13 @@ class Comparison:
             raise
         except Exception as error:
             return f"the ordinary forward of a batch that is padded on the left failed with {_named(error)}"
+        if ordinary.outputs.isnan().any() and not alone.outputs.isnan().any():
+            # A token of padding sees nothing: transformers' eager softmax computes in float32, where the least number of
+            # float64 is -inf, and the next layer multiplies that token's NaN by zero.
+            return (
+                f"its ordinary forward of a batch that is padded on the left returns NaN in {self.dtype}: train with "
+                "attn_implementation='sdpa' or in float32"
+            )
         output, leaf = self._forward_packed(layout, layout.pack(positions))
         gradients = self._gradients(self._total(layout.unpack(output)), leaf)
         packed = Pass(output.detach(), gradients[0][0].float(), gradients[1])
@@ -347,7 +354,7 @@ class Comparison:
         dtypes = self.dtype, logits.dtype, _autocast(self.device)
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         logits = logits.float()
-        return torch.where(logits.isfinite(), logits, 0.0), leaves[0]  # -inf hides words
+        return logits.masked_fill(logits.isinf(), 0.0), leaves[0]  # -inf hides words
 
     def _objective(self, output: Tensor, row: int) -> Tensor:
         if self.probe is None:

@@ -11,6 +11,7 @@ import faulthandler
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,8 +63,18 @@ def images() -> dict[str, Any]:
     }
 
 
+# One row fits into a forward beside the prompt, and rank 1 has half of the rows.
+UNEQUAL: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "num_generations": 8,
+    "train_dataset": tiny.prompts(shortest=25, longest=25),
+    "generation_kwargs": {"min_new_tokens": 10},
+}
+
+
 def masking_rank_1(base: type) -> Any:
-    """On rank 1 every completion of the first micro-batch is masked, as when all of them were truncated."""
+    """On rank 1 the first four completions are masked, as when they were truncated."""
 
     class Masking(base):  # type: ignore[misc]
         def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -88,6 +99,20 @@ def nothing_to_score(path: str) -> None:
     assert largest_difference(stock, shared) <= 1e-12
     assert logged(trainer, "entropy") == pytest.approx(logged(stock_trainer, "entropy"), abs=1e-12)
     assert logged(trainer, "prefix_grouper/fallbacks") == [0, 0, 0] and trainer.sharing.packed > 0
+
+
+def unequal_parts(path: str) -> None:
+    """Ranks make different numbers of forwards in an optimizer step, and DDP reduces gradients once in it."""
+    settings = {**UNEQUAL, "beta": 0.04, "max_steps": 3, "ddp_find_unused_parameters": False}
+    stock, _ = train(path, shared=False, trainer_class=masking_rank_1(GRPOTrainer), **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        forwards = count_calls(patch, PackedForward, "_forward", if_=torch.is_grad_enabled)
+        shared, trainer = train(path, shared=True, trainer_class=masking_rank_1(PrefixGrouperGRPOTrainer), **settings)
+    of_both: list[int] = [0, 0]
+    dist.all_gather_object(of_both, len(forwards))
+    assert of_both[0] == 8 * 3 > of_both[1], of_both
+    assert largest_difference(stock, shared) <= 1e-12
+    assert not trainer.sharing.fallbacks
 
 
 def falls_back_on_rank_1(path: str) -> None:
@@ -147,11 +172,18 @@ def compares_the_first_batch_on_both_ranks(path: str) -> None:
     logger.setLevel(logging.NOTSET)
 
 
-def count_calls(patch: pytest.MonkeyPatch, owner: type, name: str) -> list[None]:
-    """A list that gets an entry for each call of a method."""
+def count_calls(
+    patch: pytest.MonkeyPatch, owner: type, name: str, if_: Callable[[], bool] = lambda: True
+) -> list[None]:
+    """A list that gets an entry for each call of a method, while ``if_`` holds."""
     calls: list[None] = []
     method = getattr(owner, name)
-    patch.setattr(owner, name, lambda *args, **kwargs: (calls.append(None), method(*args, **kwargs))[1])
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.extend([None] * if_())
+        return method(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)
     return calls
 
 
@@ -189,7 +221,9 @@ def main() -> None:
     PartialState()  # starts the group
     for mode in modes:
         say(f"{MODE}{mode}")
-        if mode == "one process":
+        if mode == "unequal parts":
+            unequal_parts(path)
+        elif mode == "one process":
             nothing_to_score(path)
             falls_back_on_rank_1(path)
             compares_the_first_batch_on_both_ranks(path)

@@ -11,7 +11,7 @@ from tests.integrations.trl.training import run_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.shares_a_fixture]
 
-OF_TEXT = ["full", "checkpointing", "groups over several micro-batches", "rows ahead"]
+OF_TEXT = ["full", "checkpointing", "groups over several micro-batches", "rows ahead", "unequal parts"]
 MODES = [*OF_TEXT, "one process", "images"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 import trl.trainer.utils as trl_utils
 from accelerate.utils import DistributedType
-from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import prefix_grouper_plugins.integrations.trl.reuse as reuse_module
 from prefix_grouper_plugins import enable_prefix_grouper
@@ -138,7 +139,17 @@ def test_rloo_reuses_prompts(monkeypatch, paths):
     assert logged(trainer, "prefix_grouper/rows_per_group") == [4] * 6
 
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HAS_ROUTER_LOSS = any(option.name == "router_aux_loss_coef" for option in fields(GRPOConfig))  # TRL >= 1.7
+
+
+def experts(model_type):
+    """Settings for a mixture of experts in float64, whose router loss is off: with it rows keep their micro-batch."""
+    init = {
+        "dtype": torch.float64,  # not in transformers' grouped kernel
+        "attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa",
+        "experts_implementation": "eager",
+    }
+    return {"model_init_kwargs": init, **({"router_aux_loss_coef": 0.0} if HAS_ROUTER_LOSS else {})}
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
@@ -150,16 +161,26 @@ def test_experts_and_sinks_reuse_prompts(monkeypatch, tmp_path, model_type):
     families.build(model_type).save_pretrained(path)
     tiny.tokenizer().save_pretrained(path)
     use_float64_head(monkeypatch)
-    settings = {**geometry_of(1, 4, 4), "max_steps": 2, "learning_rate": 1e-4}
-    settings["model_init_kwargs"] = {"dtype": torch.float64, "attn_implementation": "eager"}
-    trainer = make_trainer(path, shared=True, **settings)
-    if getattr(trainer, "aux_loss_enabled", False):
-        assert "router loss" in trainer._reuse.why_not(trainer.model)
-        return
+    settings = {**geometry_of(1, 4, 4), "max_steps": 2, "learning_rate": 1e-4, **experts(model_type)}
     stock, _ = train(path, shared=False, **settings)
     shared, trainer = train(path, shared=True, **settings)
     assert largest_difference(stock, shared) <= 1e-5
     assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4]
+
+
+@pytest.mark.skipif(not HAS_ROUTER_LOSS, reason="this TRL has no router loss in GRPO")
+def test_a_router_loss_keeps_rows_in_their_micro_batch_and_says_so(monkeypatch, tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    path = tiny.saved_model(tmp_path, "qwen3_moe", **sizes)
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(2, 4, 4), "max_steps": 2, **experts("qwen3_moe"), "router_aux_loss_coef": 0.5}
+    settings |= {"optim": "sgd", "learning_rate": 0.05}  # Adam would blow rounding of the routers up to its step size
+    stock, _ = train(path, shared=False, **settings)
+    shared, trainer = train(path, shared=True, **settings)
+    assert largest_difference(stock, shared) <= 1e-6
+    (limit,) = trainer.limits()
+    assert "only 2 of 4 rows share a prompt (the router loss is made of means over a micro-batch)" in limit
+    assert trainer.sharing.passes["update"].rows_per_group < 2
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from prefix_grouper_plugins.modeling import attention as interface
 from prefix_grouper_plugins.modeling import is_enabled, packed_inputs
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG
 from prefix_grouper_plugins.modeling.mixers import on_rows as mixers
-from prefix_grouper_plugins.sharing import self_check_pending
+from prefix_grouper_plugins.sharing import SharingGate, self_check_pending
 from tests import tiny
 from tests.modeling import families
 from tests.modeling.unseen import unseen
@@ -349,3 +349,13 @@ def test_an_ordinary_forward_that_fails_shows_nothing_and_refuses_only_what_need
                 enable_prefix_grouper(model)
         else:
             assert not self_check(enable_prefix_grouper(model)).passed
+
+
+def test_a_padded_batch_of_nan_is_named():
+    """transformers' eager attention in float64: from the second layer on, rows with padding in front of them are NaN."""
+    model = families.build("qwen3")
+    model.set_attn_implementation("eager")
+    gate = SharingGate()
+    gate.enable([model.double()], left_padding=True)
+    with pytest.raises(UnsupportedModelError, match=r"padded on the left returns NaN in torch.float64: .*='sdpa'"):
+        gate.self_check(model)
