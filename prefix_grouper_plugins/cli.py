@@ -18,7 +18,7 @@ from prefix_grouper_plugins.bench_command import run as run_bench
 from prefix_grouper_plugins.plan.command import add_arguments as add_plan_arguments
 from prefix_grouper_plugins.plan.command import check as check_plan
 from prefix_grouper_plugins.settings import BACKEND
-from prefix_grouper_plugins.usage import UsageError, first_line, told_in_one_line
+from prefix_grouper_plugins.usage import UsageError, errors_in_one_line, first_line
 from prefix_grouper_plugins.version import __version__
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["trl"]:  # everything after it is the script's, so argparse must not look at it
         importlib.import_module("prefix_grouper_plugins.integrations.trl.launch").main(arguments[1:])
         return 0
-    with told_in_one_line():
+    with errors_in_one_line():
         try:
             try:
                 return _run(arguments)

@@ -1,4 +1,4 @@
-"""PrefixLayout: which packed position stands for which token of which rows.
+"""PrefixLayout: which packed position belongs to which token of which rows.
 
 A trainer holds *rows* (prompt and response, one after the other). Rows that begin alike are laid out as a forest of
 *segments* in depth-first pre-order, and every segment is forwarded once. The idea is Prefix Grouper's (arXiv

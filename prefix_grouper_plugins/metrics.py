@@ -212,7 +212,7 @@ class SharingMeter(SharingCounts):
             "prefix grouper: this forward runs without sharing: %s", warn=warn
         )
         self._warn = warn
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.recent = SharingCounts()
 
     @property
@@ -274,11 +274,11 @@ class SharingMeter(SharingCounts):
         return taken
 
     def warn_of(self, everywhere: SharingCounts) -> None:
-        """Warn of the reasons in ``everywhere``, counts summed over processes, that no process like this one has told."""
+        """Warn of the reasons in ``everywhere``, counts summed over processes, that this process has not logged yet."""
         for reason in everywhere.fallbacks:
-            if self._warn and reason not in self.fallbacks and reason not in self._told:
+            if self._warn and reason not in self.fallbacks and reason not in self._reported:
                 logger.warning("prefix grouper: forwards of another process run without sharing: %s", reason)
-            self._told.add(reason)
+            self._reported.add(reason)
 
     def _add(self, counts: Counts, during: str) -> None:
         self.passes[during] += counts

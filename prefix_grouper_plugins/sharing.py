@@ -2,7 +2,7 @@
 
 *Never silently wrong.* A model is checked (:func:`check_support`), enabled, and compared with its own rows on a few tokens
 (:func:`self_check`) before its first packed forward. What fails is refused with all reasons in one message, or it takes the
-ordinary path from then on and the reason stands in :attr:`SharingGate.reason`.
+ordinary path from then on and the reason is in :attr:`SharingGate.reason`.
 
 *Never silently off.* Forwards are counted in :attr:`SharingGate.meter`, fallbacks by reason; what a user should know is
 said once, by one process; and one line at the start says that sharing is on (:meth:`SharingGate.announce`).
@@ -270,7 +270,7 @@ class SharingGate:
         elif not somewhere:
             self.warn(f"verify: no rows of {what} are shared, so there is nothing to compare yet")
         elif self._is_main:
-            tell(f"prefix grouper: verified {what} in {result.seconds:.2f} s: {result.in_words()}")
+            log_visibly(f"prefix grouper: verified {what} in {result.seconds:.2f} s: {result.in_words()}")
         return somewhere and complete and (result.has_gradients or result.not_covered is not None)
 
     def refuse(self, reasons: Sequence[str]) -> None:
@@ -314,7 +314,7 @@ class SharingGate:
         if limits:
             line += f"; limited: {'; '.join(limits)}"
         if self._is_main:
-            tell(line)
+            log_visibly(line)
         return line
 
 
@@ -355,7 +355,7 @@ def self_check_pending(model: nn.Module) -> bool:
     return base is not None and bool(_waiting_hooks(base))
 
 
-def tell(message: str) -> None:
+def log_visibly(message: str) -> None:
     """Log ``message`` at INFO, and see to it that it reaches the terminal.
 
     Python drops INFO of loggers for which nobody has set up anything; there it goes to stderr, where warnings go too. Who

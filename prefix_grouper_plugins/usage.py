@@ -19,7 +19,7 @@ class UsageError(SystemExit):
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """Print the message of a `UsageError` that leaves the block."""
     try:
         yield

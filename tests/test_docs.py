@@ -25,6 +25,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import demos
+import plot
 import pytest
 import torch
 import yaml
@@ -42,7 +44,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-README, FALLBACKS = PAGES[0].read_text(), (ROOT / "docs/fallbacks.md").read_text()
+README, FALLBACKS, LOGS = (page.read_text() for page in (PAGES[0], ROOT / "docs/fallbacks.md", ROOT / "docs/logs.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OPTIONS = {option.name for option in fields(PrefixGrouperArguments)}
 METRICS = {*metrics.METRICS, metrics.GENERATION_TOKEN_RATIO, metrics.GENERATION_FALLBACKS}
@@ -308,7 +310,12 @@ def assert_is_a_message(text: str) -> None:
 
 def quoted_messages() -> list[str]:
     """Messages in blocks of text, and in the first columns of the tables of messages."""
-    found = [block.text for block in blocks_of(ROOT / "docs/fallbacks.md") if block.language == "text"]
+    found = [
+        block.text
+        for name in ("fallbacks", "logs")
+        for block in blocks_of(ROOT / f"docs/{name}.md")
+        if block.language == "text"
+    ]
     for table in re.findall(r"^\| (?:Message|Reason) \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", FALLBACKS, re.M):
         cells = [row[1:].split(" | ")[0].strip() for row in table.splitlines()]
         found += [cell.strip("`").strip() for cell in cells if cell.startswith("`")]
@@ -342,6 +349,18 @@ def test_options_and_metrics_of_the_pages_exist(name: str) -> None:
     named = set(re.findall(r"\b(?:use_prefix_grouper|prefix_grouper_(?!plugins)\w+)\b", text))
     assert named <= OPTIONS | mistyped
     assert set(re.findall(r"\bprefix_grouper/\w+", text)) <= METRICS
+
+
+def test_the_table_of_metrics_has_each_once() -> None:
+    table = re.search(r"<!-- metrics -->(.*)<!-- /metrics -->", LOGS, re.S)[1]  # type: ignore[index]
+    names = [name for row in re.findall(r"^\| (`.*?) \| ", table, re.M) for name in re.findall(r"`([\w/]+)`", row)]
+    assert sorted(names) == sorted(METRICS)
+
+
+def test_the_readme_is_short_and_opens_with_what_it_is_for() -> None:
+    assert len(README.split()) < 1450
+    opening = README.split("## ")[0]
+    assert "pays where prompts are long" in " ".join(opening.split()) and "docs/images/demo.png" in opening
 
 
 def test_the_table_of_options_is_that_of_the_code() -> None:
@@ -420,14 +439,19 @@ def test_the_picture_of_the_layout_is_drawn_by_its_script() -> None:
     assert (ROOT / "docs/images/layout.svg").read_text() == drawn
 
 
-def test_the_figures_of_the_benchmarks_are_those_of_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    plot = importlib.import_module("plot")
+def test_the_figures_of_the_benchmarks_are_those_of_their_files() -> None:
     page, found = (ROOT / "docs/benchmarks.md").read_text(), plot.parts()
     assert {"attention-cpu", "growth-cpu", "flops"} <= found.keys()
     assert page == plot.fill(page, found), "run benchmarks/plot.py"
     for name in re.findall(r"<!-- ([\w-]+) -->", page):
         assert name in found or re.search(rf"<!-- {name} -->\n<!-- /{name} -->", page), f"{name} has no file"
+
+
+@pytest.mark.parametrize("name", demos.FILES)
+def test_the_figures_of_the_demos_are_those_of_their_files(name: str) -> None:
+    page = (ROOT / demos.PAGES[name]).read_text()
+    part = demos.parts()[name]
+    assert part.count("\n|") >= 4 and page == plot.fill(page, {name: part}), "run benchmarks/demos.py"
 
 
 def anchors(page: Path) -> set[str]:

@@ -7,12 +7,11 @@ Both runs use the same unmodified TRL script, seed and data: LoRA, prompts of ab
 
 They take turns, one optimizer step of each at a time, so that a machine that is busy for a while slows both. It takes three
 to five minutes on two CPU cores and needs no download. The table is printed; demo.png, demo.csv and the
-logs of both runs are in the output folder. The exit code tells whether all went as it should: the reward rose, prompts
-were shared, and both runs ended with the same weights.
+logs of both runs are in the output folder. The exit code is 0 if all went as it should: the reward rose, prompts were
+shared, and both runs ended with the same weights.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -24,17 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
+from prefix_grouper_plugins.bench import describe_machine
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "report"))
+import comparison  # noqa: E402
+
 SCRIPT = HERE / "grpo_passages.py"
 LAUNCHER = "prefix_grouper_plugins.integrations.trl.launch"
-RUNS = ("shared", "stock")
+RUNS = comparison.RUNS
 GROUP_SIZE = 8
 TOLERANCE = 1e-3  # of a weight, after all steps, in float32
 SMALLEST_RISE = 0.1  # of the reward, judged in runs of at least LEAST_STEPS steps
@@ -280,43 +280,28 @@ def print_table(shared: Run, stock: Run, difference: float) -> None:
     print(f"{'Largest difference of a trained weight':46}{difference:>11.1e}")
 
 
-def write_csv(path: Path, runs: dict[str, Run]) -> None:
-    """Write the figures of every step, both runs side by side; the reward stands where completions were sampled."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *(f"{name}_{column}" for name in runs for column in CSV_COLUMNS)])
-        for records in zip(*(run.steps for run in runs.values()), strict=True):
-            writer.writerow([records[0]["step"], *(r.get(column, "") for r in records for column in CSV_COLUMNS)])
-
-
-def draw(path: Path, shared: Run, stock: Run) -> None:
-    """Draw both reward curves, one on the other, and the time that an update took."""
-    dark, pale = "#17375e", "#f4b183"
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1.7, 1), layout="constrained")
-    for run, label, style in (
-        (stock, "stock", {"color": pale, "linewidth": 9, "solid_capstyle": "round"}),
-        (shared, "shared", {"color": dark, "linewidth": 1.6, "marker": "o", "markersize": 4}),
-    ):
-        left.plot(list(run.rewards()), list(run.rewards().values()), label=label, **style)
-    left.set(title="Same training", xlabel="update", ylabel="reward (share of full marks)")
-    left.set_ylim(bottom=0)
-    left.grid(axis="y", color="#e3e3e3")
-    left.set_axisbelow(True)
-    left.legend(frameon=False, loc="lower right")
-
-    for place, (run, label, color) in enumerate(((shared, "shared", dark), (stock, "stock", pale))):
-        typical = run.typical("update_seconds")
-        right.bar(place, typical, color=color, width=0.55, label=label)
-        right.text(place + 0.32, typical, f"{typical:.2f} s", va="center", ha="left", fontweight="bold")
-        times = [step["update_seconds"] for step in run.steps]
-        right.scatter([place] * len(times), times, s=12, color="white", edgecolor="#555555", linewidth=0.6, zorder=3)
-    gain = stock.typical("update_seconds") / shared.typical("update_seconds")
-    right.set(title=f"Update {gain:.1f} times as fast", ylabel="seconds for an update", xlim=(-0.5, 1.8))
-    right.set_xticks((0, 1), ("shared", "stock"))
-    right.set_xlabel("bar: median, dots: updates")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def write_results(args: argparse.Namespace, runs: dict[str, Run], difference: float) -> None:
+    """Write the figures of every step, both runs side by side, and draw them; the reward is that of the steps that sampled."""
+    whole = {
+        f"{name}_{key}": f"{getattr(run, key):.0f}"
+        for name, run in runs.items()
+        for key in ("peak_mib", "setup_seconds")
+    }
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        **describe_machine(),
+        **whole,
+        "difference": f"{difference:.1e}",
+    }
+    steps = zip(*(run.steps for run in runs.values()), strict=True)
+    rows = [
+        {"step": both[0]["step"]}
+        | {f"{n}_{c}": step.get(c, "") for n, step in zip(runs, both, strict=True) for c in CSV_COLUMNS}
+        for both in steps
+    ]
+    comparison.write(args.output / "demo.csv", facts, rows)
+    found = comparison.read(args.output / "demo.csv")
+    comparison.draw(args.output / "demo.png", found, ["update_seconds"], "update", "an update")
 
 
 def problems(runs: dict[str, Run], difference: float) -> list[str]:
@@ -354,8 +339,7 @@ def main() -> None:
         raise SystemExit("Stopped.") from None
     difference = largest_difference(args)
     print_table(runs["shared"], runs["stock"], difference)
-    write_csv(args.output / "demo.csv", runs)
-    draw(args.output / "demo.png", runs["shared"], runs["stock"])
+    write_results(args, runs, difference)
     print(f"\nPicture: {args.output / 'demo.png'}   figures of every update: {args.output / 'demo.csv'}")
     if args.steps < LEAST_STEPS:
         print(f"With fewer than {LEAST_STEPS} steps the reward is not judged.")

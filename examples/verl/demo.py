@@ -7,25 +7,26 @@ Both runs are `python -m verl.trainer.main_ppo` with the same options, seed and 
     stock     verl's own engine
 
 It takes four to five minutes on two CPU cores, half of it the start of Ray and verl, and needs no download. The table is
-printed; demo.png, demo.csv and a folder for each run with its log are in the output folder. The exit code tells whether
-all went as it should: the reward rose, prompts were shared, and both runs ended with the same weights.
+printed; demo.png, demo.csv and a folder for each run with its log are in the output folder. The exit code is 0 if all
+went as it should: the reward rose, prompts were shared, and both runs ended with the same weights.
 """
 
 import argparse
-import csv
 import importlib.util
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from tqdm import tqdm
 from verl_on_cpu.run import Step, TrainingError, final_weights, run_training
 from verl_on_cpu.tiny import make_inputs
+
+from prefix_grouper_plugins.bench import describe_machine
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "report"))
+import comparison
 
 RUNS = {"shared": ["model_engine=prefix_grouper"], "stock": []}
 GROUP_SIZE = 8
@@ -154,44 +155,25 @@ def print_table(shared: Run, stock: Run, difference: float) -> None:
     print("Seconds are those of the median step.")
 
 
-def write_csv(path: Path, runs: dict[str, Run]) -> None:
-    """Write the figures of every step, both runs side by side."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *(f"{name}_{column}" for name in runs for column in CSV_COLUMNS)])
-        for records in zip(*(run.steps for run in runs.values()), strict=True):
-            figures = (record.get(key, "") for record in records for key in CSV_COLUMNS.values())
-            writer.writerow([records[0]["step"], *figures])
-
-
-def draw(path: Path, shared: Run, stock: Run) -> None:
-    """Draw both reward curves, one on the other, and the time that the passes of a step took."""
-    dark, pale = "#17375e", "#f4b183"
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1.7, 1), layout="constrained")
-    for run, label, style in (
-        (stock, "stock", {"color": pale, "linewidth": 9, "solid_capstyle": "round"}),
-        (shared, "shared", {"color": dark, "linewidth": 1.6, "marker": "o", "markersize": 4}),
-    ):
-        left.plot(run.values("step"), run.rewards(), label=label, **style)
-    left.set(title="Same training", xlabel="step", ylabel="reward (share of full marks)")
-    left.set_ylim(bottom=0)
-    left.grid(axis="y", color="#e3e3e3")
-    left.set_axisbelow(True)
-    left.legend(frameon=False, loc="lower right")
-
-    for place, (run, label, color) in enumerate(((shared, "shared", dark), (stock, "stock", pale))):
-        times = run.pass_seconds()
-        right.bar(place, median(times), color=color, width=0.55, label=label)
-        right.text(place + 0.32, median(times), f"{median(times):.2f} s", va="center", ha="left", fontweight="bold")
-        right.scatter([place] * len(times), times, s=12, color="white", edgecolor="#555555", linewidth=0.6, zorder=3)
-    gain = median(stock.pass_seconds()) / median(shared.pass_seconds())
-    right.set(title=f"Update {gain:.1f} times as fast", ylabel="seconds for old, reference and policy passes")
-    right.set_xlim(-0.5, 1.8)
-    right.set_xticks((0, 1), ("shared", "stock"))
-    right.set_xlabel("bar: median, dots: steps")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def write_results(args: argparse.Namespace, runs: dict[str, Run], difference: float) -> None:
+    """Write the figures of every step, both runs side by side, and draw them."""
+    whole = {f"{name}_seconds": f"{run.seconds:.0f}" for name, run in runs.items()}
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        **describe_machine(),
+        **whole,
+        "difference": f"{difference:.1e}",
+    }
+    steps = zip(*(run.steps for run in runs.values()), strict=True)
+    rows = [
+        {"step": both[0]["step"]}
+        | {f"{n}_{c}": step.get(key, "") for n, step in zip(runs, both, strict=True) for c, key in CSV_COLUMNS.items()}
+        for both in steps
+    ]
+    comparison.write(args.output / "demo.csv", facts, rows)
+    found = comparison.read(args.output / "demo.csv")
+    columns = [f"{name}_seconds" for name in PASSES]
+    comparison.draw(args.output / "demo.png", found, columns, "step", "old, reference and policy passes")
 
 
 def problems(runs: dict[str, Run], difference: float) -> list[str]:
@@ -227,8 +209,7 @@ def main() -> None:
         raise SystemExit("Stopped.") from None
     difference = largest_difference(args)
     print_table(runs["shared"], runs["stock"], difference)
-    write_csv(args.output / "demo.csv", runs)
-    draw(args.output / "demo.png", runs["shared"], runs["stock"])
+    write_results(args, runs, difference)
     print(f"\nPicture: {args.output / 'demo.png'}   figures of every step: {args.output / 'demo.csv'}")
     if args.steps < LEAST_STEPS:
         print(f"With fewer than {LEAST_STEPS} steps the reward is not judged.")

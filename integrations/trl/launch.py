@@ -17,11 +17,10 @@ The flag and its companions may come before or after the script, or in the YAML 
     --prefix_grouper_verify WHEN                compare a real micro-batch with the ordinary path: off (default), first, or
                                                 a number N for every N-th optimizer step
 
-Hyphens do as well as underscores. Anything else that looks like one of these options is an error, since a script that
-parses no arguments would ignore it. Without any of them the script runs as if it had been started by python itself. With
-them, `trl.GRPOTrainer` and `trl.GRPOConfig` are the prefix-grouping subclasses from the moment at which the script imports
-them; so are those of RLOO, DPO, KTO, reward models and the experimental ORPO, CPO, TPO, OnlineDPO, SDPO and SDFT. Until then neither torch nor transformers is imported, so the environment variables that a script
-sets first are heeded.
+Hyphens work as well as underscores. A misspelt option is an error. Without any of these options the script runs as under
+plain python. With them, the script gets our subclasses when it imports TRL's trainers and configs: GRPO, RLOO, DPO, KTO,
+reward models, and the experimental ORPO, CPO, TPO, OnlineDPO, SDPO and SDFT. Nothing heavy is imported before that, so
+environment variables that the script sets first take effect.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from prefix_grouper_plugins.integrations import trl as ours
 from prefix_grouper_plugins.integrations.trl.algorithms import ALGORITHMS, NOTHING_TO_SHARE, modules_of
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.settings import TRL_OPTIONS
-from prefix_grouper_plugins.usage import UsageError, told_in_one_line
+from prefix_grouper_plugins.usage import UsageError, errors_in_one_line
 from prefix_grouper_plugins.version import __version__
 
 _TRL_SCRIPTS = {name: f"trl.scripts.{name}" for name in ("grpo", "rloo", "dpo", "kto", "reward", "sft")}
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UsageError: nothing to run, or an option of ours that is misspelt or has a wrong value.
     """
-    with told_in_one_line():
+    with errors_in_one_line():
         target, arguments, wanted = _prepare(sys.argv[1:] if argv is None else argv)
     _run(target, arguments)
     if wanted:

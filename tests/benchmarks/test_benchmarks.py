@@ -6,29 +6,26 @@ import dataclasses
 import importlib
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import actor_update
+import attention
+import flops
+import growth
+import methods
+import pairs
+import plan_check
+import plot
 import pytest
 import torch
+import training
+from harness import RESULTS, peak_mib, read_csv, read_facts
+
+from prefix_grouper_plugins import bench, shared_prefix_attention, update_bench
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import actor_update  # noqa: E402
-import attention  # noqa: E402
-import flops  # noqa: E402
-import growth  # noqa: E402
-import methods  # noqa: E402
-import pairs  # noqa: E402
-import plan_check  # noqa: E402
-import plot  # noqa: E402
-import training  # noqa: E402
-from harness import RESULTS, peak_mib, read_csv, read_facts  # noqa: E402
-
-from prefix_grouper_plugins import bench, shared_prefix_attention, update_bench  # noqa: E402
 
 SCRIPTS = ("actor_update", "attention", "flops", "growth", "pairs", "plan_check", "plot", "training")
 CASE = bench.Case(12, 5, 3, 4, 2, 8, dtype=torch.float64)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_check
+import gpu_speed
+import gpu_update
+import isolated
 import pytest
 import torch
+from harness import read_csv, read_facts
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu_check  # noqa: E402
-import gpu_speed  # noqa: E402
-import gpu_update  # noqa: E402
-import isolated  # noqa: E402
-from harness import read_csv, read_facts  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -1,28 +1,14 @@
-"""What a layer of `merged_lse` launches on CUDA: kernels beside the flash kernels are few, and none gets an empty entry."""
+"""What a layer of `merged_lse` launches on CUDA: the kernels besides the flash kernels are few, and none gets an empty entry."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
+import host_time
+import layer_kernels
 import pytest
-
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Any:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("kernels_per_layer", FOLDER / "kernels.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FOLDER))
-    return module
+import roofline
+from harness import read_csv
 
 
 @pytest.mark.parametrize(
@@ -36,36 +22,23 @@ def kernels() -> Any:
         ("rows that share nothing", 1, 5, 0),
     ],
 )
-def test_kernels_of_a_layer_are_counted(kernels: Any, case: str, forward: int, backward: int, empty: int) -> None:
-    of_forward, of_backward, entries = kernels.count(kernels.CASES[case])
+def test_kernels_of_a_layer_are_counted(case: str, forward: int, backward: int, empty: int) -> None:
+    of_forward, of_backward, entries = layer_kernels.count(layer_kernels.CASES[case])
     assert (of_forward.total(), of_backward.total(), entries) == (forward, backward, empty)
 
 
 def test_the_roofline_in_the_docs_is_the_one_that_the_script_makes(tmp_path: Path) -> None:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import roofline
-
-        page = Path(__file__).parents[2] / "docs" / "cuda.md"
-        copy = tmp_path / "cuda.md"
-        copy.write_text(page.read_text())
-        roofline.main(["--page", str(copy), "--output", str(tmp_path / "roofline.csv")])
-    finally:
-        sys.path.remove(str(FOLDER))
+    page = Path(__file__).parents[2] / "docs" / "cuda.md"
+    copy = tmp_path / "cuda.md"
+    copy.write_text(page.read_text())
+    roofline.main(["--page", str(copy), "--output", str(tmp_path / "roofline.csv")])
     assert copy.read_text() == page.read_text()
     assert "| 8192, 1024, 8 | merged |" in page.read_text()
 
 
 def test_a_micro_batch_waits_for_the_device_twice_and_host_times_are_written_down(tmp_path: Path) -> None:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import host_time
-        from harness import read_csv
-
-        host_time.main(["--rounds", "1", "--output", str(tmp_path / "host.csv")])
-        rows = read_csv(tmp_path / "host.csv")
-    finally:
-        sys.path.remove(str(FOLDER))
+    host_time.main(["--rounds", "1", "--output", str(tmp_path / "host.csv")])
+    rows = read_csv(tmp_path / "host.csv")
     waits = [row for row in rows if row["waits"]]
     assert [row["waits"] for row in waits] == ["1", "1"]
     assert "ids and masks" in waits[0]["where"]  # in front of the forward

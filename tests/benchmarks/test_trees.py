@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+import trees
+from harness import RESULTS, read_csv
+
+from prefix_grouper_plugins import PrefixLayout
+from prefix_grouper_plugins.attention.levels import MEASURED, NOT_MEASURED, least_level
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import trees  # noqa: E402
-from harness import RESULTS, read_csv  # noqa: E402
-
-from prefix_grouper_plugins import PrefixLayout  # noqa: E402
-from prefix_grouper_plugins.attention.levels import MEASURED, NOT_MEASURED, least_level  # noqa: E402
 
 LEVELS, ROLLOUTS = RESULTS / "trees-levels-cpu.csv", RESULTS / "trees-rollouts-cpu.csv"
 

@@ -1,8 +1,8 @@
 """A layout with one error made on purpose: what a comparison has to notice.
 
 A comparison that finds no difference says little unless an error would have been seen in it. The smallest error of attention
-over packed rows is one key that a token of another row sees. So that key is leaked, and the size of what it does is told
-beside what was found.
+over packed rows is one key that a token of another row sees. So that key is leaked, and the size of what it does is
+reported with what was found.
 """
 
 from __future__ import annotations

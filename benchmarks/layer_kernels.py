@@ -1,6 +1,6 @@
 """How many kernels does one attention layer of `merged_lse` launch on CUDA, and how many entries of length 0 do they get?
 
-    python benchmarks/kernels.py               needs no GPU
+    python benchmarks/layer_kernels.py               needs no GPU
 
 The driver of the CUDA path runs on bfloat16 tensors of the CPU, with flash kernels that compute nothing. What it asks of
 torch around them is counted by dispatching; views and empty tensors launch nothing. A flash backward counts as the five
