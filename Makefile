@@ -72,7 +72,7 @@ test-versions: ## the tests of attention and of the packed model on each torch a
 	done
 
 bench: $(VENV)/ready ## the CPU benchmarks, then the pictures and tables of docs/benchmarks.md (about 20 minutes)
-	@set -e; for script in attention growth flops actor_update training pairs prompt_reuse plan_check plot; do $(ENVIRONMENT) $(BIN)/python benchmarks/$$script.py; done
+	@set -e; for script in attention growth flops actor_update training pairs prompt_reuse plan_check recipes plot; do $(ENVIRONMENT) $(BIN)/python benchmarks/$$script.py; done
 
 bench-gpu: $(VENV)/ready ## the GPU benchmarks, then pictures and tables (about 20 minutes on a data-centre GPU)
 	@set -e; for script in attention growth actor_update; do $(BIN)/python benchmarks/$$script.py --device cuda; done

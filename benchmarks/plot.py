@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/benchmarks.md, and fill in its tables, from the CSV files in benchmarks/results.
+"""Draw the pictures of docs/benchmarks.md, and fill in its tables and that of docs/recipes.md, from benchmarks/results.
 
     python benchmarks/plot.py
 
@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 from harness import IMAGES, RESULTS, read_csv, read_facts
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+RECIPES = PAGE.with_name("recipes.md")
 COLOURS = {"rows": "#f4b183", "published": "#8aa1bf", "ours": "#17375e"}
 NAMES = {
     "rows": "each row on its own",
@@ -283,6 +284,20 @@ def plan_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def recipes_table(rows: list[Row]) -> str:
+    """One line for each recipe."""
+    lines = [
+        "| Recipe | Token ratio | Stock, seconds | Shared, seconds | Times as fast | Largest difference of a weight, float32 |",
+        "|---" * 6 + "|",
+    ]
+    lines += [
+        f"| {r['recipe']}.py | {r['token_ratio']} | {r['stock_seconds']} | {r['shared_seconds']} | {r['times_as_fast']} | "
+        f"{r['largest_difference']} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
 def origin(path: Path) -> str:
     """One sentence about where a file comes from."""
     facts = read_facts(path)
@@ -302,6 +317,7 @@ PARTS: dict[str, tuple[str, Table | None]] = {
     "actor-update-cuda": ("actor-update-cuda.csv", update_table),
     "prompt-reuse-cpu": ("prompt-reuse-cpu.csv", reuse_table),
     "plan-check-cpu": ("plan-check-cpu.csv", plan_table),
+    "recipes-cpu": ("recipes-cpu.csv", recipes_table),
 }
 
 
@@ -336,8 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grid = read_csv(RESULTS / "flops.csv")
         draw_flops(grid)
         draw_memory(grid)
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), parts()), encoding="utf-8")
-    print(f"filled in {PAGE}")
+    for page in (PAGE, RECIPES):
+        page.write_text(fill(page.read_text(encoding="utf-8"), parts()), encoding="utf-8")
+        print(f"filled in {page}")
 
 
 if __name__ == "__main__":

@@ -147,9 +147,9 @@ class Page:
 
     def checked(self, command: list[str]) -> bool:
         """Whether ``command`` is of a kind that is checked here instead of being run."""
-        check = CHECKS.get(command[0])
+        check = check_recipe if any(word.startswith("examples/") for word in command) else CHECKS.get(command[0])
         if check:
-            check(self, command[1:])
+            check(self, command if check is check_recipe else command[1:])
         return check is not None
 
     def messages(self, block: Block) -> None:
@@ -218,6 +218,20 @@ def check_launch(page: Page, module: str, arguments: list[str]) -> None:
     page.unused_files.discard(script)
     if rest:
         TrlParser((GRPOConfig, ModelConfig)).parse_args_into_dataclasses([*rest, "--use_cpu"])
+
+
+def check_recipe(page: Page, command: list[str]) -> None:
+    """A script of examples/; tests/examples/test_recipes.py runs the recipes."""
+    if command[0] == "bash":  # of verl's own checkout
+        assert command[2:] == ["model_engine=prefix_grouper"]
+        return
+    (script,) = (word for word in command if word.startswith("examples/"))
+    assert (ROOT / script).is_file()
+    if command[:2] == ["prefix-grouper", "trl"]:
+        options, (_, *rest) = split_arguments(command[2:])
+        arguments = runpy.run_path(str(ROOT / script))["DataArguments"]
+        TrlParser((arguments, GRPOConfig, ModelConfig)).parse_args_into_dataclasses([*rest, "--use_cpu"])
+        assert options == {"use_prefix_grouper": "true"}
 
 
 def check_verl(page: Page, arguments: list[str]) -> None:
@@ -445,6 +459,12 @@ def test_the_figures_of_the_benchmarks_are_those_of_their_files() -> None:
     assert page == plot.fill(page, found), "run benchmarks/plot.py"
     for name in re.findall(r"<!-- ([\w-]+) -->", page):
         assert name in found or re.search(rf"<!-- {name} -->\n<!-- /{name} -->", page), f"{name} has no file"
+
+
+@pytest.mark.parametrize("file", ["docs/recipes.md"])
+def test_the_figures_of_other_pages_are_those_of_their_files(file: str) -> None:
+    page = (ROOT / file).read_text()
+    assert page == plot.fill(page, plot.parts()), "run benchmarks/plot.py"
 
 
 @pytest.mark.parametrize("name", demos.FILES)
