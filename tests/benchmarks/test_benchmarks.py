@@ -27,7 +27,18 @@ from prefix_grouper_plugins import bench, shared_prefix_attention, update_bench
 
 ROOT = Path(__file__).parents[2]
 
-SCRIPTS = ("actor_update", "attention", "flops", "growth", "pairs", "plan_check", "plot", "recipes", "training", "demos")
+SCRIPTS = (
+    "actor_update",
+    "attention",
+    "flops",
+    "growth",
+    "pairs",
+    "plan_check",
+    "plot",
+    "recipes",
+    "training",
+    "demos",
+)
 CASE = bench.Case(12, 5, 3, 4, 2, 8, dtype=torch.float64)
 
 
