@@ -54,13 +54,21 @@ test-exhaustive: setup ## the full grid of settings against the stock trainer (h
 	$(TEST) -m exhaustive
 	$(TEST_VERL) -m exhaustive
 
-test-matrix: $(VENV)/ready ## the TRL tests on every supported TRL release
-	@set -e; for version in $(TRL_VERSIONS); do \
+MATRIX := .venvs/matrix
+
+$(MATRIX)/trl-%/ready: | $(VENV)/ready
+	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(@D) trl==$*
+	@touch $@
+
+# A release that fails does not keep the others from running; the last lines say how each of them went. The path is a full
+# one: some tests start processes in other folders, which would import the TRL of the environment.
+test-matrix: $(TRL_VERSIONS:%=$(MATRIX)/trl-%/ready) ## the TRL tests on every supported TRL release (about half an hour)
+	@rm -f $(MATRIX)/failed; for version in $(TRL_VERSIONS); do \
 	  echo "== trl $$version"; \
-	  $(BIN)/$(INSTALL) --no-deps --upgrade \
-	    --target .venvs/matrix/trl-$$version trl==$$version; \
-	  PYTHONPATH=.venvs/matrix/trl-$$version EXPECTED_TRL=$$version $(TEST) tests/integrations/trl; \
+	  { PYTHONPATH="$(CURDIR)/$(MATRIX)/trl-$$version" EXPECTED_TRL=$$version $(TEST) -rs tests/integrations/trl || touch $(MATRIX)/failed; } \
+	    2>&1 | tee $(MATRIX)/trl-$$version.log; \
 	done
+	@for version in $(TRL_VERSIONS); do echo "trl $$version: $$(tail -n 1 $(MATRIX)/trl-$$version.log)"; done; [ ! -e $(MATRIX)/failed ]
 
 test-versions: ## the tests of attention and of the packed model on each torch and transformers of TORCH_VERSIONS (some GB for each)
 	@set -e; for pair in $(TORCH_VERSIONS); do \

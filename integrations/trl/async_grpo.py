@@ -11,11 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import trl
 from torch import Tensor
+
+if not (Path(trl.__file__).parent / "experimental" / "async_grpo" / "packing.py").exists():
+    raise ImportError(
+        f"TRL {trl.__version__} has no asynchronous trainer that packs prefix trees, upgrade it to 1.16 or later"
+    )
+
 from trl.experimental.async_grpo import AsyncGRPOTrainer, async_grpo_trainer
 from trl.experimental.async_grpo.packing import TreeRow
 

@@ -196,8 +196,10 @@ def patch_trl() -> None:
 
 def _patch_rows_trainer(module: ModuleType) -> None:
     """Put our subclass in the place of the one class that ``module``, of TRL, is there for."""
+    from prefix_grouper_plugins.integrations.trl.trainers import shared_class
+
     name = _ROWS[module.__name__]
-    setattr(module, name, getattr(ours, f"PrefixGrouper{name}"))
+    setattr(module, name, shared_class(f"PrefixGrouper{name}", getattr(module, name)))
 
 
 def _say_that_nothing_is_shared(module: ModuleType) -> None:

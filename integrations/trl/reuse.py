@@ -276,6 +276,11 @@ class PromptReuse:
 
     # -------------------------------------------------------------------------------------------------------- planning
 
+    @property
+    def bound(self) -> str:
+        """Of what a forward of several micro-batches holds no more than the stock trainer in one."""
+        return "tokens" if HAS_FUSED_HEAD else "tokens and the logits"
+
     def _plan(
         self,
         coming: Sequence[Sequence[RowTokens]],

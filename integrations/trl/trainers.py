@@ -20,17 +20,31 @@ NAMES = [f"PrefixGrouper{algorithm}{kind}" for algorithm in ALGORITHMS for kind 
 def __getattr__(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    kind = "Trainer" if name.endswith("Trainer") else "Config"
-    algorithm = name.removeprefix("PrefixGrouper").removesuffix(kind)
-    stock = _stock(algorithm, kind)
-    if name in globals():  # the launcher has asked for it as soon as TRL's module was imported
-        return globals()[name]
+    algorithm, kind = _parts(name)
+    return shared_class(name, _stock(algorithm, kind))
+
+
+def shared_class(name: str, stock: type) -> type:
+    """Our class called ``name``, made of TRL's ``stock``.
+
+    Each is made once. TRL 0.29 has two classes for KTO, of which one derives from the other: the launcher hands over the first
+    that TRL defines, before TRL has defined the second.
+    """
+    if name in globals():
+        return globals()[name]  # type: ignore[no-any-return]
+    algorithm, kind = _parts(name)
     if kind == "Config":
         made: type = dataclass(_subclass(name, ShareRowsArguments, stock, {}))
     else:
         made = _subclass(name, ShareRowsMixin, stock, {"rows_in_common": ALGORITHMS[algorithm].rows_in_common})
     globals()[name] = made
     return made
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """``"PrefixGrouperDPOConfig"`` as ``("DPO", "Config")``."""
+    kind = "Trainer" if name.endswith("Trainer") else "Config"
+    return name.removeprefix("PrefixGrouper").removesuffix(kind), kind
 
 
 def _stock(algorithm: str, kind: str) -> type:

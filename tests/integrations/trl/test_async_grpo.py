@@ -9,10 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-pytest.importorskip("trl.experimental.async_grpo.packing")
+from prefix_grouper_plugins.integrations import trl as ours
+from tests.integrations.trl.training import TRL
+
+if Version("1.16") > TRL:
+    with pytest.raises(ImportError, match=f"TRL {TRL} has no asynchronous trainer that packs prefix trees, upgrade it"):
+        print(ours.PrefixGrouperAsyncGRPOTrainer)
+    pytest.skip(f"TRL {TRL} has no asynchronous trainer that packs prefix trees", allow_module_level=True)
 
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
 from trl.experimental.async_grpo.packing import TREE_ATTENTION, TreeRow

@@ -11,11 +11,15 @@ from transformers import HfArgumentParser
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperRLOOConfig
 from prefix_grouper_plugins.settings import TRL_OPTIONS
+from tests.integrations.trl.training import run_python
 
 
 @pytest.mark.skipif("EXPECTED_TRL" not in os.environ, reason="make test-matrix says which TRL it means")
-def test_the_release_under_test_is_the_one_that_was_asked_for():
+def test_the_release_under_test_is_the_one_that_was_asked_for_also_in_processes_in_other_folders(tmp_path):
     assert trl.__version__ == os.environ["EXPECTED_TRL"]
+    for in_fork in (False, True):
+        done = run_python(tmp_path, "-c", "import trl; print(trl.__version__)", in_fork=in_fork)
+        assert done.stdout.strip() == os.environ["EXPECTED_TRL"]
 
 
 def config(**settings):

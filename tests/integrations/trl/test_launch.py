@@ -171,15 +171,16 @@ OTHER_NAMES = """
 import os, sys
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import trl
+from trl.experimental.kto import KTOTrainer as OtherKTOTrainer  # TRL has two classes
 from trl import DPOConfig, KTOTrainer, RewardConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.online_dpo import OnlineDPOTrainer
-from prefix_grouper_plugins.integrations.trl import PrefixGrouperTPOTrainer
-from trl.experimental.tpo import TPOTrainer
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperCPOTrainer
+from trl.experimental.cpo import CPOTrainer
 for cls in (trl.DPOTrainer, DPOConfig, KTOTrainer, RewardConfig, DPOTrainer, ORPOConfig, ORPOTrainer, OnlineDPOTrainer):
     print(cls.__name__)
-print(TPOTrainer is PrefixGrouperTPOTrainer, [c.__name__ for c in TPOTrainer.__mro__][:3])
+print(issubclass(OtherKTOTrainer, KTOTrainer), CPOTrainer is PrefixGrouperCPOTrainer, [c.__name__ for c in CPOTrainer.__mro__][:3])
 from trl import SFTConfig, SFTTrainer
 from tests import tiny
 SFTTrainer(model="model", args=SFTConfig("out", use_cpu=True, bf16=False, report_to=[]),
@@ -194,7 +195,7 @@ def test_other_trainers_are_ours_too_and_sft_says_that_it_has_nothing_to_share(f
     *names, last = done.stdout.splitlines()
     wanted = "DPOTrainer DPOConfig KTOTrainer RewardConfig DPOTrainer ORPOConfig ORPOTrainer OnlineDPOTrainer".split()
     assert names == [f"PrefixGrouper{name}" for name in wanted]
-    assert last == "True ['PrefixGrouperTPOTrainer', 'ShareRowsMixin', 'TPOTrainer']"
+    assert last == "True True ['PrefixGrouperCPOTrainer', 'ShareRowsMixin', 'CPOTrainer']"
     assert done.stderr.count("nothing is shared by SFTTrainer, which forwards one completion of each prompt") == 1
     assert "built no trainer" not in done.stderr
 

@@ -123,8 +123,11 @@ def test_other_settings_learn_the_stock_weights(monkeypatch, paths, more):
 def test_small_micro_batches_forward_as_few_tokens_as_whole_groups(monkeypatch, paths, batch_size):
     use_float64_head(monkeypatch)
     ratios = []
+    # Where TRL keeps logits, few rows go ahead, and what completions of different forwards begin alike with is not shared.
+    share = "auto" if reuse_module.HAS_FUSED_HEAD else "prompt"
     for rows, accumulation in ((batch_size, 8), (8 * batch_size, 1)):
-        _, trainer = train(paths["llama"], shared=True, **geometry_of(rows, accumulation, 8), max_steps=1)
+        settings = {**geometry_of(rows, accumulation, 8), "max_steps": 1, "prefix_grouper_share": share}
+        _, trainer = train(paths["llama"], shared=True, **settings)
         ratios.append(logged(trainer, "prefix_grouper/token_ratio"))
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-12)
 
@@ -239,6 +242,7 @@ def test_a_forward_takes_the_rows_of_as_many_micro_batches_as_fit_into_a_stock_o
     monkeypatch, paths, geometry, more, expected
 ):
     use_float64_head(monkeypatch)
+    monkeypatch.setattr(reuse_module, "HAS_FUSED_HEAD", True)  # the next test is about logits
     settings = {**geometry_of(*geometry), **LONG_PROMPTS, "max_steps": 2, "min_new_tokens": 9, **more}
     settings["generation_kwargs"] = {"min_new_tokens": settings.pop("min_new_tokens")}
     if "max_completion_length" in more:
@@ -252,6 +256,22 @@ def test_a_forward_takes_the_rows_of_as_many_micro_batches_as_fit_into_a_stock_o
         (limit,) = trainer.limits()
         assert "only those rows share a prompt that fit into the tokens of 2 padded ones (reentrant" in limit
         assert "set use_reentrant=False" in limit
+
+
+def test_where_the_head_keeps_logits_a_forward_holds_no_more_of_them_than_a_stock_one(monkeypatch, paths):
+    """Completions that fill their columns leave room for the rows of the micro-batch alone; masked ones leave more."""
+    use_float64_head(monkeypatch)
+    monkeypatch.setattr(reuse_module, "HAS_FUSED_HEAD", False)  # before TRL 1.15
+    rows = forwards_with_gradients(monkeypatch)
+    settings = {**LONG_PROMPTS, **geometry_of(2, 8, 8), "max_steps": 1}
+    train(paths["llama"], shared=True, **settings, generation_kwargs={"min_new_tokens": 10})
+    assert rows == [2] * 8
+    rows.clear()
+    stock, _ = train(paths["llama"], shared=False, **settings, mask_truncated_completions=True)
+    shared, trainer = train(paths["llama"], shared=True, **settings, mask_truncated_completions=True)
+    assert len(rows) < 8
+    assert largest_difference(stock, shared) <= 1e-12
+    assert trainer._reuse.bound == "tokens and the logits"
 
 
 class ScoresOtherRows:
@@ -269,9 +289,11 @@ class ScoresOtherRows:
 
 def test_a_loss_that_scores_other_rows_than_those_that_were_forwarded_is_stopped(monkeypatch, paths):
     use_float64_head(monkeypatch)
+    monkeypatch.setattr(reuse_module, "HAS_FUSED_HEAD", True)  # else few rows go ahead
+    settings = {**LONG_PROMPTS, **geometry_of(2, 4, 8)}
     trainer_class = type("Trainer", (ScoresOtherRows, PrefixGrouperGRPOTrainer), {})
     with pytest.raises(RuntimeError, match="scores other rows than those of its micro-batch"):
-        train(paths["llama"], shared=True, trainer_class=trainer_class, **LONG_PROMPTS, **geometry_of(2, 4, 8))
+        train(paths["llama"], shared=True, trainer_class=trainer_class, **settings)
 
 
 def test_a_loss_that_always_scores_other_rows_is_forwarded_micro_batch_by_micro_batch(monkeypatch, paths):

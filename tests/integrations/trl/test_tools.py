@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from pathlib import Path
 
@@ -12,15 +11,12 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from trl import GRPOTrainer
 
 from tests import tiny
-from tests.integrations.trl.training import largest_difference, logged, make_trainer, use_float64_head
+from tests.integrations.trl.training import largest_difference, logged, make_trainer, skip_before, use_float64_head
 
+skip_before("1.9.2", "cannot read tool calls with the installed transformers, which wants a `response_template`")
 TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen3_instruct_2507.jinja"
-if "environment_factory" not in inspect.signature(GRPOTrainer.__init__).parameters or not TEMPLATE.exists():
-    pytest.skip("this TRL has no environments", allow_module_level=True)
-
 ROLLOUTS = 8
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

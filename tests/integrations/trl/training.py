@@ -11,13 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 import trl.trainer.utils as trl_utils
+from packaging.version import Version
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
 from tests import tiny
 from tests.processes import run_in_fork
+
+TRL = Version(trl.__version__)
+
+
+def skip_before(release: str, why: str) -> None:
+    """Skip the test, or the module, on releases of TRL before ``release``, the first that we test of which ``why`` is not true."""
+    if Version(release) > TRL:
+        pytest.skip(f"TRL {TRL} {why}", allow_module_level=True)
 
 
 def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:

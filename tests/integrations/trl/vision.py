@@ -111,13 +111,16 @@ def saved_model(folder: Path, model_type: str) -> str:
     return str(folder)
 
 
-def prompts(count: int = 16, mixed: bool = False) -> Dataset:
-    """Few texts and many images, so that equal ids stand for different images; ``mixed``: every third has none."""
+def prompts(count: int = 16, mixed: bool = False, most: int = 2) -> Dataset:
+    """Few texts and many images, so that equal ids stand for different images.
+
+    ``mixed``: every third prompt has no image. The others have from one to ``most``.
+    """
     source, noise = random.Random(0), np.random.default_rng(0)
     texts = [" ".join(source.choices(WORDS[12:], k=length)) for length in (3, 6)]
     rows = []
     for i in range(count):
-        number = 0 if mixed and i % 3 == 2 else 1 + i % 2
+        number = 0 if mixed and i % 3 == 2 else 1 + i % most
         images = [Image.fromarray(noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(number)]
         rows.append({"prompt": [{"role": "user", "content": texts[i % 2]}], "images": images})
     return Dataset.from_list(rows)
