@@ -2,17 +2,20 @@
 
     python benchmarks/trees.py levels      groups whose responses share a few tokens, by the length of what they share
     python benchmarks/trees.py rollouts    one prompt with 64 rollouts, and tool use of depth 4 that branches
+    python benchmarks/trees.py packing     the time to lay these rows out, ours and that of TRL's asynchronous trainer
 
 One forward and backward of the decoder of a small Qwen2 model, in turns. `levels` compares the prompt shared alone with the
 whole tree, for each backend that runs on the device. The least length that pays is the shortest from which on all ratios
 are at least 1.05; `prefix_grouper_plugins/attention/levels.py` quotes it. `rollouts` compares both, and rows on their own
-(`stock`, padded, as many at a time as memory takes easily), with the ratio of forwarded tokens beside the time.
+(`stock`, padded, as many at a time as memory takes easily), with the ratio of forwarded tokens beside the time; and the tree of
+TRL's asynchronous trainer by its own attention where that runs, on Hopper GPUs with FlashAttention 3 from the hub.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,6 +113,57 @@ def stock_step(model: nn.Module, rows: Sequence[Tensor], device: str) -> Step:
     return step
 
 
+def trl_row(rows: Sequence[Tensor]) -> Any:
+    """The rows as TRL's asynchronous trainer folds them into its tree, a `TreeRow`."""
+    from trl.experimental.async_grpo.packing import TreeRow
+
+    row = TreeRow()
+    for ids in rows:
+        zeros = torch.zeros_like(ids)
+        row.add({"input_ids": ids, "completion_mask": zeros, "old_log_probs": zeros, "advantage": 0, "group_id": 0})
+    return row
+
+
+def trl_step(rows: Sequence[Tensor], device: str) -> Step | None:
+    """Forward and backward of TRL's tree by its own attention; None where its kernel does not run."""
+    from trl.experimental.async_grpo import packing
+
+    try:
+        packing._flash_attn()
+    except Exception as error:  # no Hopper GPU, no `kernels`, no network: whatever it is, it does not run here
+        print(f"TRL's tree attention does not run here: {type(error).__name__}: {str(error)[:100]}", flush=True)
+        return None
+    packing.register_tree_attention()
+    model: Any = model_on(device)
+    model.config._attn_implementation = packing.TREE_ATTENTION
+    packed = {name: tensor.to(device) for name, tensor in trl_row(rows).pack().items()}
+    inputs: dict[str, Any] = {name: packed[name][None] for name in ("input_ids", "position_ids")}
+    inputs |= {f"tree_{name}": packed[f"tree_{name}"] for name in ("kv_index", "cu_seqlens_q", "cu_seqlens_k")}
+    inputs["tree_max_seqlen_q"], inputs["tree_max_seqlen_k"] = packed["tree_max_seqlens"].tolist()
+
+    def step() -> None:
+        model.zero_grad()
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        (hidden * hidden).sum().backward()
+
+    return step
+
+
+def packing_seconds(rows: Sequence[Tensor], prompt: int, repeats: int) -> tuple[float, float]:
+    """CPU seconds in which we and TRL lay the rows out as trees, the least of ``repeats`` turns."""
+
+    def ours() -> None:
+        PrefixLayout.from_rows(rows, shareable=[prompt] * len(rows), min_level=1).pack(rows)
+
+    least = [float("inf")] * 2
+    for _ in range(repeats):
+        for i, lay_out in enumerate((ours, lambda: trl_row(rows).pack())):
+            start = time.process_time()
+            lay_out()
+            least[i] = min(least[i], time.process_time() - start)
+    return least[0], least[1]
+
+
 def measure_levels(device: str, repeats: int, backends: Sequence[str]) -> list[dict[str, Any]]:
     """A row of the table for each backend and length."""
     table = []
@@ -150,6 +204,9 @@ CASES = {
 }
 
 
+PACKING = CASES | {"64 rollouts of 4096 tokens, a prompt of 2048": lambda: rollouts(64, 2048, 2018, 64, 0)}
+
+
 def measure_rollouts(device: str, repeats: int) -> list[dict[str, Any]]:
     """A row of the table for each case."""
     table = []
@@ -161,6 +218,8 @@ def measure_rollouts(device: str, repeats: int) -> list[dict[str, Any]]:
             "prompt": packed_step(shared, rows, prompt, None, device),
             "tree": packed_step(shared, rows, prompt, 1, device),
         }
+        if (trl := trl_step(rows, device)) is not None:
+            steps["trl"] = trl
         timings = take_turns(steps, repeats=repeats, device=device)
         layouts = [PrefixLayout.from_rows(rows, shareable=[prompt] * len(rows), min_level=least) for least in (None, 1)]
         total = layouts[0].num_row_tokens
@@ -173,6 +232,29 @@ def measure_rollouts(device: str, repeats: int) -> list[dict[str, Any]]:
             "prompt_times_as_fast": number(times_as_fast(timings["prompt"], timings["stock"]), 3),
             "tree_times_as_fast": number(times_as_fast(timings["tree"], timings["stock"]), 3),
         }
+        if trl is not None:
+            row["trl_times_as_fast"] = number(times_as_fast(timings["trl"], timings["stock"]), 3)
+        print(row, flush=True)
+        table.append(row)
+    return table
+
+
+def measure_packing(repeats: int) -> list[dict[str, Any]]:
+    """A row of the table for each case. Both lay out the same tokens."""
+    table = []
+    for name, make in PACKING.items():
+        rows, prompt = make()
+        ours, trls = packing_seconds(rows, prompt, repeats)
+        tokens = PrefixLayout.from_rows(rows, shareable=[prompt] * len(rows), min_level=1).num_tokens
+        row = {
+            "case": name,
+            "rows": len(rows),
+            "row_tokens": sum(map(len, rows)),
+            "tokens": tokens,
+            "trl_tokens": len(trl_row(rows).tokens),
+            "seconds": number(ours, 3),
+            "trl_seconds": number(trls, 3),
+        }
         print(row, flush=True)
         table.append(row)
     return table
@@ -180,7 +262,7 @@ def measure_rollouts(device: str, repeats: int) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("levels", "rollouts"))
+    parser.add_argument("what", choices=("levels", "rollouts", "packing"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=3, help="turns of each method")
     parser.add_argument("--backends", nargs="+", default=["merged_lse", "blockwise"], choices=BACKENDS)
@@ -189,6 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.what == "levels":
         table = measure_levels(args.device, args.repeats, args.backends)
         note = "; ".join(f"{name}: least level that pays {least_that_pays(table, name)}" for name in args.backends)
+    elif args.what == "packing":
+        table = measure_packing(args.repeats)
+        note = (
+            "CPU seconds, the least of several turns; TRL's tree has each row's last token, which ours does not forward"
+        )
     else:
         table = measure_rollouts(args.device, args.repeats)
         note = "times as fast as padded rows of the stock model, forward and backward of the decoder"

@@ -17,7 +17,8 @@ logger = logging.getLogger("prefix_grouper_plugins")
 UPDATE = "update"  # the forwards that the loss is made of
 OLD_LOG_PROB = "old_log_prob"  # log-probs of the policy that sampled
 REF_LOG_PROB = "ref_log_prob"  # log-probs of the reference policy
-PASSES = (UPDATE, OLD_LOG_PROB, REF_LOG_PROB)
+VALUES = "values"  # values of a critic
+PASSES = (UPDATE, OLD_LOG_PROB, REF_LOG_PROB, VALUES)
 
 METRICS = (
     "prefix_grouper/token_ratio",
@@ -32,6 +33,8 @@ METRICS = (
     "prefix_grouper/old_log_prob_rows_per_group",
     "prefix_grouper/ref_log_prob_token_ratio",
     "prefix_grouper/ref_log_prob_rows_per_group",
+    "prefix_grouper/values_token_ratio",
+    "prefix_grouper/values_rows_per_group",
 )
 # Of generation without vLLM, in TRL.
 GENERATION_TOKEN_RATIO = "prefix_grouper/generation_token_ratio"

@@ -5,6 +5,9 @@ alike with and calls it with one packed row; the one after it gives every real t
 Whatever calls the decoder (a language-model head, a fused head, a score head, a trainer's loss) stays as it is. Hidden states
 at padding are zeros there, where an ordinary forward leaves values without meaning.
 
+In a vision-language model they are on the part that takes token ids and images: batches of text are shared, batches with
+images are not.
+
 What cannot be shared exactly takes the ordinary path: counted, and its reason logged once.
 """
 
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_grouper_plugins.metrics import UPDATE, Counts
-from prefix_grouper_plugins.modeling.anatomy import Anatomy, decoder_of, transformers_model
+from prefix_grouper_plugins.modeling.anatomy import Anatomy, decoder_of, text_part, transformers_model
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
 from prefix_grouper_plugins.modeling.enable import disable_prefix_grouper, has_layers_enabled
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
@@ -34,8 +37,10 @@ from prefix_grouper_plugins.sharing import SharingGate
 
 # Arguments of a decoder that say nothing about rows, or that the packed call sets itself.
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch"}
+_KINDS = ("token_type_ids", "mm_token_type_ids")  # of tokens, 0 for text
 # What a forward may be asked for by its arguments or by the config, one place for each packed token.
 _OUTPUTS = {"last_hidden_state", "past_key_values"}
+_FOR_GENERATION = "rope_deltas"  # an output of vision-language models that tells where generation goes on
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -263,6 +268,8 @@ class _DecoderHooks:
         if rows is None or is_checking():
             return None
         self._running.rows = None
+        if getattr(output, _FOR_GENERATION, None) is not None:
+            setattr(output, _FOR_GENERATION, None)
         if isinstance(output, dict) and (
             extra := [k for k, v in output.items() if k not in _OUTPUTS and v is not None]
         ):
@@ -341,13 +348,19 @@ class _DecoderHooks:
         packed = packed_inputs(rows.layout, rows.input_ids, positions)
         if not self._takes_positions:
             del packed["position_ids"]
+        packed |= {name: torch.zeros_like(packed["input_ids"]) for name in _KINDS if inputs.get(name) is not None}
         return inputs | packed
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """The module of ``model`` that returns hidden states; ``model`` itself or its base where there is no other."""
+    """The module of ``model`` that returns hidden states; ``model`` itself or its base where there is no other.
+
+    Of a vision-language model it is the one that takes token ids: its text part is given embeddings.
+    """
     base = transformers_model(model)
-    return model if base is None else decoder_of(base) or base
+    if base is None:
+        return model
+    return base.base_model if text_part(base) is not base else decoder_of(base) or base  # type: ignore[no-any-return]
 
 
 def _why_not_call(config: Any, inputs: dict[str, Any]) -> str | None:
@@ -367,10 +380,14 @@ def _why_not_call(config: Any, inputs: dict[str, Any]) -> str | None:
         wanted = inputs.get(name)
         if wanted or (wanted is None and getattr(config, name, False)):
             return f"{name}=True asks for one entry for each token of each row"
+    if images := next((name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None), None):
+        return f"the batch has images (`{images}`)"
+    if name := next((name for name in _KINDS if inputs.get(name) is not None and bool(inputs[name].any())), None):
+        return f"`{name}` marks tokens that are not text"
     for name, value in inputs.items():
         # Models hand on arguments of their heads, too: `logits_to_keep=0` asks for nothing.
         given = value is not None and not (isinstance(value, int) and not value)
-        if given and name not in _KNOWN | set(_EXTRA_OUTPUTS):
+        if given and name not in _KNOWN | set(_EXTRA_OUTPUTS) | set(_KINDS):
             return f"`{name}` is an argument of the forward that is not known here"
     return None
 

@@ -16,7 +16,7 @@ from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling import decoder_of, is_enabled
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES
 from tests import tiny
-from tests.modeling import families
+from tests.modeling import families, multimodal_families
 from tests.modeling.comparing import assert_same_gradients, exact, gradients, lora
 from tests.modeling.unseen import unseen
 
@@ -188,6 +188,47 @@ def test_every_verified_type(model_type):
     if not logits_of(model).isfinite().all():
         pytest.skip("its own forward of a padded batch gives NaN")
     assert_shared(model, tolerance=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- vision-language models
+
+
+def assert_text_is_shared(model_type: str, left: int) -> None:
+    model = multimodal_families.build(model_type, vocab_size=120)
+    ids, mask = padded(left)
+    ids = ids + 40 * mask  # behind placeholders and special tokens
+    model.train()  # in which Gemma 3 asks for the kinds of tokens
+    kinds = {"token_type_ids": torch.zeros_like(ids)} if model_type == "gemma3" else {}
+    assert_shared(model, ids, mask, **kinds)
+
+
+@pytest.mark.parametrize(("model_type", "left"), [("qwen2_5_vl", 4), ("qwen3_vl", 0), ("gemma3", 0), ("llava", 4)])
+def test_batches_of_text_are_shared_in_a_vision_language_model(model_type, left):
+    assert_text_is_shared(model_type, left)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("left", [0, 4])
+@pytest.mark.parametrize("model_type", sorted(multimodal_families.FAMILIES))
+def test_batches_of_text_are_shared_in_each_vision_language_model(model_type, left):
+    assert_text_is_shared(model_type, left)
+
+
+def test_batches_with_images_run_as_ever_and_say_so():
+    model = multimodal_families.build("llava")
+    (row,) = [row for row in multimodal_families.rows("llava") if row.images][:1]
+    pixels = torch.cat([image.tensors["pixel_values"] for image in row.images])
+    inputs = {"input_ids": row.ids.repeat(2, 1), "pixel_values": pixels.repeat(2, 1, 1, 1), "use_cache": False}
+    expected = model(**inputs).logits
+    with share_rows(model) as sharing:
+        assert torch.equal(model(**inputs).logits, expected)
+        assert list(sharing.meter.fallbacks) == ["the batch has images (`pixel_values`)"]
+        kinds = torch.zeros_like(inputs["input_ids"])
+        model(input_ids=inputs["input_ids"], token_type_ids=kinds, use_cache=False)
+        assert sharing.meter.packed == 1
+        with pytest.raises(TypeError):  # LLaVA takes no kinds of tokens; what they say is what counts
+            model(input_ids=inputs["input_ids"], token_type_ids=kinds + 1, use_cache=False)
+        assert "`token_type_ids` marks tokens that are not text" in sharing.meter.fallbacks
 
 
 # -------------------------------------------------------------------------------------------------- the ordinary path

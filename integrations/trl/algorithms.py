@@ -11,10 +11,12 @@ class Algorithm:
     Attributes:
         homes: modules of TRL that hold its classes, the newest first, without ``_trainer`` or ``_config`` at their end.
         rows_in_common: which rows of a micro-batch begin alike.
+        samples: whether the trainer samples several completions of each prompt.
     """
 
     homes: tuple[str, ...]
     rows_in_common: str
+    samples: bool = False
 
 
 _PAIR = "the chosen and the rejected completion of a prompt share it"
@@ -32,9 +34,9 @@ ALGORITHMS = {
     "TPO": Algorithm(
         ("trl.experimental.tpo.tpo",), "the chosen, the rejected and the reference completion of a prompt share it"
     ),
-    "OnlineDPO": Algorithm(("trl.experimental.online_dpo.online_dpo",), _SAMPLED),
-    "SDPO": Algorithm(("trl.experimental.sdpo.sdpo",), _SAMPLED),
-    "SDFT": Algorithm(("trl.experimental.sdft.sdft",), _SAMPLED),
+    "OnlineDPO": Algorithm(("trl.experimental.online_dpo.online_dpo",), _SAMPLED, samples=True),
+    "SDPO": Algorithm(("trl.experimental.sdpo.sdpo",), _SAMPLED, samples=True),
+    "SDFT": Algorithm(("trl.experimental.sdft.sdft",), _SAMPLED, samples=True),
 }
 # Trainers that forward one completion of each prompt, by their modules. GKD, GOLD and MiniLLM are made of the first.
 NOTHING_TO_SHARE = {

@@ -42,7 +42,7 @@ class ShareRowsArguments:
     """Fields for the config of any other trainer of TRL, whose rows stay where TRL puts them.
 
     They are those of :class:`PrefixGrouperArguments` that do not concern groups of sampled completions, and are set in the
-    same ways.
+    same ways. Trainers that sample have :class:`SampledRowsArguments`.
     """
 
     use_prefix_grouper: bool | None = settings.USE.field()
@@ -54,6 +54,13 @@ class ShareRowsArguments:
     def __post_init__(self) -> None:
         _resolve(self)
         super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class SampledRowsArguments(ShareRowsArguments):
+    """Fields for the config of such a trainer that samples several completions of each prompt."""
+
+    prefix_grouper_generation: bool = settings.GENERATION.field()
 
 
 def _resolve(config: Any) -> None:

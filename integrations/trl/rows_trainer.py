@@ -8,12 +8,15 @@ micro-batch.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from statistics import fmean
 from typing import Any
 
 from transformers import TrainerCallback
 
+from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
 from prefix_grouper_plugins.metrics import REF_LOG_PROB, UPDATE
 from prefix_grouper_plugins.row_sharing import RowSharing
@@ -32,6 +35,7 @@ class ShareRowsMixin:
     Attributes:
         gate (`SharingGate`): whether forwards are shared, and why not.
         sharing (`SharingMeter`): counts of all forwards so far, on this process.
+        generation (`SharedGeneration`): counts of what was prefilled, in trainers that sample.
         rows_in_common (`str`): which rows of its micro-batches begin alike, in a few words.
 
     Raises:
@@ -59,6 +63,10 @@ class ShareRowsMixin:
         super().__init__(*args, **kwargs)
         ShareRowsMixin.built += 1
         self._share_rows()
+        self.generation = SharedGeneration(warn=self.accelerator.is_main_process)
+        self._prefills: defaultdict[str, list[float]] = defaultdict(
+            list
+        )  # since the last log, by the name of the metric
         if self._shares:
             self.add_callback(RowsWatch(self))
 
@@ -139,7 +147,11 @@ class ShareRowsMixin:
             self._is_reference = False
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._without_sharing():
+        """Stock generation, each distinct prompt prefilled once."""
+        with ExitStack() as stack:
+            stack.enter_context(self._without_sharing())
+            if self._shares and self.gate.reason is None and option(self.args, "prefix_grouper_generation"):
+                stack.enter_context(self.generation.sharing(self.model, self._prefills))
             return super()._generate(*args, **kwargs)  # type: ignore[misc]
 
     def generate_from_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,10 +161,12 @@ class ShareRowsMixin:
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Stock log, with what all processes have shared since the last one. Every process calls it."""
         if self._shares:
+            prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+            logs |= {f"{prefix}{name}": fmean(values) for name, values in self._prefills.items()}
+            self._prefills.clear()
             counts = self.sharing.take().summed(self.accelerator.device)
             self.sharing.warn_of(counts)
             if counts.total.row_tokens:
-                prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
                 metrics = counts.metrics(share=True).items()
                 logs |= {f"{prefix}{name}": value for name, value in metrics if not name.endswith(_NOT_LOGGED)}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

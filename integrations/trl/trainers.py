@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefix_grouper_plugins.integrations.trl.algorithms import ALGORITHMS, modules_of
-from prefix_grouper_plugins.integrations.trl.config import ShareRowsArguments
+from prefix_grouper_plugins.integrations.trl.config import SampledRowsArguments, ShareRowsArguments
 from prefix_grouper_plugins.integrations.trl.rows_trainer import ShareRowsMixin
 
 NAMES = [f"PrefixGrouper{algorithm}{kind}" for algorithm in ALGORITHMS for kind in ("Trainer", "Config")]
@@ -34,7 +34,8 @@ def shared_class(name: str, stock: type) -> type:
         return globals()[name]  # type: ignore[no-any-return]
     algorithm, kind = _parts(name)
     if kind == "Config":
-        made: type = dataclass(_subclass(name, ShareRowsArguments, stock, {}))
+        arguments = SampledRowsArguments if ALGORITHMS[algorithm].samples else ShareRowsArguments
+        made: type = dataclass(_subclass(name, arguments, stock, {}))
     else:
         made = _subclass(name, ShareRowsMixin, stock, {"rows_in_common": ALGORITHMS[algorithm].rows_in_common})
     globals()[name] = made

@@ -42,6 +42,13 @@ _SIGNATURES: dict[str, dict[str, tuple[str, ...]]] = {
             "micro_batch",
             "logits_processor_func",
         ),
+        "FSDPEngineWithValueHead.prepare_model_outputs": (
+            "self",
+            "output",
+            "output_args",
+            "micro_batch",
+            "logits_processor_func",
+        ),
         "prepare_micro_batches": (
             "data",
             "dp_group",

@@ -9,9 +9,9 @@ packed row the token that follows in the text is not always the next one.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
-from prefix_grouper_plugins.integrations.verl.config import SHARDINGS, PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.config import SETTINGS, SHARDINGS, PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
 from prefix_grouper_plugins.integrations.verl.planning import (
@@ -32,11 +32,11 @@ from prefix_grouper_plugins.integrations.verl.planning import (
     Plan,
     plan_on_all_ranks,
     rows_together,
-    rows_within,
     why_groups_are_cut,
 )
 from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, autocast, why_not_reuse, why_not_reuse_rows
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures, show_what_is_decided
+from prefix_grouper_plugins.integrations.verl.verification import ComparesPaths, why_no_reference
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
 from prefix_grouper_plugins.integrations.verl.vision.images import (
     TOKEN_TYPES,
@@ -60,8 +60,8 @@ from prefix_grouper_plugins.metrics import (
     UPDATE,
     Counts,
     SharingCounts,
-    SharingMeter,
 )
+from prefix_grouper_plugins.micro_batches import RowSize
 from prefix_grouper_plugins.modeling import (
     Anatomy,
     ShardedLayout,
@@ -70,14 +70,6 @@ from prefix_grouper_plugins.modeling import (
     without_router_loss,
 )
 from prefix_grouper_plugins.modeling.model_types import known_of
-from prefix_grouper_plugins.modeling.self_check import on_any_rank
-from prefix_grouper_plugins.modeling.self_check.gradients import (
-    check_gradients,
-    gradient_difference,
-    local_gradients,
-)
-from prefix_grouper_plugins.modeling.self_check.isolation import untouched, without_dropout
-from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
 from prefix_grouper_plugins.modeling.self_check.schedule import Schedule
 from prefix_grouper_plugins.sharing import SharingGate
 
@@ -94,13 +86,15 @@ def _not_reused(notice: str, reason: str) -> str:
     return f"{notice} (its parts do not reuse one forward of it: {reason})"
 
 
-def gate_of(options: PrefixGrouperOptions, ulysses: bool, is_main: bool = True) -> SharingGate:
-    """The gate of an engine with ``options``. Under Ulysses no process has whole rows for a self-check."""
+def gate_of(
+    options: PrefixGrouperOptions, ulysses: bool, is_main: bool = True, settings: str = SETTINGS
+) -> SharingGate:
+    """The gate of an engine with ``options``, which ``settings`` are. Under Ulysses no process has whole rows to self-check."""
 
     def refusal(reasons: str) -> str:
         return (
             f"{reasons}. To train without sharing, leave model_engine=prefix_grouper out or set "
-            "actor_rollout_ref.actor.fsdp_config.prefix_grouper.on_unsupported=fallback"
+            f"{settings}.on_unsupported=fallback"
         )
 
     return SharingGate(
@@ -112,7 +106,7 @@ def gate_of(options: PrefixGrouperOptions, ulysses: bool, is_main: bool = True) 
     )
 
 
-class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
+class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
     """:class:`verl.workers.engine.fsdp.FSDPEngineWithLMHead` that forwards every prompt of a micro-batch once.
 
     Takes the same arguments. ``engine_config`` is a
@@ -131,7 +125,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     # verl drops the metrics of old and reference log-probs, so their counts are logged with the next update, which another
     # engine of the same process (actor and reference policy are two) may make.
-    _log_prob_counts: ClassVar[SharingCounts] = SharingCounts()
+    unlogged: ClassVar[Any] = SimpleNamespace(counts=SharingCounts())
+    settings = SETTINGS
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         raise_failures()
@@ -141,7 +136,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             # verl has chosen this class by now, and from here on reads the strategy to tell FSDP2 from FSDP1.
             object.__setattr__(engine_config, "strategy", self.options.sharding)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
-        self.gate = gate_of(self.options, self.use_ulysses_sp, is_main=self.rank == 0)
+        self.gate = gate_of(self.options, self.use_ulysses_sp, self.rank == 0, self.settings)
         self.sharing = self.gate.meter
         self.forwarded = Counts()
         self._pass = UPDATE
@@ -153,7 +148,6 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self._model_type = self.model_config.hf_config.model_type
         self._verify_when = Schedule("off" if engine_config.forward_only else self.options.verify)
         self._updates = 0
-        self._leaks = self._leaked = False
 
     # ----------------------------------------------------------------------------------------------------- the model
 
@@ -171,6 +165,9 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self.gate.enable([module], [*lost_attention(module), *self._why_not_by_this_engine(module)])
         for note in self.gate.reports[0].notes:
             self.gate.warn(note)
+        self._without_reference = why_no_reference(self.gate.anatomies[0]) if self.use_ulysses_sp else None
+        if self._without_reference is not None:
+            self.gate.warn(self._without_reference)
         return super()._build_fsdp_module(module)
 
     def _self_check(self) -> None:
@@ -185,8 +182,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if self._announced or (forward_only and not only_scores) or self._why_not_share(data) is not None:
             return
         self._announced = True
-        sizes = row_sizes(data, self._placeholders, self._min_level)
-        limit = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size)
+        sizes, limit = self._sizes(data), self._limits(data)
         together, group = rows_together(sizes, limit)
         stay, cut = self._why_rows_stay(loss_function, data), why_groups_are_cut(sizes, limit)
         reason = stay or self._why_not_reuse(data, loss_function, forward_only)
@@ -195,7 +191,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             limits.append(cut if stay else _not_reused(cut, reason))
         reuses = " and reuse one forward of it" if cut and not reason else ""
         self.gate.announce(
-            f"the {'reference policy' if only_scores else 'actor'}'s micro-batches ({limit}) hold up to {together} of the "
+            f"the {self._role}'s micro-batches ({limit}) hold up to {together} of the "
             f"{group} rows of a prompt{reuses}, {'rows stay where verl puts them' if stay else 'rows are regrouped'} "
             f"(regroup={self.options.regroup})",
             [text for text in limits if text is not None],
@@ -209,6 +205,10 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
                 "layers that run on whole rows cannot be shared under Ulysses, which leaves each process a piece of them"
             )
         return reasons
+
+    @property
+    def _role(self) -> str:
+        return "reference policy" if self.engine_config.forward_only else "actor"
 
     def _sees_images(self, module: nn.Module) -> bool:
         return hasattr(getattr(transformers_model(module), "config", None), "vision_config")
@@ -261,8 +261,8 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         counts = self.sharing.take().summed(get_device_name(), self.get_data_parallel_group())
         self.sharing.warn_of(counts)
         self.forwarded = counts.total
-        counts += PrefixGrouperEngine._log_prob_counts
-        PrefixGrouperEngine._log_prob_counts = counts if forward_only else SharingCounts()
+        counts += self.unlogged.counts
+        self.unlogged.counts = counts if forward_only else SharingCounts()
         metrics = counts.metrics()
         # verl collects metrics as one list from each rank
         output["metrics"].update({name: [value] for name, value in metrics.items()})
@@ -351,17 +351,23 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
 
     def _plan(self, data: TensorDict, dp_group: Any, why_not_reuse: str | None) -> Plan | None:
         """The micro-batches, as many on every data-parallel rank; None where some rank cannot share."""
-        # A reference policy that is the actor without its adapter has the limits of the actor's own log-probs.
-        options = OLD_LOG_PROB if self._without_adapter else self._pass
-        limits = Limits.of(data, options, self.ulysses_sequence_parallel_size)
-        sizes = None if self._why_not_share(data) else row_sizes(data, self._placeholders, self._min_level)
-        longest = int(data["input_ids"].offsets().diff().max())
-        plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=why_not_reuse is None)
+        limits, sizes = self._limits(data), None if self._why_not_share(data) else self._sizes(data)
+        longest, reuses = int(data["input_ids"].offsets().diff().max()), why_not_reuse is None
+        plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=reuses, last_too=self._last_too)
         repeats = plan is not None and not plan.runs
         if sizes and repeats and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
             self._cut.add(self._pass)
             self.gate.warn(f"{self._pass}: {_not_reused(notice, why_not_reuse or _NOTHING_TO_REUSE)}")
         return plan
+
+    def _limits(self, data: TensorDict) -> Limits:
+        """Of a micro-batch of this pass."""
+        # A reference policy that is the actor without its adapter has the limits of the actor's own log-probs.
+        options = OLD_LOG_PROB if self._without_adapter else self._pass
+        return Limits.of(data, options, self.ulysses_sequence_parallel_size)
+
+    def _sizes(self, data: TensorDict) -> list[RowSize]:
+        return row_sizes(data, self._placeholders, self._min_level, last_too=self._last_too)
 
     def _why_not_reuse(
         self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
@@ -374,7 +380,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
             return None
         context = functools.partial(autocast, torch.device(get_device_name()), self._autocast_dtype)
         defers = getattr(self.engine_config, "use_no_sync_for_gradient_accumulation", True)
-        return PromptReuse(self.module, plan, context, syncs_always=not defers)
+        return PromptReuse(self.module, plan, context, syncs_always=not defers, settings=self.settings)
 
     def _why_not_share(self, data: TensorDict) -> str | None:
         """Why rows of ``data`` go the ordinary way, None where they are shared."""
@@ -410,7 +416,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         self.sharing.count_packed(packed.counts, during=self._pass)
         inputs, output_args = super().prepare_model_inputs(packed.surrogate)
         width = packed.layout.num_given + packed.num_tokens
-        layout = self._leaking_layout(packed.layout) if self._leaks else packed.layout
+        layout = self._leaking_layout(packed.layout)
         layout = layout.pad_to(width + output_args.get("pad_size", 0))
         labels = pad(packed.labels, (0, layout.num_padding))
         travelling: PrefixLayout | ShardedLayout = layout
@@ -433,7 +439,7 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         """Why ``micro_batch`` takes the ordinary path, or else its packed row."""
         if (reason := self._why_not_share(micro_batch)) is not None:
             return reason, None
-        packed = PackedMicroBatch(micro_batch, self._placeholders, self._min_level)
+        packed = PackedMicroBatch(micro_batch, self._placeholders, self._min_level, last_too=self._last_too)
         reason = packed.reason_not_to_share
         return (None, packed) if reason is None else (reason, None)
 
@@ -464,121 +470,3 @@ class PrefixGrouperEngine(fsdp.FSDPEngineWithLMHead):
         if self._reuse is not None:
             values = self._reuse.outputs(packed, values)
         return {name: packed.unpack(name, of_tokens) for name, of_tokens in values.items()}
-
-    # -------------------------------------------------------------------------------------------------- verification
-
-    @contextmanager
-    def _comparing(self, reason: str | None) -> Iterator[None]:
-        """Forwards in here are not counted; with a ``reason`` they take the ordinary path."""
-        sharing, self.sharing = self.sharing, SharingMeter(warn=False)
-        before, self.gate.reason = self.gate.reason, reason
-        try:
-            yield
-        finally:
-            self.gate.reason, self.sharing = before, sharing
-
-    def _compare_first_batch(self, data: TensorDict, forward_only: bool) -> None:
-        """For a model class that no test has compared: forward a first micro-batch on both paths.
-
-        Every rank comes here with its first update, and with the first log-prob pass before that, whose results the update
-        would use. A rank whose rows take the ordinary path runs that twice, as a sharded model needs all ranks.
-        """
-        micro_batch = self._one_micro_batch(data)
-        reason, _ = self._packed(micro_batch)
-
-        def score(reason: str | None) -> Tensor:
-            found: list[Tensor] = []
-
-            def keep(model_output: dict[str, Tensor], **_: Any) -> tuple[Tensor, dict[str, Any]]:
-                found.append(model_output["log_probs"].values()[None])
-                return torch.zeros(()), {}
-
-            with self._comparing(reason):
-                self.forward_step(micro_batch, keep, forward_only=forward_only)
-            return found[0]
-
-        def backward(objective: Tensor) -> dict[str, Tensor]:
-            with self._gradient_sync_context(is_last_micro_batch=True):
-                objective.backward()
-            gradients = local_gradients(self.module)
-            self.optimizer_zero_grad()
-            return gradients
-
-        offsets = micro_batch["input_ids"].offsets().to(get_device_name())
-        mask = torch.ones(1, int(offsets[-1]), dtype=torch.bool, device=offsets.device)
-        mask[:, offsets[1:] - 1] = False  # nothing follows the last token of a row
-        self.gate.first_batch(
-            self.module,
-            lambda _: score("the ordinary half of the comparison"),
-            {} if reason is not None else {"packed": lambda _: score(None)},
-            mask,
-            backward,
-        )
-
-    def _one_micro_batch(self, data: TensorDict) -> TensorDict:
-        """Rows of ``data`` that the memory of one micro-batch suffices for on the ordinary path too. A collective."""
-        group, lengths = self.get_data_parallel_group(), data["input_ids"].offsets().diff().tolist()
-        plan = self._plan(data, group, self._why_not_reuse(data, None, forward_only=True))
-        limits = Limits.of(data, self._pass, self.ulysses_sequence_parallel_size)
-        rows = list(range(len(lengths)))[: limits.max_rows] if plan is None else plan.micro_batches[0]
-        micro_batches = [tu.index_select_tensor_dict(data, rows_within(rows, lengths, limits.max_tokens))]
-        if self._waits_for_towers:
-            add_dummy_images(micro_batches, self._placeholders, group)
-        return micro_batches[0]
-
-    def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
-        """Compare loss and gradients of this update on the ordinary path and on the shared one, and with a leak.
-
-        The leak of one key is the negative control: its size says what the comparison would have noticed.
-
-        Raises:
-            RuntimeError: they differ by more than rounding explains.
-        """
-        base, start = transformers_model(self.module) or self.module, time.perf_counter()
-        try:
-            with untouched(base, torch.device(get_device_name())), without_dropout():
-                loss, ordinary = self._whole_update(data, loss_function, "the ordinary half of the verification")
-                self.optimizer_zero_grad()
-                ours, _ = self._whole_update(data, loss_function, self.gate.reason)
-                difference = check_gradients(self.module, ordinary, self._autocast_dtype)
-                self.optimizer_zero_grad()
-                leak = self._difference_of_a_leak(data, loss_function, ordinary)
-        finally:
-            self.optimizer_zero_grad()
-        if difference == 0:  # every advantage is zero, so this update would prove nothing
-            return
-        self._verify_when.done()
-        control = "no two rows are side by side, so no key could be leaked to see what an error would do"
-        if leak is not None:
-            control = f"a leak of one key would have shown as {leak:.1e} in gradients"
-        self.gate.warn(
-            f"verified: the gradients of update {self._updates}, shared and ordinary, differ by {difference:.1e}, the loss on "
-            f"rank 0 by {abs(ours - loss):.1e} ({time.perf_counter() - start:.2f} s); {control}"
-        )
-
-    def _whole_update(
-        self, data: TensorDict, loss_function: Callable[..., Any] | None, reason: str | None
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Loss and gradients of all micro-batches; with a ``reason`` on the ordinary path."""
-        torch.manual_seed(0)
-        with self._comparing(reason):
-            output = self._run(data, loss_function, forward_only=False)
-        return sum(output["loss"]), local_gradients(self.module)
-
-    def _difference_of_a_leak(
-        self, data: TensorDict, loss_function: Callable[..., Any] | None, ordinary: dict[str, Tensor]
-    ) -> float | None:
-        """How far gradients are from the ``ordinary`` ones where each micro-batch leaks a key; None where none could."""
-        self._leaks, self._leaked = True, False
-        try:
-            self._whole_update(data, loss_function, self.gate.reason)
-        finally:
-            self._leaks = False
-        difference = gradient_difference(self.module, ordinary)  # which all ranks take part in
-        return difference if on_any_rank(self._leaked, torch.device(get_device_name())) else None
-
-    def _leaking_layout(self, layout: PrefixLayout) -> PrefixLayout:
-        if (leaking := leak_one_key(layout)) is None:
-            return layout
-        self._leaked = True
-        return leaking

@@ -51,13 +51,13 @@ def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str
 
 
 def why_prompts_are_read(loss_function: Any) -> str | None:
-    """Why a part of a group cannot do without log-probs of the prompt's tokens; None where responses alone are read.
+    """Why a part of a group cannot do without log-probs (or values) of the prompt's tokens; None where responses alone are read.
 
     Args:
         loss_function: as verl's engines take it; None where the log-probs are the result, prompts included.
     """
     function = loss_function.func if isinstance(loss_function, partial) else loss_function
-    if function is None or function in (ppo_loss, distillation.distillation_ppo_loss):
+    if function is None or function in (ppo_loss, distillation.distillation_ppo_loss, value_loss):
         return None
     return f"{getattr(function, '__qualname__', function)} is not known to read log-probs of responses alone"
 

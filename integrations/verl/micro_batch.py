@@ -25,7 +25,7 @@ from prefix_grouper_plugins.integrations.verl.vision.images import (
     row_inputs,
     token_types,
 )
-from prefix_grouper_plugins.layout import PrefixLayout
+from prefix_grouper_plugins.layout import IGNORE_INDEX, PrefixLayout, on_device
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.micro_batches import RowSize, sizes_in
 from prefix_grouper_plugins.modeling.images import (
@@ -86,7 +86,8 @@ class _KeyedRows:
     Text is shared by token ids alone, whatever the ``uid``. Images are compared within one ``uid`` only, which saves time.
     """
 
-    def __init__(self, data: TensorDict, placeholders: Collection[int]) -> None:
+    def __init__(self, data: TensorDict, placeholders: Collection[int], last_too: bool) -> None:
+        self._last_too = last_too
         self.lengths, self.prompt_lengths = row_lengths(data)
         self.rows = data["input_ids"].values().cpu().split(self.lengths)
         self.inputs = row_inputs(data)
@@ -98,19 +99,37 @@ class _KeyedRows:
         self.groups = list(map(prompt_group, self.keys, prompts))
 
     def layout(self, min_level: int | None) -> PrefixLayout:
-        """Of all rows, see `PrefixLayout.from_rows`."""
-        return PrefixLayout.from_rows(self.rows, self.keys, shareable=self.prompt_lengths, min_level=min_level)
+        """Of all rows, see `PrefixLayout.from_rows`.
+
+        A layout counts transitions from one token to the next. Where each row's last token is forwarded too, the rows get one
+        token in front, so that the transitions are those into each token of the row.
+        """
+        rows, prompt_lengths = self.rows, self.prompt_lengths
+        if self._last_too:
+            rows = [pad(row, (1, 0)) for row in rows]
+            prompt_lengths = [length + 1 for length in prompt_lengths]
+        return PrefixLayout.from_rows(rows, self.keys, shareable=prompt_lengths, min_level=min_level)
+
+    def source_index(self, layout: PrefixLayout) -> Tensor:
+        """``LongTensor[T]``: which of the rows' tokens, end to end, each packed position of :meth:`layout` is."""
+        if not self._last_too:
+            return layout.source_index
+        ends = torch.tensor(layout.row_lengths).cumsum(0)
+        return layout.source_index - torch.bucketize(layout.source_index, ends, right=True)  # less the tokens in front
 
 
-def row_sizes(data: TensorDict, placeholders: Collection[int] = (), min_level: int | None = None) -> list[RowSize]:
+def row_sizes(
+    data: TensorDict, placeholders: Collection[int] = (), min_level: int | None = None, *, last_too: bool = False
+) -> list[RowSize]:
     """What planning needs to know of each row; rows of one group have equal prompts and images.
 
     Args:
         data: the rows.
         placeholders: token ids that stand for images and videos.
         min_level: as in `PrefixLayout.from_rows`.
+        last_too: as for :class:`PackedMicroBatch`.
     """
-    keyed = _KeyedRows(data, placeholders)
+    keyed = _KeyedRows(data, placeholders, last_too)
     return sizes_in(keyed.layout(min_level), keyed.groups, keyed.prompt_lengths)
 
 
@@ -121,13 +140,15 @@ class PackedMicroBatch:
         micro_batch: on the model's device.
         placeholders: token ids that stand for images and videos.
         min_level: as in `PrefixLayout.from_rows`.
+        last_too: forward the last token of each row as well, whose output a value function has and a policy does not.
+            The prompt then counts ``P`` tokens instead of ``P - 1``.
 
     Attributes:
-        layout (`PrefixLayout`): of the rows, on that device.
+        layout (`PrefixLayout`): of the rows, on that device. With ``last_too`` its rows have one token more, in front.
         surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
             original one.
         num_tokens: of the surrogate: those that are forwarded, and then the placeholders of a dummy image.
-        labels (`LongTensor[T]`): next token of each packed position.
+        labels (`LongTensor[T]`): next token of each packed position; with ``last_too``, where there may be none, -100.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
         some_share_nothing (`bool`): whether the images of some rows keep them from sharing.
         reason_not_to_share: None, unless rows differ in what they should share.
@@ -136,10 +157,15 @@ class PackedMicroBatch:
     """
 
     def __init__(
-        self, micro_batch: TensorDict, placeholders: Collection[int] = (), min_level: int | None = None
+        self,
+        micro_batch: TensorDict,
+        placeholders: Collection[int] = (),
+        min_level: int | None = None,
+        *,
+        last_too: bool = False,
     ) -> None:
         ids = micro_batch["input_ids"]
-        keyed = _KeyedRows(micro_batch, placeholders)
+        keyed = _KeyedRows(micro_batch, placeholders, last_too)
         check_placeholders(keyed.rows, list(map(images_of, keyed.inputs)), placeholders)
         self.some_share_nothing = any(key[0] is SHARES_NOTHING for key in keyed.keys)
         layout = keyed.layout(min_level)
@@ -151,21 +177,23 @@ class PackedMicroBatch:
         self.counts += Counts.of_levels(layout.shared_by_level)
         self._prompt_length = keyed.prompt_lengths[0]
         self._prompt_outputs: dict[str, Tensor] = {}
+        self._source = on_device(keyed.source_index(layout), ids.device)
         self._whole = self.layout = layout = layout.to(ids.device)
         positions = micro_batch["position_ids"].values()  # [tokens], with mRoPE [4, tokens]
-        packed_positions = positions[..., layout.source_index]
-        self._offsets = ids.offsets()
-        is_last = torch.zeros(layout.num_row_tokens, dtype=torch.bool, device=ids.device)
-        is_last[self._offsets[1:] - 1] = True
-        self._transitions = (~is_last).nonzero().squeeze(1)
+        packed_positions = positions[..., self._source]
+        self._offsets, self._num_row_tokens = ids.offsets(), len(ids.values())
+        is_read = torch.ones(self._num_row_tokens, dtype=torch.bool, device=ids.device)
+        if not last_too:
+            is_read[self._offsets[1:] - 1] = False
+        self._read = is_read.nonzero().squeeze(1)  # the tokens of the rows whose outputs are read
         self._types = token_types(keyed.inputs, keyed.lengths)
         self.reason_not_to_share: str | None = None
         if not self._agree(positions):
             self.reason_not_to_share = "rows that share a prompt number its tokens differently"
         elif self._types is not None and not self._agree(torch.cat(self._types).to(ids.device)):
             self.reason_not_to_share = "rows that share a prompt do not agree which of its tokens are images"
-        self.labels = ids.values()[layout.source_index + 1]
-        packed_ids = ids.values()[layout.source_index]
+        packed_ids = ids.values()[self._source]
+        self.labels = torch.full_like(packed_ids, IGNORE_INDEX) if last_too else ids.values()[self._source + 1]
         if (dummy := dummy_image(micro_batch)) is not None:
             packed_ids = torch.cat([packed_ids, dummy.placeholders.to(packed_ids)])
             packed_positions = pad(packed_positions, (0, len(dummy.placeholders)))
@@ -200,6 +228,7 @@ class PackedMicroBatch:
         part, given = copy(self), self._prompt_length - 1
         part.layout = self.layout.given(given)
         part.labels, part.ids, part.positions = self.labels[given:], self.ids[given:], self.positions[given:]
+        part._source = self._source[given:]
         part.counts = self.counts + Counts(-given, squares=-(given**2), groups=-1, shared_1=given)
         return part
 
@@ -211,8 +240,8 @@ class PackedMicroBatch:
 
     def _agree(self, values: Tensor) -> bool:
         """Whether the rows' ``values [..., tokens]`` are equal where they share."""
-        packed = values[..., self._whole.source_index]
-        return torch.equal(packed[..., self._whole.row_index], values[..., self._transitions])
+        packed = values[..., self._source]
+        return torch.equal(packed[..., self._whole.row_index], values[..., self._read])
 
     def token_inputs(self, model_type: str, layout: PrefixLayout) -> dict[str, Tensor]:
         """What the model takes for each token apart from its id and position; images that see themselves go to ``layout``.
@@ -233,10 +262,12 @@ class PackedMicroBatch:
         return {TOKEN_TYPES: self._packed(types, layout, 0)[None]}
 
     def _packed(self, rows: Tensor, layout: PrefixLayout, padding: int) -> Tensor:
-        return pad(rows[self.layout.source_index], (0, layout.num_padding), value=padding)
+        return pad(rows[self._source], (0, layout.num_padding), value=padding)
 
     def unpack(self, name: str, values: Tensor) -> Tensor:
-        """Packed values ``[T]`` as a nested tensor of the rows, zero at each row's last token. Differentiable.
+        """Packed values ``[T]`` as a nested tensor of the rows. Differentiable.
+
+        Without ``last_too`` they are zero at each row's last token.
 
         Args:
             name: of the model's output. In a part its given positions are those of :meth:`with_prompt_outputs`, by default
@@ -246,8 +277,8 @@ class PackedMicroBatch:
         if (given := self.layout.num_given) > 0:
             prompt = self._prompt_outputs.get(name, values.new_zeros(given, *values.shape[1:]))
             values = torch.cat([prompt, values])
-        rows = values.new_zeros(self._whole.num_row_tokens, *values.shape[1:])
-        rows = rows.index_put((self._transitions,), values[self._whole.row_index])
+        rows = values.new_zeros(self._num_row_tokens, *values.shape[1:])
+        rows = rows.index_put((self._read,), values[self._whole.row_index])
         return torch.nested.nested_tensor_from_jagged(rows, self._offsets)
 
 

@@ -24,9 +24,21 @@ from prefix_grouper_plugins.modeling.prompt_reuse import matched_ends
 
 # Names of verl's limits by pass: of tokens (dynamic batches) and of rows.
 _OPTIONS = {
-    "update": ("actor.ppo_max_token_len_per_gpu", "actor.ppo_micro_batch_size_per_gpu"),
-    "old_log_prob": ("rollout.log_prob_max_token_len_per_gpu", "rollout.log_prob_micro_batch_size_per_gpu"),
-    "ref_log_prob": ("ref.log_prob_max_token_len_per_gpu", "ref.log_prob_micro_batch_size_per_gpu"),
+    "update": (
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    ),
+    "old_log_prob": (
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+    ),
+    "ref_log_prob": (
+        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
+    ),
+    "critic_update": ("critic.ppo_max_token_len_per_gpu", "critic.fsdp.micro_batch_size_per_gpu"),
+    "critic_update_v1": ("critic.ppo_infer_max_token_len_per_gpu", "critic.fsdp.micro_batch_size_per_gpu"),
+    "values": ("critic.ppo_infer_max_token_len_per_gpu", "critic.fsdp.infer_micro_batch_size_per_gpu"),
 }
 
 
@@ -48,7 +60,7 @@ class Limits:
     @classmethod
     def of(cls, data: TensorDict, options: str, ranks: int) -> Limits:
         """Those that verl put beside the rows of ``data``, for the pass whose ``options`` are a key of this module."""
-        tokens, rows = (f"actor_rollout_ref.{name}" for name in _OPTIONS[options])
+        tokens, rows = _OPTIONS[options]
         if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
             return cls(tokens, max_tokens=int(data["max_token_len_per_gpu"] * ranks), ranks=ranks)
         return cls(rows, max_rows=int(data["micro_batch_size_per_gpu"]), ranks=ranks)
@@ -78,7 +90,13 @@ class Plan:
 
 
 def plan_on_all_ranks(
-    sizes: Sequence[RowSize] | None, longest: int, limits: Limits, group: Any, *, reuses: bool = False
+    sizes: Sequence[RowSize] | None,
+    longest: int,
+    limits: Limits,
+    group: Any,
+    *,
+    reuses: bool = False,
+    last_too: bool = False,
 ) -> Plan | None:
     """The plan of this rank. A collective of ``group``, whose ranks get equally many micro-batches.
 
@@ -88,6 +106,7 @@ def plan_on_all_ranks(
         limits: what a micro-batch may hold.
         group: data-parallel ranks.
         reuses: whether parts of a group may reuse its prompt on this rank. They do if they may on every rank.
+        last_too: whether packed rows hold the last token of each row.
 
     Returns:
         the plan, None where the rows of some rank cannot share, so that all take verl's micro-batches.
@@ -96,13 +115,14 @@ def plan_on_all_ranks(
         ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
     """
     most = limits.max_tokens, limits.max_rows
+    left_out = int(not last_too)
     rank, told = None, [0, 0]
     # Nothing is raised before all ranks know: those that went on would wait for this one.
-    if sizes is not None and (limits.max_tokens is None or longest - 1 <= limits.max_tokens):
+    if sizes is not None and (limits.max_tokens is None or longest - left_out <= limits.max_tokens):
         rank = plan_of_rank(sizes, *most)
         told = next(rank)
     count, cut, refused, longest, repeats = _largest([*told, int(sizes is None), longest, int(not reuses)], group)
-    needed = longest if refused else longest - 1  # a packed row does without the last token of its rows
+    needed = longest if refused else longest - left_out
     if limits.max_tokens is not None and needed > limits.max_tokens:
         raise ValueError(
             f"a row of {longest} tokens does not fit into a micro-batch: {limits}"

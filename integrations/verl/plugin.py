@@ -19,6 +19,7 @@ from prefix_grouper_plugins.integrations.verl.switch import (
     STRATEGY,
     failures,
     is_asked_for,
+    is_asked_for_critic,
     raise_failures,
     show_what_is_decided,
 )
@@ -82,27 +83,29 @@ def _watch_validation(module: ModuleType) -> None:
 
     @functools.wraps(stock)
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
-        if is_asked_for(config.actor_rollout_ref):
+        if is_asked_for(config.actor_rollout_ref) or is_asked_for_critic(config):
             _ours("compatibility").check_all(v1=bool(config.trainer.get("use_v1", True)))
             raise_failures()
             show_what_is_decided()
             _ours("config").adopt(config.actor_rollout_ref)
+            _ours("config").adopt_critic(config)
         stock(config, *args, **kwargs)
 
     module.validate_config = validate_config  # type: ignore[attr-defined]
 
 
 def _register_engine(module: ModuleType) -> None:
-    """Make the engine known to verl; if that fails, one under its name that says why."""
+    """Make the engines known to verl; if that fails, one under their name that says why."""
     from verl.workers.engine.base import EngineRegistry
 
     try:
         _ours("compatibility").check(module.__name__)
-        engine = _ours("engine").PrefixGrouperEngine
+        engine, critic = _ours("engine").PrefixGrouperEngine, _ours("value_engine").PrefixGrouperValueEngine
     except Exception as error:
         failures.append(error)
-        engine = _refusing_engine()
-    EngineRegistry.register(model_type="language_model", backend=STRATEGY, device=DEVICES)(engine)
+        engine = critic = _refusing_engine()
+    for model_type, kind in (("language_model", engine), ("value_model", critic)):
+        EngineRegistry.register(model_type=model_type, backend=STRATEGY, device=DEVICES)(kind)
 
 
 def _refusing_engine() -> type:

@@ -25,8 +25,6 @@ from prefix_grouper_plugins.modeling import prompt_cache
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.prompt_reuse import MatchedForwards, OpenPrompts
 
-_REMEDY = "Set actor_rollout_ref.actor.fsdp_config.prefix_grouper.regroup=none"
-
 
 def why_not_reuse(engine: Any, loss_function: Any, *, gradients: bool) -> str | None:
     """Why parts of a group do not reuse its prompt; None if they do, where rows may change their micro-batch.
@@ -72,9 +70,11 @@ class PromptReuse:
         plan: of the call.
         autocast: makes the context in which verl runs the model.
         syncs_always: whether gradients are reduced over the ranks in every micro-batch, and not in the last one alone.
+        settings: where users set those of the engine.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, autocast: Any, syncs_always: bool) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, autocast: Any, syncs_always: bool, settings: str) -> None:
+        self._remedy = f"Set {settings}.regroup=none"
         self._module, self._plan, self._autocast, self._syncs_always = module, plan, autocast, syncs_always
         self._keys: list[int | None] = [None] * len(plan.micro_batches)  # the number of its run
         for number, (first, end) in enumerate(plan.runs):
@@ -141,7 +141,7 @@ class PromptReuse:
         Raises:
             RuntimeError: always. Other ranks go on by the plan, and prompts would be missing.
         """
-        raise RuntimeError(f"micro-batches reuse prompts, and one of them cannot be shared: {reason}. {_REMEDY}")
+        raise RuntimeError(f"micro-batches reuse prompts, and one of them cannot be shared: {reason}. {self._remedy}")
 
     def outputs(self, packed: PackedMicroBatch, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """``values`` of the micro-batch that was entered, by name ``[T]``, whose backward reaches prompts that close with it."""
@@ -163,7 +163,7 @@ class PromptReuse:
         Raises:
             RuntimeError: the gradient of a prompt would be missing from the optimizer step.
         """
-        self._prompts.leave(step_ends=step_ends, remedy=_REMEDY)
+        self._prompts.leave(step_ends=step_ends, remedy=self._remedy)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

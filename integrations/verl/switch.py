@@ -25,6 +25,11 @@ def is_asked_for(config: Any) -> bool:
     )
 
 
+def is_asked_for_critic(config: Any) -> bool:
+    """Whether the critic of ``config``, a trainer's whole one, asks for sharing by itself."""
+    return (config.get("critic") or {}).get("strategy") == STRATEGY
+
+
 def show_what_is_decided() -> None:
     """Let our messages of level INFO through to the terminal, where verl's processes show warnings only.
 

@@ -28,6 +28,7 @@ from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
 
 _NAME = "prefix_grouper"
+_READ_NO_NAME = {"eager", "sdpa", "flex_attention"}  # implementations that are told all they need to know
 
 
 def is_ours(config: Any) -> bool:
@@ -70,7 +71,11 @@ def _attention(
     if layout is None:
         if is_placeholder(attention_mask) and query.shape[2] > 1:
             raise RuntimeError(f"{type(module).__name__} runs in a packed forward, but the layout was lost on the way")
-        return _own_attention(module, base)(module, query, key, value, attention_mask, *args, **kwargs)
+        own, layer = _own_attention(module, base), module
+        if base not in _READ_NO_NAME:
+            # transformers' flash attention loads the kernel that the layer's config names, and knows none by our name.
+            layer = _With(module, config=_With(module.config, _attn_implementation=base))  # type: ignore[assignment]
+        return own(layer, query, key, value, attention_mask, *args, **kwargs)
     if attention_mask is not None and not is_placeholder(attention_mask):
         raise UnsupportedModelError(
             f"{type(module).__name__} got a mask of {tuple(attention_mask.shape)} of the model's own making, which the "
@@ -93,6 +98,17 @@ def _attention(
         backend=backend,
     )
     return output.unsqueeze(0), None
+
+
+class _With:
+    """``owner``, some of whose attributes have the values given."""
+
+    def __init__(self, owner: Any, **values: Any) -> None:
+        self._owner = owner
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._owner, name)
 
 
 def _check_packed_call(

@@ -45,12 +45,26 @@ def test_the_docs_quote_the_rollouts_that_were_measured():
         assert f"| {' | '.join(figures)} |" in text
 
 
+def test_the_docs_quote_the_packing_that_was_measured():
+    *_, longest = read_csv(RESULTS / "trees-packing-cpu.csv")
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert f"takes it {longest['trl_seconds']} seconds, and us {longest['seconds']} " in text
+
+
 def test_tool_use_costs_its_tree_and_one_token_for_each_branch_beyond_the_first():
     rows, prompt = trees.tool_use(4, 3, 20, 5, 4)
     layout = PrefixLayout.from_rows(rows, shareable=[prompt] * len(rows), min_level=1)
     # 3 + 9 + 27 + 81 turns, 3 + 9 + 27 results; each of 1 + 3 + 9 + 27 forks has two more branches; 81 last tokens.
     assert len(rows) == 81
     assert layout.num_tokens == 20 + 5 * 120 + 4 * 39 + 2 * 40 - 81
+
+
+def test_trls_tree_has_the_same_tokens_and_each_rows_last_one():
+    rows, prompt = trees.tool_use(3, 2, 20, 5, 4)
+    layout = PrefixLayout.from_rows(rows, shareable=[prompt] * len(rows), min_level=1)
+    packed = trees.trl_row(rows).pack()
+    assert len(packed["input_ids"]) == layout.num_tokens + len(rows)
+    assert min(trees.packing_seconds(rows, prompt, 1)) > 0
 
 
 def test_help_shows_how_to_run_it(capsys: pytest.CaptureFixture[str]) -> None:

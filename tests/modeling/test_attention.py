@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, DynamicCache
+from transformers.integrations import flash_attention
 from transformers.masking_utils import AttentionMaskInterface
 
 from prefix_grouper_plugins import PrefixLayout, UnsupportedModelError, enable_prefix_grouper
@@ -79,6 +80,28 @@ def test_a_reward_model_is_bit_identical():
     before, after = before_and_after_enable(model, lambda m: m(**left_padded(ROWS)).logits)
     assert is_enabled(model)
     assert_bit_identical(before, after)
+
+
+def test_flash_attention_is_asked_for_by_its_own_name(monkeypatch):
+    """transformers loads the kernel that a layer's config names; a name of ours would be looked for on the hub."""
+    asked = []
+
+    def forward(query, key, value, mask, *, attn_implementation, query_length, is_causal, **_: Any):
+        asked.append((attn_implementation, is_causal))
+        heads = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", forward)
+    model = tiny.model()
+    expected = model(ROWS[0][None]).logits
+    model.config._attn_implementation = "flash_attention_2"
+    before, after = before_and_after_enable(model, lambda m: m(ROWS[0][None]).logits)
+    assert set(asked) == {("flash_attention_2", True)}, "by the self-check, too"
+    assert_bit_identical(before, after)
+    torch.testing.assert_close(after, expected)
+    asked.clear()
+    packed(model)
+    assert not asked, "packed forwards run the core"
 
 
 # --- a packed call that would go wrong -------------------------------------------------------------------------------

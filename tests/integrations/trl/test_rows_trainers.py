@@ -224,6 +224,10 @@ def test_training_gives_the_stock_weights_and_metrics(algorithm, path):
     ratios = [entry["prefix_grouper/token_ratio"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(ratios) == STEPS
     assert all(ratio < 0.8 for ratio in ratios)
+    samples = {"OnlineDPO": 1 / 2, "SDPO": 1 / 4, "SDFT": 1 / 4}  # of the tokens of repeated prompts, one is prefilled
+    prefilled = [entry.get("prefix_grouper/generation_token_ratio") for entry in trainer.state.log_history]
+    assert {ratio for ratio in prefilled if ratio} == ({samples[algorithm]} if algorithm in samples else set())
+    assert not trainer.generation.fallbacks
 
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,6 +24,7 @@ from typing import Any
 
 from verl_on_cpu.run import PATIENCE, end_family, wait_for
 
+from tests.integrations.verl import flash
 from tests.integrations.verl.vision import rows as vision
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,6 +66,9 @@ class Case:
     ordinary_on_rank: int = -1  # whose rows cannot be shared, as each says its own temperature
     forks: bool = False  # responses of a group fork late, and one row goes on where another ended, as in agent loops
     log_prob_rows: int = 0  # of a micro-batch in a log-prob pass, which another update follows
+    critic: bool = False
+    flash: bool = False  # attention; critics have no other in verl
+    own_loss: bool = False  # of a critic: it reads the value at the last token of each row, which verl's own does not
 
     def __str__(self) -> str:
         changed = {k: v for k, v in asdict(self).items() if v != getattr(type(self)(), k)}
@@ -77,17 +81,21 @@ class Case:
 def build(case: Case, path: str, shared: bool) -> Any:
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
     from prefix_grouper_plugins.integrations.verl import (
         PrefixGrouperEngine,
         PrefixGrouperEngineConfig,
         PrefixGrouperOptions,
+        PrefixGrouperValueEngine,
     )
 
     model = HFModelConfig(
         path=path,
-        override_config={"attn_implementation": "sdpa", "attention_dropout": case.dropout},
+        override_config={
+            "attn_implementation": flash.NAME if case.flash else "sdpa",
+            "attention_dropout": case.dropout,
+        },
         use_remove_padding=case.remove_padding,
         enable_gradient_checkpointing=case.checkpointing,
         use_fused_kernels=case.fused,
@@ -96,6 +104,8 @@ def build(case: Case, path: str, shared: bool) -> Any:
         lora_alpha=8,
         target_modules="all-linear",
     )
+    if case.critic:
+        model.model_type = "value_model"  # as verl's worker says
     common: dict[str, Any] = {
         "use_torch_compile": False,
         "mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
@@ -107,9 +117,11 @@ def build(case: Case, path: str, shared: bool) -> Any:
         options = PrefixGrouperOptions(**case.options)
         config = PrefixGrouperEngineConfig(prefix_grouper=options, ulysses_sequence_parallel_size=size, **common)
         object.__setattr__(config, "strategy", "prefix_grouper")  # as verl's actor config does
-        engine = PrefixGrouperEngine(model, config, optimizer, checkpoint)
+        ours = PrefixGrouperValueEngine if case.critic else PrefixGrouperEngine
+        engine = ours(model, config, optimizer, checkpoint)
     else:
-        engine = FSDPEngineWithLMHead(model, FSDPEngineConfig(strategy="fsdp2", **common), optimizer, checkpoint)
+        verls = FSDPEngineWithValueHead if case.critic else FSDPEngineWithLMHead
+        engine = verls(model, FSDPEngineConfig(strategy="fsdp2", **common), optimizer, checkpoint)
     engine.initialize()
     if case.lora:
         perturb_adapters(engine.module)
@@ -193,6 +205,7 @@ def messages() -> Any:
 def save_model(case: Case, path: Path) -> None:
     """A tiny model whose weights are large enough that positions and masks matter."""
     import torch
+    from transformers import AutoModelForTokenClassification
     from verl_on_cpu.tiny import make_model, make_tokenizer
 
     tokenizer = make_tokenizer()
@@ -200,6 +213,9 @@ def save_model(case: Case, path: Path) -> None:
         model = vision.make_model(case.model, tokenizer, case.tied)
     else:
         model = make_model(case.model, tokenizer, case.tied, layers=2, hidden_size=64, seed=0)
+    if case.critic:
+        model.config.num_labels = 1
+        model = AutoModelForTokenClassification.from_config(model.config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -293,6 +309,8 @@ def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
         "old_log_probs": nested(lambda r: r["old"]),
         "ref_log_prob": nested(lambda r: r["ref"]),
         "advantages": nested(lambda r: r["advantage"]),
+        "values": nested(lambda r: r["old"]),  # which a critic's loss reads
+        "returns": nested(lambda r: r["ref"]),
     }
     settings: dict[str, Any] = {"temperature": case.temperature}
     if isinstance(case.temperature, list):  # one for each row, in turns
@@ -343,14 +361,26 @@ def padded_as_in_v0(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     mask = [torch.cat([left(torch.ones_like(r["prompt"])), right(torch.ones_like(r["response"]))]) for r in rows]
     names = {"response_mask": "mask", "loss_mask": "mask", "old_log_probs": "old", "ref_log_prob": "ref"}
+    names |= {"values": "old", "returns": "ref"}
     names |= {"advantages": "advantage", "responses": "response"}
     padded = {key: torch.stack([right(r[name]) for r in rows]) for key, name in names.items()}
     return padded | {"prompts": torch.stack([left(r["prompt"]) for r in rows]), "attention_mask": torch.stack(mask)}
 
 
 def loss_function(case: Case) -> Any:
-    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
-    from verl.workers.utils.losses import ppo_loss
+    from verl.workers.config import FSDPActorConfig, FSDPCriticConfig, PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss, value_loss
+
+    if case.own_loss:
+        return loss_at_the_end
+    if case.critic:
+        config = FSDPCriticConfig(
+            strategy="fsdp2",
+            rollout_n=case.rows_per_group,
+            ppo_micro_batch_size_per_gpu=case.micro_batch_size,
+            **case.actor,
+        )
+        return partial(value_loss, config=config)
 
     config = FSDPActorConfig(
         strategy="fsdp2",
@@ -360,6 +390,12 @@ def loss_function(case: Case) -> Any:
         **{"entropy_coeff": 0.01, "use_kl_loss": True, "kl_loss_coef": 0.1, **case.actor},
     )
     return partial(ppo_loss, config=config)
+
+
+def loss_at_the_end(model_output: Any, data: Any, dp_group: Any = None) -> Any:
+    """Of a critic that is a reward model as well: the value at the last token of each row."""
+    values = model_output["values"]
+    return values.values()[values.offsets()[1:] - 1].square().sum() / data["global_batch_size"], {}
 
 
 # -------------------------------------------------------------------------------------------------------- one comparison
@@ -394,7 +430,9 @@ def scores(engine: Any, batch: Any) -> dict[str, Any]:
     with engine.eval_mode():
         output = engine.forward_backward_batch(batch, None, forward_only=True)
     found = {name: no_padding_2_padding(values, batch) for name, values in output["model_output"].items()}
-    if not isinstance(batch["temperature"], Tensor):
+    if "values" in found:
+        found["values of rows"] = pad_sequence(list(output["model_output"]["values"].unbind()), batch_first=True)
+    elif not isinstance(batch["temperature"], Tensor):
         rows = [row[:-1] for row in output["model_output"]["log_probs"].unbind()]  # nothing follows a row's last token
         found["log_probs of rows"] = pad_sequence(rows, batch_first=True)
     return found
@@ -441,11 +479,12 @@ def compare(case: Case, path: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from prefix_grouper_plugins import self_check
-    from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine
+    from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, PrefixGrouperValueEngine
     from prefix_grouper_plugins.metrics import SharingCounts
     from prefix_grouper_plugins.modeling import is_enabled
 
-    PrefixGrouperEngine._log_prob_counts = SharingCounts()  # those of the case before wait for an update
+    for engine in (PrefixGrouperEngine, PrefixGrouperValueEngine):
+        engine.unlogged.counts = SharingCounts()  # those of the case before wait for an update
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == case.ordinary_on_rank:
         case = replace(case, temperature=[case.temperature])
@@ -553,12 +592,13 @@ def run(rank: int, world: int, folder: str) -> None:
     import verl  # noqa: F401
 
     vision.stand_in_for_flash_attention()
+    flash.install()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     for number in itertools.count():
         cases = [Case(**values) for values in read_when_there(Path(folder) / f"cases-{number}.json")]
-        found = [result_of(case, f"{folder}/{case.model}-{case.tied}", rank, world) for case in cases]
+        found = [result_of(case, f"{folder}/{case.model}-{case.tied}-{case.critic}", rank, world) for case in cases]
         if rank == 0:
             write(Path(folder) / f"results-{number}.json", found)
 

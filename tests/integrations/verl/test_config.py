@@ -11,9 +11,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.workers.config import FSDPEngineConfig
 
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngineConfig, PrefixGrouperOptions
-from prefix_grouper_plugins.integrations.verl.config import adopt
+from prefix_grouper_plugins.integrations.verl.config import adopt, adopt_critic
 from prefix_grouper_plugins.integrations.verl.switch import is_asked_for
 
 MICRO_BATCHES = [
@@ -96,9 +97,54 @@ def test_a_worker_without_an_actor_is_left_alone():
     assert not is_asked_for(OmegaConf.create({"model": {"path": "teacher"}}))
 
 
-def test_a_critic_stays_verls_own():
-    critic = composed(*WAYS["model_engine"]).critic
-    assert critic.strategy == "fsdp" and critic.fsdp._target_ == "verl.workers.config.FSDPEngineConfig"
+def validated_critic(*overrides: str):
+    """The engine config of the critic that a PPO run with this command line starts with, and its strategy."""
+    config = composed("algorithm.adv_estimator=gae", *overrides)
+    validate_config(config, use_reference_policy=True, use_critic=False)  # True reads the critic's model from disk
+    return omega_conf_to_dataclass(config.critic.fsdp), config.critic.strategy
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_of_asking_gives_the_critic_the_engine_and_the_actors_settings(way):
+    plus = "" if way == "model_engine" else "+"
+    setting = f"{plus}actor_rollout_ref.actor.fsdp_config.prefix_grouper.share=tree"
+    engine, strategy = validated_critic(*WAYS[way], setting)
+    assert isinstance(engine, PrefixGrouperEngineConfig)
+    assert strategy == "prefix_grouper", "the key under which verl looks the engine up"
+    sharding = "fsdp2" if way == "model_engine" else "fsdp"  # what verl gives a critic of which nobody says more
+    own = PrefixGrouperOptions(share="tree", on_unsupported="fallback", sharding=sharding)
+    assert engine.prefix_grouper == own
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_settings_of_the_critic_come_before_those_of_the_actor(way):
+    plus = "" if way == "model_engine" else "+"
+    own = [f"{plus}critic.fsdp.prefix_grouper.{name}" for name in ("regroup=none", "on_unsupported=error")]
+    engine, strategy = validated_critic(*WAYS[way], *own, "critic.strategy=fsdp2")
+    assert engine.prefix_grouper == PrefixGrouperOptions(regroup="none", on_unsupported="error")
+    assert strategy == "prefix_grouper"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_critic_can_be_left_to_verl(way):
+    plus = "" if way == "model_engine" else "+"
+    engine, strategy = validated_critic(*WAYS[way], f"{plus}critic.fsdp.prefix_grouper=null")
+    assert type(engine) is FSDPEngineConfig and strategy == ("fsdp2" if way == "model_engine" else "fsdp")
+
+
+def test_a_critic_can_ask_alone():
+    config = composed("critic.strategy=prefix_grouper", "actor_rollout_ref.actor.strategy=fsdp2")
+    validate_config(config, use_reference_policy=True, use_critic=False)
+    assert isinstance(omega_conf_to_dataclass(config.critic.fsdp), PrefixGrouperEngineConfig)
+    assert config.critic.strategy == "prefix_grouper"
+    assert config.actor_rollout_ref.actor.strategy == "fsdp2"
+
+
+def test_a_critic_of_another_engine_runs_without_sharing_and_says_so(caplog):
+    config = composed(*WAYS["model_engine"])
+    config.critic.strategy = "veomni"
+    assert not adopt_critic(config) and config.critic.strategy == "veomni"
+    assert "the critic runs without sharing: its strategy is 'veomni'" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

@@ -48,6 +48,7 @@ TWO_RANKS = [
     Case(v0=True, token_budget=48),
     Case(members=[8, 4, 4], dynamic=False, micro_batch_size=1),  # one rank has a whole group, the other one two halves
     Case(options={"verify": True}),
+    Case(critic=True, members=[8, 4, 4], dynamic=False, micro_batch_size=1),
 ]
 ONE_SEQUENCE = [
     Case(sequence_parallel=2, **changes)
@@ -58,6 +59,18 @@ ONE_SEQUENCE = [
         {"fused": True, "tied": True},
         {"v0": True, "token_budget": 24, "model": "llama"},
         {"sum_pi_squared": True, "engine": CHUNKED},
+        {"critic": True, "token_budget": 24},
+        {"flash": True, "options": {"verify": True}},
+    )
+]
+CRITICS = [
+    Case(critic=True, **changes)
+    for changes in (
+        {},
+        {"model": "llama", "checkpointing": True, "dynamic": False, "micro_batch_size": 3},
+        {"v0": True, "remove_padding": False, "token_budget": 48},
+        {"dynamic": False, "micro_batch_size": 1, "rows_per_group": 8, "groups": 2, "engine": BUCKETS},
+        {"actor": {"loss_agg_mode": "seq-mean-token-mean"}, "options": {"verify": True, "share": "prompt"}},
     )
 ]
 
@@ -68,15 +81,15 @@ def assert_equal(case: Case, result: dict) -> None:
     assert "error" not in result, f"{case}: {result['error']}"
     assert result["gradient"] < bound, (str(case), result)
     assert result["smallest_gradient"] > 1e-4, f"{case}: a gradient of zero would be equal to anything"
-    assert {"log_probs", "entropy"} <= result["scores"].keys()
+    assert {"values of rows"} if case.critic else {"log_probs", "entropy"} <= result["scores"].keys()
     assert max(result["scores"].values()) < bound, (str(case), result)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "processes"),
-    [(MODELS, 1), (MODES, 1), (TWO_RANKS, 2), (ONE_SEQUENCE, 2)],
-    ids=["models", "modes", "two ranks", "one sequence on two ranks"],
+    [(MODELS, 1), (MODES, 1), (CRITICS, 1), (TWO_RANKS, 2), (ONE_SEQUENCE, 2)],
+    ids=["models", "modes", "critics", "two ranks", "one sequence on two ranks"],
 )
 def test_gradients_and_scores_equal_those_of_verl(cases, processes, results):
     for case, result in zip(cases, results(cases, processes), strict=True):
@@ -84,20 +97,29 @@ def test_gradients_and_scores_equal_those_of_verl(cases, processes, results):
         assert result["fallbacks"] == {}, (str(case), result)
         assert result["metrics"]["prefix_grouper/fallbacks"] == 0
         assert result["metrics"]["prefix_grouper/token_ratio"] < 0.7
+        if case.options.get("verify"):
+            assert any("verified: the gradients of update 0" in line for line in result["said"]), case
         if processes == 1:
             assert result["metrics"]["prefix_grouper/rows_per_group"] == case.rows_per_group, str(case)
         if processes == 1 or case.members:
             # Every prompt once, whatever a micro-batch holds. An update adds a token where another rank forwards a prompt.
             forwarded, tokens = tokens_of_whole_groups(case)
+            if case.critic and not case.dynamic:
+                groups = case.members or [case.rows_per_group] * case.groups
+                forwarded += sum(-(-rows // case.micro_batch_size) - 1 for rows in groups)
             added = 3 if case.members else 0
             assert result["metrics"]["prefix_grouper/token_ratio"] == pytest.approx((forwarded + added) / tokens), case
             assert result["forwarded"]["tokens_forwarded"] == forwarded, str(case)  # of the log-probs, which come last
 
 
 def tokens_of_whole_groups(case: Case) -> tuple[int, int]:
-    """Tokens that an update forwards where each prompt is forwarded once, and those of its rows."""
+    """Tokens that an update forwards where each prompt is forwarded once, and those of its rows.
+
+    A critic has a value at the last token of a row, too, so its prompts are forwarded whole. Each further part of a group
+    forwards the last token of the prompt again.
+    """
     rows = make_rows(case)
-    prompts = {row["uid"]: len(row["prompt"]) - 1 for row in rows}
+    prompts = {row["uid"]: len(row["prompt"]) - 1 + case.critic for row in rows}
     responses = sum(len(row["response"]) for row in rows)
     return sum(prompts.values()) + responses, sum(len(row["prompt"]) for row in rows) + responses
 
@@ -116,6 +138,19 @@ def test_responses_that_fork_late_and_steps_that_go_on_share_the_tree(results):
     tree, planned, prompt = (result["metrics"]["prefix_grouper/token_ratio"] for result in found)
     assert tree < 0.75 * prompt
     assert tree <= planned < prompt, "micro-batches of 70 tokens hold what shares most"
+
+
+@pytest.mark.slow
+def test_a_critic_has_the_value_at_the_last_token_of_each_row_and_shares_trees(results):
+    """A loss of one's own may read it. Its rows stay where they are."""
+    ends = Case(critic=True, own_loss=True, dynamic=False, micro_batch_size=12)
+    tree = Case(critic=True, forks=True, options={"share": "tree"}, token_budget=90)
+    for case, result in zip([ends, tree], results([ends, tree], 1), strict=True):
+        assert_equal(case, result)
+        assert result["fallbacks"] == {}
+        assert result["metrics"]["prefix_grouper/token_ratio"] < 0.6
+        (line,) = [message for message in result["said"] if "prefix grouper is on" in message]
+        assert "the critic's micro-batches (critic." in line
 
 
 @pytest.mark.slow

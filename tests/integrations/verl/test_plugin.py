@@ -160,6 +160,17 @@ def test_layers_that_need_whole_rows_are_refused_under_ulysses_before_training()
         engine._build_fsdp_module(families.build("falcon"))
 
 
+def test_without_flash_attention_verls_own_path_under_ulysses_is_no_reference():
+    from prefix_grouper_plugins.integrations.verl.verification import why_no_reference
+    from prefix_grouper_plugins.modeling import Anatomy
+    from tests.modeling import families
+
+    model = families.build("qwen3")
+    assert "with attn_implementation=sdpa verl's own path under Ulysses" in str(why_no_reference(Anatomy(model)))
+    model.config._attn_implementation = "flash_attention_2"
+    assert why_no_reference(Anatomy(model)) is None
+
+
 # --------------------------------------------------------------------------------------------------------------- workers
 
 
