@@ -193,25 +193,26 @@ def test_every_verified_type(model_type):
 # ------------------------------------------------------------------------------------------- vision-language models
 
 
-def assert_text_is_shared(model_type: str, left: int) -> None:
+def assert_text_is_shared(model_type: str, left: int, tolerance: float) -> None:
     model = multimodal_families.build(model_type, vocab_size=120)
+    tiny.compute_norms_in_input_dtype(model)
     ids, mask = padded(left)
     ids = ids + 40 * mask  # behind placeholders and special tokens
     model.train()  # in which Gemma 3 asks for the kinds of tokens
     kinds = {"token_type_ids": torch.zeros_like(ids)} if model_type == "gemma3" else {}
-    assert_shared(model, ids, mask, **kinds)
+    assert_shared(model, ids, mask, tolerance=tolerance, **kinds)
 
 
 @pytest.mark.parametrize(("model_type", "left"), [("qwen2_5_vl", 4), ("qwen3_vl", 0), ("gemma3", 0), ("llava", 4)])
 def test_batches_of_text_are_shared_in_a_vision_language_model(model_type, left):
-    assert_text_is_shared(model_type, left)
+    assert_text_is_shared(model_type, left, 1e-6 if model_type == "gemma3" else 1e-11)  # whose norms are float32
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("left", [0, 4])
 @pytest.mark.parametrize("model_type", sorted(multimodal_families.FAMILIES))
 def test_batches_of_text_are_shared_in_each_vision_language_model(model_type, left):
-    assert_text_is_shared(model_type, left)
+    assert_text_is_shared(model_type, left, 1e-5)
 
 
 def test_batches_with_images_run_as_ever_and_say_so():
@@ -226,8 +227,7 @@ def test_batches_with_images_run_as_ever_and_say_so():
         kinds = torch.zeros_like(inputs["input_ids"])
         model(input_ids=inputs["input_ids"], token_type_ids=kinds, use_cache=False)
         assert sharing.meter.packed == 1
-        with pytest.raises(TypeError):  # LLaVA takes no kinds of tokens; what they say is what counts
-            model(input_ids=inputs["input_ids"], token_type_ids=kinds + 1, use_cache=False)
+        model(input_ids=inputs["input_ids"], token_type_ids=kinds + 1, use_cache=False)
         assert "`token_type_ids` marks tokens that are not text" in sharing.meter.fallbacks
 
 
