@@ -380,10 +380,10 @@ def _why_not_call(config: Any, inputs: dict[str, Any]) -> str | None:
         wanted = inputs.get(name)
         if wanted or (wanted is None and getattr(config, name, False)):
             return f"{name}=True asks for one entry for each token of each row"
-    if images := next((name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None), None):
-        return f"the batch has images (`{images}`)"
-    if name := next((name for name in _KINDS if inputs.get(name) is not None and bool(inputs[name].any())), None):
-        return f"`{name}` marks tokens that are not text"
+    if images := [name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None]:
+        return f"the batch has images (`{images[0]}`)"
+    if kinds := [name for name in _KINDS if inputs.get(name) is not None and bool(inputs[name].any())]:
+        return f"`{kinds[0]}` marks tokens that are not text"
     for name, value in inputs.items():
         # Models hand on arguments of their heads, too: `logits_to_keep=0` asks for nothing.
         given = value is not None and not (isinstance(value, int) and not value)

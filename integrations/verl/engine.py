@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 import verl.workers.engine.fsdp.transformer_impl as fsdp
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -217,12 +216,6 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
     def _min_level(self) -> int | None:
         """Tokens of the shortest level of responses that is shared; None where prompts are shared alone."""
         return self.gate.min_level(self.options.share, get_device_name())
-
-    @property
-    def _waits_for_towers(self) -> bool:
-        """Whether a vision tower runs on the ranks with images only, and others have to wait."""
-        has_others = dist.get_world_size(self.get_data_parallel_group()) > 1
-        return bool(self._placeholders) and not known_of(self._model_type).verls_forward and has_others
 
     def _why_not_with_images(self, module: nn.Module) -> list[str]:
         kind, reasons = self._model_type, []

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -21,6 +22,7 @@ from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dumm
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import SharingMeter
 from prefix_grouper_plugins.modeling import Anatomy, transformers_model
+from prefix_grouper_plugins.modeling.model_types import known_of
 from prefix_grouper_plugins.modeling.self_check import on_any_rank
 from prefix_grouper_plugins.modeling.self_check.gradients import (
     check_gradients,
@@ -65,7 +67,7 @@ class ComparesPaths:
     _verify_when: Schedule
     _updates: int
     _placeholders: Any
-    _waits_for_towers: bool
+    _model_type: str
     forward_step: Callable[..., Any]
     optimizer_zero_grad: Callable[[], None]
     get_data_parallel_group: Callable[[], Any]
@@ -74,6 +76,12 @@ class ComparesPaths:
     _last_too = False  # whether the model's output at the last token of a row is read
     _without_reference: str | None = None  # why verl's own path is none
     _leaks = _leaked = False
+
+    @property
+    def _waits_for_towers(self) -> bool:
+        """Whether a vision tower runs on the ranks with images only, and others have to wait."""
+        has_others = dist.get_world_size(self.get_data_parallel_group()) > 1
+        return bool(self._placeholders) and not known_of(self._model_type).verls_forward and has_others
 
     @contextmanager
     def _comparing(self, reason: str | None) -> Iterator[None]:
