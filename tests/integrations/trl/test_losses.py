@@ -6,7 +6,6 @@ Weights are compared with those of the stock trainer of the same loss, in float6
 from __future__ import annotations
 
 import functools
-import importlib.util
 import types
 from typing import Any
 
@@ -24,7 +23,14 @@ from prefix_grouper_plugins.integrations.trl import (
 )
 from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, why_rows_stay
 from tests import tiny
-from tests.integrations.trl.training import largest_difference, logged, make_trainer, train, use_float64_head
+from tests.integrations.trl.training import (
+    largest_difference,
+    logged,
+    make_trainer,
+    skip_before,
+    train,
+    use_float64_head,
+)
 
 SCATTERED = {
     "per_device_train_batch_size": 4,
@@ -130,8 +136,6 @@ def test_moving_their_rows_would_change_the_weights(monkeypatch, qwen, base):
 
 def test_a_part_of_trls_loss_that_a_subclass_replaces_keeps_rows_where_they_are(qwen):
     trainer = make_trainer(qwen, shared=True, trainer_class=shared(OwnPart), **SCATTERED)
-    if not hasattr(GRPOTrainer, "get_off_policy_mask"):
-        pytest.skip("this TRL has no such part")
     assert why_rows_stay(trainer).startswith("OwnPart.get_off_policy_mask is not TRL's own")
     assert trainer._window() == 1
 
@@ -151,8 +155,8 @@ def test_a_loss_that_is_declared_a_sum_over_rows_is_regrouped(monkeypatch, qwen)
     assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4, 4]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl.experimental.gmpo") is None, reason="this TRL has no GMPO")
 def test_gmpo_of_trl_stays_shared(monkeypatch, qwen):
+    skip_before("1.9.2", "has no GMPO")
     from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
     use_float64_head(monkeypatch)

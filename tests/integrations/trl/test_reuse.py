@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import pytest
 import torch
 import trl.trainer.utils as trl_utils
 from accelerate.utils import DistributedType
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import prefix_grouper_plugins.integrations.trl.reuse as reuse_module
 from prefix_grouper_plugins import enable_prefix_grouper
@@ -31,9 +30,11 @@ from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from tests import tiny
 from tests.integrations.trl.training import (
+    HAS_ROUTER_LOSS,
     largest_difference,
     logged,
     make_trainer,
+    skip_before,
     train,
     trained_weights,
     use_float64_head,
@@ -142,9 +143,6 @@ def test_rloo_reuses_prompts(monkeypatch, paths):
     assert logged(trainer, "prefix_grouper/rows_per_group") == [4] * 6
 
 
-HAS_ROUTER_LOSS = any(option.name == "router_aux_loss_coef" for option in fields(GRPOConfig))  # TRL >= 1.7
-
-
 def experts(model_type):
     """Settings for a mixture of experts in float64, whose router loss is off: with it rows keep their micro-batch."""
     init = {
@@ -171,8 +169,8 @@ def test_experts_and_sinks_reuse_prompts(monkeypatch, tmp_path, model_type):
     assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4]
 
 
-@pytest.mark.skipif(not HAS_ROUTER_LOSS, reason="this TRL has no router loss in GRPO")
 def test_a_router_loss_keeps_rows_in_their_micro_batch_and_says_so(monkeypatch, tmp_path):
+    skip_before("1.7", "has no router loss in GRPO")
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
     path = tiny.saved_model(tmp_path, "qwen3_moe", **sizes)
     use_float64_head(monkeypatch)

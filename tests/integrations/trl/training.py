@@ -22,6 +22,7 @@ from tests import tiny
 from tests.processes import run_in_fork
 
 TRL = Version(trl.__version__)
+HAS_ROUTER_LOSS = Version("1.7") <= TRL  # in GRPO and RLOO
 
 
 def skip_before(release: str, why: str) -> None:
