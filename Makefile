@@ -56,8 +56,9 @@ test-exhaustive: setup ## the full grid of settings against the stock trainer (h
 
 MATRIX := .venvs/matrix
 
+# Before 1.16 TRL reads tool calls with jmespath.
 $(MATRIX)/trl-%/ready: | $(VENV)/ready
-	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(@D) trl==$*
+	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(@D) trl==$* jmespath
 	@touch $@
 
 # A release that fails does not keep the others from running; the last lines say how each of them went. The path is a full
