@@ -123,6 +123,26 @@ def prompts_to_share(
     return [prompt for prompt in own if prompt is not None and (prompt in opened or prompt in later)]
 
 
+def forwarded_tokens(micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int) -> tuple[int, int]:
+    """Tokens that the forwards of :func:`plan_forwards` process, and those that one forward of all rows would.
+
+    They differ where completions have something in common: only prompts stay open from one forward to the next.
+    """
+    apart = together = 0
+    prompts: set[Hashable] = set()
+    levels: set[Hashable] = set()
+    for forward in plan_forwards(micro_batches, budget, group):
+        own: set[Hashable] = set()
+        for row in (row for number in forward.micro_batches for row in micro_batches[number] if row.prompt is not None):
+            added = row.completion_tokens + (0 if row.prompt in prompts else row.prompt_tokens)
+            apart += added - sum(tokens for name, tokens in row.levels if name in own)
+            together += added - sum(tokens for name, tokens in row.levels if name in levels)
+            prompts.add(row.prompt)
+            own.update(name for name, _ in row.levels)
+            levels.update(own)
+    return apart, together
+
+
 def plan_forwards(micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int) -> Iterator[Forward]:
     """The forwards of micro-batches that lie in one optimizer step. Arguments of :func:`next_forward`."""
     opened: dict[Hashable, int] = {}

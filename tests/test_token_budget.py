@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from prefix_grouper_plugins.token_budget import Forward, RowTokens, next_forward, num_that_fit, plan_forwards
+from prefix_grouper_plugins.token_budget import (
+    Forward,
+    RowTokens,
+    forwarded_tokens,
+    next_forward,
+    num_that_fit,
+    plan_forwards,
+)
 
 
 def batches(*groups):
@@ -38,6 +45,14 @@ def test_what_completions_have_in_common_counts_once():
     totals = [sum(counted[: n + 1]) for n in range(4)]
     assert [num_that_fit(rows, total) for total in totals] == [1, 2, 3, 4]
     assert [num_that_fit(rows, total - 1) for total in totals] == [1, 1, 2, 3]
+
+
+def test_what_completions_have_in_common_is_repeated_by_each_forward():
+    turn = (("turn", 5),)
+    rows = [[RowTokens("a", 9, 12, turn)] for _ in range(4)]
+    assert forwarded_tokens(rows, 99, 4) == (9 + 4 * 12 - 3 * 5, 9 + 4 * 12 - 3 * 5), "one forward"
+    assert forwarded_tokens(rows, 9 + 12 + 7, 4) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), "two of two rows"
+    assert forwarded_tokens(rows, 9 + 12, 4) == (9 + 4 * 12, 9 + 4 * 12 - 3 * 5)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan

@@ -36,7 +36,7 @@ from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
 from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
-from prefix_grouper_plugins.token_budget import RowTokens, next_forward, prompts_to_share
+from prefix_grouper_plugins.token_budget import RowTokens, forwarded_tokens, next_forward, prompts_to_share
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
@@ -96,6 +96,7 @@ class PromptReuse:
         # What holds for an optimizer step is asked once in it: whether micro-batches share forwards, and open prompts.
         self._shares: bool | None = None
         self._stays_open: bool | None = None
+        self._said_what_is_repeated = False
 
     def why_not(self, model: Any, *, update: bool = True) -> str | None:
         """Why prompts do not stay open for later micro-batches; None if they do.
@@ -165,6 +166,27 @@ class PromptReuse:
         self._on_host = list(zip(*(block.split(sizes) for block in on_host), strict=True))
         rows = iter(with_levels(tokens_of_rows(on_host), on_host, self._trainer.min_level))
         self._tokens = [[next(rows) for _ in range(size)] for size in sizes]
+        self._say_what_is_repeated()
+
+    def _say_what_is_repeated(self) -> None:
+        """Once, with the first batch in which it is so: levels behind the prompt do not stay open."""
+        levels = any(row.levels for rows in self._tokens for row in rows)
+        if self._said_what_is_repeated or not levels or self.why_not(self._trainer.model) is not None:
+            return
+        window, apart, together = self.window(), 0, 0
+        for start in range(0, len(self._tokens), window):
+            coming = self._tokens[start : start + window]
+            padded = sum(self._micro_batches[start][name].numel() for name in ("prompt_ids", "completion_ids"))
+            counted = forwarded_tokens(coming, padded, self._trainer.num_generations)
+            apart, together = apart + counted[0], together + counted[1]
+        if apart == together:
+            return
+        self._said_what_is_repeated = True
+        total = sum(int(mask.sum()) for blocks in self._on_host for mask in (blocks[1], blocks[3]))
+        self._trainer.gate.warn(
+            "micro-batches reuse prompts, and what completions begin alike with is shared in each forward alone: of the tokens "
+            f"of this batch {apart / total:.1%} are forwarded, {together / total:.1%} with whole groups in a micro-batch"
+        )
 
     def leave(self) -> None:
         """The backward of a micro-batch has run.

@@ -24,6 +24,7 @@ from verl.utils.device import get_device_name
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
 from prefix_grouper_plugins.integrations.verl.config import SETTINGS, SHARDINGS, PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.distillation import topk_outputs, uses_topk, why_not_topk
 from prefix_grouper_plugins.integrations.verl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
 from prefix_grouper_plugins.integrations.verl.planning import (
@@ -32,6 +33,7 @@ from prefix_grouper_plugins.integrations.verl.planning import (
     plan_on_all_ranks,
     rows_together,
     why_groups_are_cut,
+    why_levels_are_repeated,
 )
 from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, autocast, why_not_reuse, why_not_reuse_rows
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures, show_what_is_decided
@@ -188,6 +190,8 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         limits = [*self.gate.reports[0].notes, stay]
         if cut is not None and reason is not None:
             limits.append(cut if stay else _not_reused(cut, reason))
+        elif cut is not None:
+            limits.append(why_levels_are_repeated(sizes, limit))
         reuses = " and reuse one forward of it" if cut and not reason else ""
         self.gate.announce(
             f"the {self._role}'s micro-batches ({limit}) hold up to {together} of the "
@@ -366,6 +370,8 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
     ) -> str | None:
         """Why parts of a group do not reuse its prompt."""
+        if uses_topk(data):
+            return "top-k distillation reads logits"
         return why_not_reuse(self, loss_function, gradients=not forward_only) or why_not_reuse_rows(data)
 
     def _reuse_by(self, plan: Plan) -> PromptReuse | None:
@@ -379,8 +385,8 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         """Why rows of ``data`` go the ordinary way, None where they are shared."""
         if self.gate.reason is not None:
             return self.gate.reason
-        if tu.get_non_tensor_data(data, "distillation_use_topk", False):
-            return "top-k distillation reads logits at every row's own positions"
+        if (reason := why_not_topk(data, ulysses=self.use_ulysses_sp)) is not None:
+            return reason
         if isinstance(data["temperature"], Tensor):
             return "each row has a temperature of its own"
         if "prompts" not in data:
@@ -462,4 +468,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         values = {name: nested.values() for name, nested in outputs.items()}
         if self._reuse is not None:
             values = self._reuse.outputs(packed, values)
-        return {name: packed.unpack(name, of_tokens) for name, of_tokens in values.items()}
+        found = {name: packed.unpack(name, of_tokens) for name, of_tokens in values.items()}
+        if uses_topk(micro_batch):
+            found |= topk_outputs(output.logits, packed, micro_batch, logits_processor_func)
+        return found

@@ -46,6 +46,7 @@ _SETTINGS = (
     "temperature",
     "calculate_entropy",
     "calculate_sum_pi_squared",
+    "distillation_only",
 )
 
 

@@ -100,6 +100,7 @@ class ComparesPaths:
         would use. A rank whose rows take the ordinary path runs that twice, as a sharded model needs all ranks.
         """
         micro_batch = self._one_micro_batch(data)
+        tu.assign_non_tensor(micro_batch, distillation_use_topk=False, distillation_only=False)  # by log-probs
         reason, _ = self._packed(micro_batch)
 
         def score(reason: str | None) -> Tensor:

@@ -128,13 +128,18 @@ def test_conversations_that_fork_late_give_the_stock_weights(path, stock, share)
     ],
     ids=["cispo", "gspo-lora", "reuse", "bnpo"],
 )
-def test_trees_go_with_losses_adapters_and_reuse(path, stock, changes):
+def test_trees_go_with_losses_adapters_and_reuse(path, stock, changes, caplog):
     expected, _ = stock(**changes)
     weights, trainer = train(path, shared=True, prefix_grouper_share="tree", **{**SETTINGS, **changes})
     assert largest_difference(expected, weights) <= 1e-12
     assert not trainer.sharing.fallbacks
     assert trainer.sharing.total.token_ratio < 0.6
     assert_all_shared_tokens_are_counted(trainer)
+    said = [
+        r.message for r in caplog.records if "what completions begin alike with is shared in each forward" in r.message
+    ]
+    assert len(said) == ("steps_per_generation" in changes), "where a group is several forwards"
+    assert all(f"batch {trainer.sharing.update.token_ratio:.1%} are forwarded" in line for line in said)
 
 
 @pytest.mark.parametrize("branching", [2, 4])

@@ -67,6 +67,7 @@ class Case:
     forks: bool = False  # responses of a group fork late, and one row goes on where another ended, as in agent loops
     log_prob_rows: int = 0  # of a micro-batch in a log-prob pass, which another update follows
     critic: bool = False
+    distillation: str = ""  # by the teacher's top-k tokens: "alone", or "and rewards"
     flash: bool = False  # attention; critics have no other in verl
     own_loss: bool = False  # of a critic: it reads the value at the last token of each row, which verl's own does not
 
@@ -318,6 +319,14 @@ def make_batch(case: Case, rows: list[dict[str, Any]], global_rows: int) -> Any:
         settings = {}
     if case.v0:
         tensors |= padded_as_in_v0(rows)
+    if case.distillation:
+        generator = torch.Generator().manual_seed(3)
+        lengths = [len(row["positions"]) for row in rows]
+        teacher = [torch.randn(n, 256, generator=generator).log_softmax(-1).topk(8) for n in lengths]
+        tensors["teacher_logprobs"], tensors["teacher_ids"] = (
+            torch.nested.as_nested_tensor(list(of_rows), layout=torch.jagged) for of_rows in zip(*teacher, strict=True)
+        )
+        settings |= {"distillation_use_topk": True, "distillation_only": case.distillation == "alone"}
     if case.images:
         tensors["multi_modal_inputs"] = [row["inputs"] for row in rows]
     batch = tu.get_tensordict(
@@ -389,6 +398,16 @@ def loss_function(case: Case) -> Any:
         policy_loss=PolicyLossConfig(loss_mode=case.loss_mode, **case.policy_loss),
         **{"entropy_coeff": 0.01, "use_kl_loss": True, "kl_loss_coef": 0.1, **case.actor},
     )
+    if case.distillation:
+        from verl.trainer.distillation.losses import distillation_ppo_loss
+        from verl.workers.config import DistillationConfig, DistillationLossConfig
+
+        rewards = case.distillation != "alone"
+        loss = DistillationLossConfig(
+            loss_mode="forward_kl_topk", topk=8, use_policy_gradient=False, use_task_rewards=rewards
+        )
+        distillation = DistillationConfig(enabled=False, distillation_loss=loss)
+        return partial(distillation_ppo_loss, config=config, distillation_config=distillation)
     return partial(ppo_loss, config=config)
 
 
@@ -425,8 +444,10 @@ def scores(engine: Any, batch: Any) -> dict[str, Any]:
     """Log-probs, entropies and so on of the response tokens, ``[rows, longest response]``, and log-probs of whole rows."""
     from torch import Tensor
     from torch.nn.utils.rnn import pad_sequence
+    from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import no_padding_2_padding
 
+    tu.assign_non_tensor(batch, distillation_use_topk=False, distillation_only=False)  # which only updates have
     with engine.eval_mode():
         output = engine.forward_backward_batch(batch, None, forward_only=True)
     found = {name: no_padding_2_padding(values, batch) for name, values in output["model_output"].items()}

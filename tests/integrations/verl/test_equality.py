@@ -40,6 +40,10 @@ MODES = [
     Case(options={"verify": True}, dynamic=False, micro_batch_size=4),
     Case(loss_mode="gspo"),
 ]
+DISTILLATIONS = [
+    Case(distillation="and rewards", dynamic=False, micro_batch_size=4),
+    Case(distillation="alone", temperature=1.0, v0=True, remove_padding=False),
+]
 TWO_RANKS = [
     Case(),
     Case(lora=True, checkpointing=True),
@@ -138,6 +142,15 @@ def test_responses_that_fork_late_and_steps_that_go_on_share_the_tree(results):
     tree, planned, prompt = (result["metrics"]["prefix_grouper/token_ratio"] for result in found)
     assert tree < 0.75 * prompt
     assert tree <= planned < prompt, "micro-batches of 70 tokens hold what shares most"
+
+
+@pytest.mark.slow
+def test_top_k_distillation_shares_and_reads_each_rows_own_logits(results):
+    for case, result in zip(DISTILLATIONS, results(DISTILLATIONS, 1), strict=True):
+        assert_equal(case, result)
+        assert result["fallbacks"] == {}
+        forwarded, tokens = tokens_of_whole_groups(case)
+        assert result["metrics"]["prefix_grouper/token_ratio"] == pytest.approx(forwarded / tokens)
 
 
 @pytest.mark.slow
