@@ -12,12 +12,12 @@ One optimizer step of a policy-gradient loss on a small Qwen2 model, in micro-ba
 Two cases have nothing to gain: a group of one row, and a short prompt. ``bound`` is the ratio of the FLOPs of stock and reused
 (prefix_grouper_plugins/cost.py): attention between completions and prompt, and the head, cost what they cost in stock.
 Seconds are of the process, in turns; peak memory is that of a fresh process for each way, above the model and its gradients.
+Stock and packed take no more memory for a larger group, only longer, so they are left out where it is large.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import RESULTS, in_a_fresh_process, number, peak_mib, use, write_csv
+from harness import RESULTS, in_a_fork, number, peak_mib, use, write_csv
 from models import build
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ LENGTHS = ((1024, 64), (512, 512))  # prompt and response
 ROWS = (1, 2, 4, 8)  # of a micro-batch, with a group of 8
 GROUPS = (1, 2, 4, 8, 16, 32, 64)  # with micro-batches of 1 row
 SHORT = (16, 512, 8, 8)  # prompt, response, group and rows where next to nothing is shared
-MOST_STOCK_ROWS = 16  # stock takes no more memory for a larger group, only longer
+MOST_ROWS_APART = 16  # of a group that is timed in the other ways, too
 
 
 def group_of(prompt: int, response: int, group: int) -> tuple[Tensor, Tensor]:
@@ -119,15 +119,24 @@ def step_of(way: str, prompt: int, response: int, group: int, rows: int) -> Step
     return step
 
 
+def ways_of(group: int) -> list[str]:
+    return [way for way in WAYS if way == "reused" or group <= MOST_ROWS_APART]
+
+
 def memory(way: str, sizes: Sequence[int]) -> float:
     """MiB at the peak of a step, in a fresh process."""
-    return float(in_a_fresh_process(["prompt_reuse.py", "--memory-of", way, *map(str, sizes)]))
+
+    def measure() -> float:
+        step = step_of(way, *sizes)
+        return peak_mib(lambda: step, "cpu")
+
+    return in_a_fork(measure)
 
 
-def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[dict[str, Any]]:
-    """A row of the table for each way."""
+def measure(sizes: tuple[int, int, int, int], repeats: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """A row of the table for each way, whose peak memory is known."""
     prompt, response, group, rows = sizes
-    ways = [way for way in WAYS if way != "stock" or group <= MOST_STOCK_ROWS]
+    ways = ways_of(group)
     timings = take_turns({way: step_of(way, *sizes) for way in ways}, repeats=repeats)
     tokens = {
         "stock": group * (prompt + response),
@@ -138,14 +147,13 @@ def measure(sizes: tuple[int, int, int, int], repeats: int) -> list[dict[str, An
     bound = compare(SHAPE, layout, scored=group * response, element_size=4).speedup
     found = []
     for way in ways:
-        peak = memory(way, sizes)
         row = {
             "prompt": prompt, "response": response, "group": group, "rows": rows, "way": way,
             "tokens": tokens[way], "token_ratio": number(tokens[way] / tokens["stock"], 3),
             "seconds": number(median(t.cpu for t in timings[way])),
             "times_as_fast": number(times_as_fast(timings[way], timings["stock"]), 3) if "stock" in ways else "",
             "bound": number(bound, 3) if way == "reused" else "",
-            "peak_mib": number(peak),
+            "peak_mib": number(peaks[way]),
         }  # fmt: skip
         print(row, flush=True)
         found.append(row)
@@ -162,19 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of a micro-batch, with a group of 8")
     parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="with micro-batches of 1 row")
     parser.add_argument("--output", type=Path, default=RESULTS / "prompt-reuse-cpu.csv")
-    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     use("cpu")
-    if args.memory_of:
-        way, *sizes = args.memory_of
-        step = step_of(way, *map(int, sizes))
-        print(json.dumps(peak_mib(lambda: step, "cpu")))
-        return
     cases = [(*lengths, 8, rows) for lengths in LENGTHS for rows in args.rows] + [SHORT]
     cases += [(*LENGTHS[0], group, 1) for group in args.groups if (*LENGTHS[0], group, 1) not in cases]
+    peaks = {case: {way: memory(way, case) for way in ways_of(case[2])} for case in cases}  # before any step runs here
     rows: list[dict[str, Any]] = []
     for case in cases:
-        rows += measure(case, args.repeats)
+        rows += measure(case, args.repeats, peaks[case])
         write_csv(args.output, rows, "cpu", "seconds of the process, median of the turns; times_as_fast: against stock")
 
 
