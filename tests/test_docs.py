@@ -32,13 +32,16 @@ import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
-from prefix_grouper_plugins import __version__, metrics
+from prefix_grouper_plugins import PrefixLayout, __version__, metrics
+from prefix_grouper_plugins.cost import SHAPES
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
 from prefix_grouper_plugins.integrations.trl.launch import split_arguments
 from prefix_grouper_plugins.integrations.trl.regroup import regroup
 from prefix_grouper_plugins.modeling.model_types import MODEL_TYPES, VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from prefix_grouper_plugins.modeling.self_check.tolerances import TOLERANCES
+from prefix_grouper_plugins.plan.estimate import Training
+from prefix_grouper_plugins.plan.schedule import Prompts, TRLSizes, trl_schedule
 from prefix_grouper_plugins.settings import TRL_OPTIONS
 from tests import tiny
 
@@ -446,6 +449,23 @@ def test_the_table_of_batch_sizes_is_what_regrouping_gives() -> None:
         windows = (1, math.gcd(accumulation, slices), slices)
         simulated = [mean_rows_per_group(rows, slices, group, window) for window in windows]
         assert simulated == pytest.approx([float(x) for x in row[4:]], abs=0.1), row
+
+
+def test_the_table_of_groups_larger_than_a_micro_batch_is_what_the_planner_gives() -> None:
+    text = (ROOT / "docs/geometry.md").read_text()
+    table = re.findall(r"^\| (\d+), (\d+) \| (.*) \|$", text, re.M)
+    assert len(table) == 8
+    shape = SHAPES["qwen2.5-7b"]
+    training = Training(shape, shape.num_weights)
+    for prompt, response, cells in ((int(prompt), int(response), cells) for prompt, response, cells in table):
+        rows = int(cells.split(" | ")[0])
+        prompts = Prompts([torch.arange(prompt)], beginnings_share=True)
+        schedule = trl_schedule(prompts, [response] * 8, TRLSizes(8, rows, 8 // rows, 8 // rows))
+        alone = PrefixLayout.from_groups([prompt], [[response] * rows]).num_tokens / (rows * (prompt + response))
+        flops = training.update_flops(schedule.stock) / training.update_flops(schedule.shared)
+        stock, shared = (max(x.tokens + x.open_tokens for x in loads) for loads in (schedule.stock, schedule.shared))
+        found = rows, len(schedule.stock), len(schedule.shared), f"{alone:.2f}", f"{schedule.token_ratio:.2f}"
+        assert cells == " | ".join(map(str, (*found, f"{flops:.2f}", stock, shared)))
 
 
 def test_the_picture_of_the_layout_is_drawn_by_its_script() -> None:
