@@ -69,16 +69,19 @@ def save(figure: Any, name: str) -> None:
 def draw_attention(rows: list[Row], device: str) -> None:
     """For each case how many times as fast as rows each method is, with the bound as a line."""
     cases = list(dict.fromkeys((row["prompt"], row["response"], row["group"]) for row in rows))
-    figure, axes = new_figure(len(cases))
-    for ax, case in zip(axes[0], cases, strict=True):
+    columns = min(len(cases), 3)
+    figure, axes = new_figure(columns, -(-len(cases) // columns), height=2.6)
+    for ax in axes.flat[len(cases) :]:
+        ax.axis("off")
+    for place, (ax, case) in enumerate(zip(axes.flat, cases, strict=False)):
         bars = [r for r in rows if (r["prompt"], r["response"], r["group"]) == case]
-        for place, row in enumerate(bars):
+        for line, row in enumerate(bars):
             value = float(row["times_as_fast_as_rows"])
-            ax.barh(-place, value, color=colour(row["method"]), height=0.65)
-            ax.text(0 if math.isnan(value) else value, -place, f" {ratio_of(row)}", va="center", fontsize=9)
+            ax.barh(-line, value, color=colour(row["method"]), height=0.65)
+            ax.text(0 if math.isnan(value) else value, -line, f" {ratio_of(row)}", va="center", fontsize=9)
         ax.axvline(float(bars[0]["pair_ratio"]), color="#c00000", linewidth=1, linestyle="--")
         ax.set_yticks(
-            [-i for i in range(len(bars))], [NAMES[row["method"]] for row in bars] if ax is axes[0][0] else []
+            [-i for i in range(len(bars))], [NAMES[row["method"]] for row in bars] if place % columns == 0 else []
         )
         ax.set(title=f"{case[0]} + {case[2]} x {case[1]}", xlabel="times as fast as rows")
         ax.margins(x=0.18)

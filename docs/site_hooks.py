@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(\]\()([^)#\s:]+)([^)\s]*\))")
+ROLE = re.compile(r":(?:attr|class|func|meth|mod):\s*<code>~?(?:[\w.]*\.)?(\w+)</code>")
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
@@ -45,6 +46,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{match[1]}{place}{match[3]}"
 
     return LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """In docstrings ``:meth:`given``` becomes the name as code, and types lose the backticks that they are written in."""
+    html = ROLE.sub(r"<code>\1</code>", html)
+    return re.sub(r"<code>`(.*?)`</code>", r"<code>\1</code>", html)
 
 
 def _target(source: Path, link: str) -> Path:

@@ -10,6 +10,12 @@ from typing import Any
 from prefix_grouper_plugins.usage import UsageError
 
 BAR_WIDTH = 30
+# What the micro-batches of a plan take for granted, by trainer. Elsewhere parts of a group forward its prompt again.
+ASSUMED = {
+    "trl": "one process or several with DDP (not FSDP or DeepSpeed), text, and a loss that is a sum over rows (not bnpo, "
+    "no entropy terms, no router loss)",
+    "verl": "FSDP2 (not FSDP1) without Ulysses, text, and one of verl's PPO losses",
+}
 GIB = 2**30
 
 
@@ -38,6 +44,10 @@ def print_report(found: dict[str, Any]) -> None:
     if "largest_group" in found:
         _print_largest_group(found)
     _print_settings(found)
+    print(
+        f"\nAssumed: {ASSUMED[found['trainer']]}. Otherwise micro-batches that are smaller than a group\n"
+        "do not reuse its prompt: more is forwarded, unless a micro-batch holds whole groups."
+    )
     print(
         "\nEstimates from FLOPs and from what autograd keeps; nothing was run. Stock: padded rows in TRL, rows end to end "
         "in verl. How far such\nestimates are from measurements: docs/benchmarks.md. prefix-grouper bench measures on this machine."

@@ -92,6 +92,8 @@ def test_the_advised_settings_give_what_they_promise(capsys: Any, folder: Path) 
 
 def test_verl_is_planned_by_its_own_names(capsys: Any, folder: Path) -> None:
     options = ["--responses", "10", "--trainer", "verl", "--group", "4", "--mini-batch", "8"]
+    assert cli.main(["plan", str(folder / "prompts.jsonl"), *options, "--batch-size", "2"]) == 0
+    assert "Assumed: FSDP2 (not FSDP1) without Ulysses" in capsys.readouterr().out
     by_rows = plan(capsys, folder, *options, "--batch-size", "2")
     by_tokens = plan(capsys, folder, *options, "--max-token-len", "400")
     assert by_tokens["token_ratio"] == by_rows["token_ratio"] < 1  # parts of a group reuse its prompt
@@ -117,6 +119,7 @@ def test_what_is_printed_and_drawn(capsys: Any, folder: Path, monkeypatch: pytes
     assert "12 prompts (the first 12; --limit 0 reads all), tokens estimated as words between spaces" in printed
     assert "█" in printed and "Token ratio 0." in printed and "The largest group in one micro-batch" in printed
     assert "per_device_train_batch_size=8" in printed and "actor.ppo_max_token_len_per_gpu=256" in printed
+    assert "Assumed: one process or several with DDP (not FSDP or DeepSpeed)" in printed
     assert with_rich or picture.read_bytes()[1:4] == b"PNG"
 
 
