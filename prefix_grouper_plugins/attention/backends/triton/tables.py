@@ -3,7 +3,8 @@
 Visible(q, k) iff ``k <= q < subtree_end[k]``, so what a block sees is a few contiguous *spans*: the segments above it,
 of which all of its queries see all keys (*full*: no mask needed), and its own diagonal (*masked*). Spans are in tokens,
 so one table serves kernels of every tile size. They follow from the segments by interval arithmetic on the host, in
-``O(T / TABLE_BLOCK * depth + S)`` without a window; with one, the key side adds the segments below each block.
+``O(T / TABLE_BLOCK * depth + S)`` without a window; with one, the key side adds the segments below each block. All blocks
+are computed together, a level of the tree at a time: loops over blocks took longer than the kernels of a short call.
 
 dK and dV of a short prefix with many responses are sums over thousands of queries for a handful of key blocks. So the
 queries of a key block are shared out over several *items*, which write partial sums into *slots* in float32; a second
@@ -48,6 +49,17 @@ class Blocks(NamedTuple):
     spans: np.ndarray
 
 
+class _Edges(NamedTuple):
+    """For each block of tokens, ``int64 [N]``: first token and end, least and greatest depth, least and greatest subtree end."""
+
+    first: np.ndarray
+    end: np.ndarray
+    shallowest: np.ndarray
+    deepest: np.ndarray
+    nearest_end: np.ndarray
+    last: np.ndarray
+
+
 class Tables(NamedTuple):
     """What the kernels read, ``int32`` on the device.
 
@@ -90,137 +102,150 @@ def tables(forest: Forest, window: int | None, kv_heads: int, device: torch.devi
 
 def query_blocks(forest: Forest, window: int | None) -> Blocks:
     """For each block of queries the spans of keys that any of them sees."""
-    blocks: list[tuple[np.ndarray, np.ndarray]] = []
-    for q0, q1, shallowest, deepest, _, _ in _edges(forest, forest.num_given):
-        pieces: list[tuple[int, int, bool]] = [(q0, q1, False)]
-        segment = int(np.searchsorted(forest.start, q0, side="right")) - 1
-        while segment >= 0:  # up the tree: everything before q0 that a query of this block sees is on this path
-            start, last = int(forest.start[segment]), int(forest.subtree_end[segment])
-            end = min(int(forest.end[segment]), q0)
-            seen = inside = start
-            if window is not None:
-                offset = int(forest.depth[segment]) - start  # depth of a key = its packed position + offset
-                seen = min(max(start, shallowest - window + 1 - offset), end)
-                inside = min(max(start, deepest - window + 1 - offset), end)
-            if last < q1:  # the subtree ends within the block
-                inside = end
-            pieces += [(inside, end, True), (seen, inside, False)]
-            segment = int(forest.parent[segment])
-        blocks.append(_joined(np.array(pieces[::-1], dtype=np.int64)))
-    return _packed([(block, full, masked, -1) for block, (full, masked) in enumerate(blocks)])
+    edges = _edges(forest, forest.num_given)
+    block = np.arange(len(edges.first))
+    pieces = [_pieces(block, edges.first, edges.end, False)]
+    segment = np.searchsorted(forest.start, edges.first, side="right") - 1
+    while len(block):  # up the tree: everything before a block that its queries see is on this path
+        start = forest.start[segment]
+        end = np.minimum(forest.end[segment], edges.first[block])
+        seen = inside = start
+        if window is not None:
+            offset = forest.depth[segment] - start  # depth of a key = its packed position + offset
+            seen = np.clip(edges.shallowest[block] - window + 1 - offset, start, end)
+            inside = np.clip(edges.deepest[block] - window + 1 - offset, start, end)
+        inside = np.where(forest.subtree_end[segment] < edges.end[block], end, inside)  # it ends within the block
+        pieces += [_pieces(block, inside, end, True), _pieces(block, seen, inside, False)]
+        above = forest.parent[segment]
+        block, segment = block[above >= 0], above[above >= 0]
+    spans = _joined(np.concatenate(pieces))
+    blocks = np.arange(len(edges.first))
+    return _packed(blocks, np.full_like(blocks, -1), spans)
 
 
 def key_items(forest: Forest, window: int | None, kv_heads: int) -> tuple[Blocks, np.ndarray]:
     """For each block of keys the spans of queries that see any of them, shared out over items; and ``split_rows``."""
-    blocks = [_joined(_from_first_query(forest, _queries_of(forest, window, edges))) for edges in _edges(forest, 0)]
-    work = np.array([sum(_length(spans) for spans in block) for block in blocks])
+    edges = _edges(forest, 0)
+    pieces = _queries_of(forest, window, edges)
+    pieces[:, 1:3] = np.maximum(pieces[:, 1:3] - forest.num_given, 0)  # counted from the first query; some become empty
+    spans = _joined(pieces)
+    work = _work(spans, len(edges.first))
     longest = max(SHORTEST_ITEM, int(work.sum()) * kv_heads // PROGRAMS)
-    items: list[tuple[int, np.ndarray, np.ndarray, int]] = []
-    split_rows: list[tuple[int, int, int]] = []
-    slots = 0
-    for block, (full, masked) in enumerate(blocks):
-        count = -(-int(work[block]) // longest)
-        if count <= 1:
-            items.append((block, full, masked, -1))
-            continue
-        shares = _shares(full, masked, -(-int(work[block]) // count))
-        items += [(block, *share, slots + i) for i, share in enumerate(shares)]
-        split_rows.append((block, slots, len(shares)))
-        slots += len(shares)
-    return _packed(items), np.array(split_rows, dtype=np.int64).reshape(-1, 3)
+    count = -(-work // longest)
+    split = np.flatnonzero(count > 1)  # blocks that are shared out
+    items = np.ones_like(count)  # of each block
+    shares = []
+    for block in split.tolist():
+        shares.append(_shares(spans[spans[:, 0] == block], -(-int(work[block]) // int(count[block]))))
+        items[block] = shares[-1][-1, 0] + 1
+    first_item = np.cumsum(items) - items
+    block_of = np.repeat(np.arange(len(items)), items)
+    in_slots = (count > 1)[block_of]
+    slots = np.where(in_slots, np.cumsum(in_slots) - 1, -1)
+    # From blocks to items, by the first column.
+    whole = spans[(count <= 1)[spans[:, 0]]]
+    whole[:, 0] = first_item[whole[:, 0]]
+    for first, share in zip(first_item[split], shares, strict=True):
+        share[:, 0] += first
+    split_rows = np.stack([split, slots[first_item[split]], items[split]], axis=1)
+    return _packed(block_of, slots, np.concatenate([whole, *shares])), split_rows
 
 
-def _edges(forest: Forest, first: int) -> list[tuple[int, int, int, int, int, int]]:
-    """For each block from token ``first`` on: first token, end, least and greatest depth, least and greatest subtree end of its tokens."""
+def _edges(forest: Forest, first: int) -> _Edges:
+    """Of the blocks from token ``first`` on."""
     starts = np.arange(first, forest.num_tokens, TABLE_BLOCK)
     columns = [starts, np.minimum(starts + TABLE_BLOCK, forest.num_tokens)]
     for values in (forest.token_depth, forest.token_subtree_end):
         columns += [np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)]
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+    return _Edges(*columns)
 
 
-def _queries_of(forest: Forest, window: int | None, edges: tuple[int, int, int, int, int, int]) -> np.ndarray:
-    """Pieces ``[N, 3]`` (first query, end, full) for one block of keys: diagonal, then what lies below it."""
-    k0, k1, shallowest, deepest, nearest_end, last = edges
+def _pieces(block: np.ndarray, first: np.ndarray, end: np.ndarray, full: bool) -> np.ndarray:
+    """``[N, 4]``: block, first token, end, and whether no mask is needed; some may be empty."""
+    return np.stack([block, first, end, np.full_like(first, full)], axis=1)
+
+
+def _queries_of(forest: Forest, window: int | None, edges: _Edges) -> np.ndarray:
+    """`_pieces` of queries for each block of keys: its diagonal, then what lies below it."""
+    block = np.arange(len(edges.first))
     if window is None:
-        inside = max(nearest_end, k1)
-        return np.array([(k0, k1, False), (k1, inside, True), (inside, last, False)])
-    segments = slice(
-        int(np.searchsorted(forest.start, k0, side="right")) - 1, int(np.searchsorted(forest.start, last, side="left"))
-    )
-    start, end, depth = forest.start[segments], forest.end[segments], forest.depth[segments]
+        inside = np.maximum(edges.nearest_end, edges.end)
+        diagonal, below = _pieces(block, edges.first, edges.end, False), _pieces(block, edges.end, inside, True)
+        return np.concatenate([diagonal, below, _pieces(block, inside, edges.last, False)])
+    begin = np.searchsorted(forest.start, edges.first, side="right") - 1
+    count = np.searchsorted(forest.start, edges.last, side="left") - begin
+    block = np.repeat(block, count)  # from here on for each block and each segment at or below it
+    segment = np.arange(len(block)) - (np.cumsum(count) - count - begin)[block]
+    k0, k1, shallowest, deepest, nearest_end, last = (column[block] for column in edges)
+    start, end, depth = forest.start[segment], forest.end[segment], forest.depth[segment]
     first = np.maximum(start, k0)
     behind = np.maximum(first, k1)
     # Depth of a query = its packed position - start + depth of its segment; it sees a key less than `window` above it.
     seen = np.minimum(np.minimum(end, last), start - depth + deepest + window)
     inside = np.maximum(np.minimum(np.minimum(end, nearest_end), start - depth + shallowest + window), behind)
-    no, yes = np.zeros_like(start), np.ones_like(start)
-    pieces = [(first, np.minimum(behind, seen), no), (behind, inside, yes), (inside, seen, no)]
-    return np.stack([np.stack(piece, axis=1) for piece in pieces], axis=1).reshape(-1, 3)
+    diagonal, below = _pieces(block, first, np.minimum(behind, seen), False), _pieces(block, behind, inside, True)
+    return np.concatenate([diagonal, below, _pieces(block, inside, seen, False)])
 
 
-def _from_first_query(forest: Forest, pieces: np.ndarray) -> np.ndarray:
-    """``pieces`` of packed positions counted from the first query, less given tokens; some become empty."""
-    return np.concatenate([np.maximum(pieces[:, :2] - forest.num_given, 0), pieces[:, 2:]], axis=1)
-
-
-def _joined(pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Full and masked spans, ``[N, 2]`` each, that cover ``pieces`` ``[N, 3]`` (ordered, disjoint; some empty).
+def _joined(pieces: np.ndarray) -> np.ndarray:
+    """`_pieces` (disjoint within a block, in any order; some empty) as spans in the same form, by block and in order.
 
     Neighbours become one span, full spans are cut to whole blocks, and the rest of them counts as masked. Masked spans
     may take in tokens between them that nobody sees: their mask is exact.
     """
-    pieces = pieces[pieces[:, 1] > pieces[:, 0]]
-    pieces = _merged(pieces, True, 0)
-    cut = np.where(pieces[:, 2] == 1, pieces[:, 0] + (pieces[:, 1] - pieces[:, 0]) // TABLE_BLOCK * TABLE_BLOCK, 0)
-    cut = np.maximum(cut, pieces[:, 0])
-    whole = np.stack([pieces[:, 0], cut, np.ones_like(cut)], axis=1)
-    rest = np.stack([cut, pieces[:, 1], np.zeros_like(cut)], axis=1)
-    pieces = np.stack([whole, rest], axis=1).reshape(-1, 3)
-    pieces = _merged(pieces[pieces[:, 1] > pieces[:, 0]], False, TABLE_BLOCK // 2)
-    full = pieces[:, 2] == 1
-    return pieces[full, :2], pieces[~full, :2]
+    pieces = pieces[pieces[:, 2] > pieces[:, 1]]
+    pieces = _merged(pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))], True, 0)
+    block, first, end, full = pieces.T
+    cut = np.where(full == 1, first + (end - first) // TABLE_BLOCK * TABLE_BLOCK, first)
+    both = np.stack([_pieces(block, first, cut, True), _pieces(block, cut, end, False)], axis=1).reshape(-1, 4)
+    return _merged(both[both[:, 2] > both[:, 1]], False, TABLE_BLOCK // 2)
 
 
 def _merged(pieces: np.ndarray, full: bool, gap: int) -> np.ndarray:
-    """``pieces`` with neighbours of kind ``full`` made one where at most ``gap`` tokens lie between them."""
-    if len(pieces) < 2:
-        return pieces
-    alike = (pieces[1:, 2] == full) & (pieces[:-1, 2] == full) & (pieces[1:, 0] - pieces[:-1, 1] <= gap)
+    """``pieces`` with neighbours of kind ``full`` in one block made one where at most ``gap`` tokens lie between them."""
+    block, first, end, kind = pieces.T
+    near = (block[1:] == block[:-1]) & (first[1:] - end[:-1] <= gap)
+    alike = near & (kind[1:] == full) & (kind[:-1] == full)
     firsts = np.flatnonzero(np.concatenate(([True], ~alike)))
     lasts = np.concatenate((firsts[1:], [len(pieces)])) - 1
-    return np.stack([pieces[firsts, 0], pieces[lasts, 1], pieces[firsts, 2]], axis=1)
+    return np.stack([block[firsts], first[firsts], end[lasts], kind[firsts]], axis=1)
 
 
-def _length(spans: np.ndarray) -> int:
-    return int((spans[:, 1] - spans[:, 0]).sum())
+def _work(spans: np.ndarray, groups: int) -> np.ndarray:
+    """Tokens in the spans of each group, by the first column."""
+    return np.bincount(spans[:, 0], weights=spans[:, 2] - spans[:, 1], minlength=groups).astype(np.int64)
 
 
-def _shares(full: np.ndarray, masked: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Full and masked spans cut into shares of about ``size`` queries each; full spans are cut at whole blocks."""
+def _shares(spans: np.ndarray, size: int) -> np.ndarray:
+    """The spans of one block in shares of about ``size`` queries each: their number in place of the block's.
+
+    Full spans come first, and are cut at whole blocks.
+    """
     size = -(-size // TABLE_BLOCK) * TABLE_BLOCK
-    shares: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = [([], [])]
-    left = size
-    for kind, spans in enumerate((full, masked)):
-        for first, end in spans.tolist():
-            while first < end:
-                if left <= 0:
-                    shares.append(([], []))
-                    left = size
-                step = min(end - first, -(-left // TABLE_BLOCK) * TABLE_BLOCK)
-                shares[-1][kind].append((first, first + step))
-                first, left = first + step, left - step
-    return [(np.array(full).reshape(-1, 2), np.array(masked).reshape(-1, 2)) for full, masked in shares]
+    shares: list[tuple[int, int, int, int]] = []
+    share, left = 0, size
+    for _, first, end, full in sorted(spans.tolist(), key=lambda span: -span[3]):
+        while first < end:
+            if left <= 0:
+                share, left = share + 1, size
+            step = min(end - first, -(-left // TABLE_BLOCK) * TABLE_BLOCK)
+            shares.append((share, first, first + step, full))
+            first, left = first + step, left - step
+    return np.array(shares)
 
 
-def _packed(items: list[tuple[int, np.ndarray, np.ndarray, int]]) -> Blocks:
-    """``(block, full spans, masked spans, slot)`` as `Blocks`, most work first."""
-    items = sorted(items, key=lambda item: -_length(item[1]) - _length(item[2]))
-    rows: list[tuple[int, int, int, int, int]] = []
-    done = 0
-    for block, full, masked, slot in items:
-        middle = done + len(full)
-        rows.append((block, done, middle, middle + len(masked), slot))
-        done = middle + len(masked)
-    spans = np.concatenate([spans for _, full, masked, _ in items for spans in (full, masked)])
-    return Blocks(np.array(rows, dtype=np.int32), spans.astype(np.int32))
+def _packed(block_of: np.ndarray, slots: np.ndarray, spans: np.ndarray) -> Blocks:
+    """`Blocks` of items, most work first.
+
+    Args:
+        block_of, slots: ``[N]``, block and slot of each item.
+        spans: ``[M, 4]`` as from `_joined`, with an item in place of the block.
+    """
+    order = np.argsort(-_work(spans, len(block_of)), kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    item, full = place[spans[:, 0]], spans[:, 3] == 1
+    number, number_full = (np.bincount(which, minlength=len(order)) for which in (item, item[full]))
+    end = np.cumsum(number)
+    rows = np.stack([block_of[order], end - number, end - number + number_full, end, slots[order]], axis=1)
+    return Blocks(rows.astype(np.int32), spans[np.lexsort((~full, item)), 1:3].astype(np.int32))
