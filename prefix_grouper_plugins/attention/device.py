@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
+import sysconfig
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from prefix_grouper_plugins.attention.request import Request
 from prefix_grouper_plugins.layout import on_device
+from prefix_grouper_plugins.metrics import logger
 
 LOWEST_CAPABILITY = (8, 0)
 MAX_FLASH_HEAD_DIM = 256
@@ -101,7 +105,7 @@ def triton_version() -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 
 
-@lru_cache
+@lru_cache  # so it is said once
 def _why_not_started() -> str | None:
     """Triton builds the library by which it talks to the driver when it is first asked: many containers have no compiler."""
     from triton.runtime import driver
@@ -109,8 +113,22 @@ def _why_not_started() -> str | None:
     try:
         driver.active.utils  # noqa: B018 - builds it, or finds it in Triton's cache
     except Exception as error:  # RuntimeError without a compiler, CalledProcessError without Python.h, ...
-        return f"Triton does not start on this machine ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        remedy = _remedy()
+        reason = f"Triton does not start on this machine ({type(error).__name__}: {str(error).partition(chr(10))[0]}){remedy}"
+        logger.warning("prefix grouper: %s. Layers that need its kernels run on slower ones", reason)
+        return reason
     return None
+
+
+def _remedy() -> str:
+    """What Triton lacks to build its library; empty where it has all of that."""
+    named = os.environ.get("CC")
+    if not (shutil.which("gcc") or shutil.which("clang") if named is None else shutil.which(named)):
+        there = "" if named is None else f", and CC={named!r} is none"
+        return f"; it needs a C compiler{there}: install one (apt-get install gcc), or set CC to where one is"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "; it needs Python.h: install the headers of this Python (apt-get install python3-dev)"
+    return ""
 
 
 def upload(table: np.ndarray, device: torch.device) -> Tensor:

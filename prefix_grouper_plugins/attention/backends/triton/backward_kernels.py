@@ -68,12 +68,12 @@ def _dq_of_keys(
     return tl.dot(ds.to(key.dtype), key, total, input_precision="tf32x3")
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group"])
+@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group", "size_class"])
 def dq_kernel(
     q_pointer, k_pointer, v_pointer, do_pointer, lse_pointer, delta_pointer, dq_pointer,
     ends_pointer, depth_pointer, rows_pointer, spans_pointer,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head, dq_stride, dq_head,
-    num_tokens, num_given, group, window, inner, outer, scale,
+    num_tokens, num_given, group, window, inner, outer, scale, size_class,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TABLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -196,13 +196,13 @@ def _dkdv_of_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group"])
+@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group", "size_class"])
 def dkdv_kernel(
     q_pointer, k_pointer, v_pointer, do_pointer, lse_pointer, delta_pointer, dk_pointer, dv_pointer,
     dk_slots_pointer, dv_slots_pointer, ends_pointer, depth_pointer, rows_pointer, spans_pointer,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head,
     dk_stride, dk_head, dv_stride, dv_head,
-    num_tokens, num_given, group, window, inner, outer, scale,
+    num_tokens, num_given, group, window, inner, outer, scale, size_class,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TABLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

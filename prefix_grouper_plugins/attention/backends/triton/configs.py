@@ -3,10 +3,10 @@
 The configurations were chosen by compiling them ahead of time for sm_80 and sm_90 with Triton 3.7: none of them spills
 registers or needs more shared memory than these GPUs have, with any feature (`tests/attention/backends/triton/test_compiles.py`).
 With Triton 3.4, and for sm_100 and sm_120, some spill up to 128 bytes of a thread. Triton's
-autotuner times them at the first call of `TIMED_FROM` tokens or more with a head dim, dtype and features, and keeps the
-result on disk for all lengths; shorter calls, on which all take about the same time, neither ask it nor decide for it.
-Results are the same bits in every run with the same configuration, and another configuration rounds differently;
-``PREFIX_GROUPER_TRITON_TILES`` pins it where that matters.
+autotuner times them at the first call of each size class with a head dim, dtype, number of query heads for a key head and
+features, and keeps the result on disk. Calls of less than `TIMED_FROM` tokens, on which all take about the same time, neither
+ask it nor decide for it. Results are the same bits in every run with the same configuration, and another configuration
+rounds differently; ``PREFIX_GROUPER_TRITON_TILES`` pins it where that matters.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ ENVIRONMENT = "PREFIX_GROUPER_TRITON_TILES"
 KERNELS = ("forward", "dq", "dkdv")
 # Calls of fewer tokens, such as the self-check before the first packed forward, would choose by chance, once and for all.
 TIMED_FROM = 1024
+# Calls of up to four times as many tokens are of one class, and the classes end here: few programs want small tiles, and what
+# one batch of 1,024 tokens shows does not hold for one of 100,000.
+LARGEST_CLASS = 3
 _PIN = re.compile(r"(\w+)=(\d+)x(\d+)x(\d+)x(\d+)")
 
 
@@ -53,7 +56,9 @@ HOPPER: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("forward", 128): (Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
     ("forward", 256): (Tiles(128, 32, 8, 2),),
     ("dq", 128): (Tiles(128, 64, 8, 2),),
+    ("dq", 256): (Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2)),
     ("dkdv", 128): (Tiles(32, 128, 8, 2),),
+    ("dkdv", 256): (Tiles(32, 64, 8, 2),),
 }
 # For float32, whose products are three TF32 ones. Above 128 every tile spills.
 SINGLE: dict[tuple[str, int], tuple[Tiles, ...]] = {
@@ -135,11 +140,17 @@ def launch(
         width = max(constants["HEAD_DIM"], constants["VALUE_DIM"])
         choices = configurations(name, width, itemsize, capability or (8, 0))
         if capability is not None and len(choices) > 1 and tokens >= TIMED_FROM:
-            _tuned(kernel, choices, capability)[grid](*arguments, **constants)
+            _tuned(kernel, choices, capability)[grid](*arguments, **constants, size_class=size_class(tokens))
             return
         tiles = choices[0] if capability is None else choices[-1]
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
-    kernel[grid(blocks)](*arguments, **constants, **blocks, num_warps=tiles.warps, num_stages=tiles.stages)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    kernel[grid(blocks)](*arguments, **constants, **blocks, **options, size_class=size_class(tokens))
+
+
+def size_class(tokens: int) -> int:
+    """Which calls share a measured configuration: 1,024 tokens and more, 4,096, 16,384, or 65,536 and more."""
+    return min(max(tokens // TIMED_FROM, 1).bit_length() - 1, 2 * LARGEST_CLASS) // 2
 
 
 @lru_cache
@@ -151,6 +162,6 @@ def _tuned(kernel: Any, choices: tuple[Tiles, ...], capability: tuple[int, int])
         triton.Config({"BLOCK_M": t.block_m, "BLOCK_N": t.block_n}, num_warps=t.warps, num_stages=t.stages)
         for t in choices
     ]
-    # The dtypes of all tensors are part of the key by themselves.
-    key = ["HEAD_DIM", "VALUE_DIM", "WINDOWED", "CAPPED"]
+    # The dtypes of all tensors are part of the key by themselves. Kernels have the size class as an argument only for the key.
+    key = ["HEAD_DIM", "VALUE_DIM", "WINDOWED", "CAPPED", "group", "size_class"]
     return triton.autotune(configs=configs, key=key, cache_results=True)(kernel)

@@ -57,12 +57,12 @@ def _add_keys(
     return total, new_top, norm
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group"])
+@triton.jit(do_not_specialize=["num_tokens", "num_given", "window", "group", "size_class"])
 def forward_kernel(
     q_pointer, k_pointer, v_pointer, out_pointer, lse_pointer,
     ends_pointer, depth_pointer, rows_pointer, spans_pointer,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride, out_head,
-    num_tokens, num_given, group, window, inner, outer,
+    num_tokens, num_given, group, window, inner, outer, size_class,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TABLE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -25,7 +25,7 @@ pytestmark = [
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SMALL_SHARED_MEMORY = 99 * 1024  # compute capability 8.6, 8.9 and 12.x
 SCALARS = dict.fromkeys(("inner", "outer", "scale"), "fp32")
-SCALARS |= dict.fromkeys(("num_tokens", "num_rows", "num_given", "group", "window"), "i32")
+SCALARS |= dict.fromkeys(("num_tokens", "num_rows", "num_given", "group", "window", "size_class"), "i32")
 # Pointers to something else than the elements of query, key and value.
 POINTERS = dict.fromkeys(("ends_pointer", "depth_pointer", "rows_pointer", "spans_pointer"), "*i32")
 POINTERS |= dict.fromkeys(("lse_pointer", "delta_pointer", "partial_lse_pointer"), "*fp32")

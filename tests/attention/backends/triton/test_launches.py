@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,7 +294,7 @@ def test_a_triton_that_cannot_compile_the_kernels_is_told(
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton starts here")
 def test_a_triton_that_does_not_start_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a C compiler, say; here it is a driver that is missing. The merge is then made of torch's own kernels."""
+    """Here it is a driver that is missing. The merge is then made of torch's own kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     attention_device._why_not_started.cache_clear()
@@ -301,6 +302,50 @@ def test_a_triton_that_does_not_start_is_not_used(monkeypatch: pytest.MonkeyPatc
     assert re.fullmatch(r"Triton does not start on this machine \(\w+Error: .+\)", str(reason))
     assert attention_device.why_not_triton(torch.device("cuda"), "they") is not None
     attention_device._why_not_started.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("compiler", "found", "remedy"),
+    [
+        (None, "Failed to find C compiler", "it needs a C compiler: install one (apt-get install gcc), or set CC to"),
+        ("/no/cc", "No such file", "it needs a C compiler, and CC='/no/cc' is none: install one (apt-get install gcc)"),
+    ],
+    ids=["empty_PATH", "wrong_CC"],
+)
+def test_without_a_c_compiler_the_remedy_is_said_once(
+    compiler: str | None,
+    found: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Triton's own build, as its driver runs it in a container without a compiler; only the GPU is made up."""
+    from triton.runtime import driver
+    from triton.runtime.build import compile_module_from_src
+
+    class Driver:
+        @property
+        def utils(self) -> Any:
+            return compile_module_from_src("int nothing;", f"nothing_{tmp_path.name}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(driver, "_active", Driver(), raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if compiler is not None:
+        monkeypatch.setenv("CC", compiler)
+    attention_device._why_not_started.cache_clear()
+    reasons = {attention_device.why_not_triton(torch.device("cuda"), "they") for _ in range(3)}
+    attention_device._why_not_started.cache_clear()
+    (reason,) = reasons
+    assert found in str(reason) and remedy in str(reason)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"prefix grouper: {reason}. Layers that need its kernels run on slower ones"
+    ]
 
 
 @needs_triton
@@ -348,6 +393,7 @@ class Recorder:
     ("capability", "pin", "tokens", "chosen"),
     [
         ((9, 0), "", 1024, None),
+        ((9, 0), "", 100_000, None),
         ((9, 0), "", 1023, triton_configs.Tiles(64, 32, 4, 2)),  # the last one
         ((9, 0), "dq=64x16x4x2", 1024, triton_configs.Tiles(64, 16, 4, 2)),
         (None, "", 1024, triton_configs.Tiles(128, 32, 8, 2)),  # the first one
@@ -366,12 +412,38 @@ def test_configurations_are_timed_on_a_gpu_by_long_calls_unless_pinned(
     monkeypatch.setattr(triton_configs, "_tuned", lambda kernel, choices, capability: tuner)
     dims = {"HEAD_DIM": 96, "VALUE_DIM": 64}
     triton_configs.launch("dq", kernel, lambda blocks: (blocks["BLOCK_M"], 1), (), dims, 2, capability, tokens)
+    size_class = {1023: 0, 1024: 0, 100_000: 3}[tokens]
     if chosen is None:
-        assert len(tuner.launches) == 1 and not kernel.launches
+        assert [options for _, options in tuner.launches] == [
+            {**dims, "size_class": size_class}
+        ] and not kernel.launches
         return
     blocks = {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n}
-    options = {**dims, **blocks, "num_warps": chosen.warps, "num_stages": chosen.stages}
+    options = {**dims, **blocks, "num_warps": chosen.warps, "num_stages": chosen.stages, "size_class": size_class}
     assert kernel.launches == [((chosen.block_m, 1), options)] and not tuner.launches
+
+
+@needs_triton
+def test_one_layout_does_not_choose_for_batches_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autotuner itself, with kernels that run nothing: it times anew in each class of lengths, and once in each."""
+    from triton.runtime.autotuner import Autotuner
+
+    from prefix_grouper_plugins.attention.backends.triton.backward_kernels import dkdv_kernel
+
+    timed: list[int] = []
+    tuner = triton_configs._tuned.__wrapped__(
+        dkdv_kernel, triton_configs.configurations("dkdv", 128, 2, (9, 0)), (9, 0)
+    )
+    tuner.cache_results = False  # the disk's key asks the driver
+    tuner.fn = type("Kernel", (), {"run": lambda self, *arguments, **options: None})()
+    monkeypatch.setattr(
+        Autotuner, "_bench", lambda self, *a, config, **options: timed.append(options["size_class"]) or 1.0
+    )
+    monkeypatch.setattr(triton_configs, "_tuned", lambda kernel, choices, capability: tuner)
+    dims = {"HEAD_DIM": 128, "VALUE_DIM": 128, "WINDOWED": False, "CAPPED": False}
+    for tokens in (1024, 1500, 4095, 4096, 30_000, 65_536, 500_000, 1024):
+        triton_configs.launch("dkdv", dkdv_kernel, lambda blocks: (1, 1), (), dims, 2, (9, 0), tokens)
+    assert timed == [size for size in range(4) for _ in tuner.configs]
 
 
 @needs_triton
@@ -383,6 +455,7 @@ def test_the_autotuner_has_the_shipped_configurations_and_keeps_its_choice() -> 
     made = [(c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"], c.num_warps, c.num_stages) for c in tuner.configs]
     assert made == list(choices) and len(made) > 1
     assert tuner.cache_results and set(tuner.keys) <= set(forward_kernel.arg_names)
+    assert {"group", "size_class"} <= set(tuner.keys)
     assert triton_configs._tuned(forward_kernel, choices, (9, 0)) is tuner
     half = triton_configs.configurations("forward", 128, 2, (8, 0))  # the same for an A100 and a 4090
     assert half == triton_configs.configurations("forward", 128, 2, (8, 9))
