@@ -4,8 +4,9 @@
 
 A layer's forward and backward run through the CUDA driver with flash and Triton kernels that do nothing, so what is left is
 Python, torch's dispatch, and the few operators between the kernels; the layers of a model follow one another as in a
-training step. `machinery` is an operator of torch with the same signature that returns its inputs: what torch takes for any
-custom operator with a backward. Ours is `attention` less `machinery`.
+training step. `machinery` is an operator with the same signature that returns copies of its inputs: what torch takes for any
+custom operator with a backward. `kernels` is what the stand-ins of the flash kernels take to make their outputs, as the
+real ones would in C++. Ours is `attention` less both.
 
 A wait is a read of a tensor that would lie on the device: an item, a list, a copy to the host, a mask taken as an index. They
 are counted on marked tensors of a micro-batch, from the trainer's padded rows to the gradients, and listed with the line
@@ -15,6 +16,7 @@ that waits.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 import traceback
@@ -39,6 +41,7 @@ from prefix_grouper_plugins import (
     shared_prefix_attention,
 )
 from prefix_grouper_plugins.attention.backends.merged_lse import merge
+from prefix_grouper_plugins.attention.op import _OPTIONS
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 28
@@ -53,35 +56,56 @@ LAYOUTS = {
 # ---------------------------------------------------------------------------------------------------------- host time
 
 
-@library.custom_op("benchmarks::machinery", mutates_args=())
-def _machinery(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, backend: str) -> list[Tensor]:
-    return [query.clone(), query.new_empty(0)]
+@library.custom_op(
+    "benchmarks::machinery",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _machinery(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return query.clone(), query.new_empty(0)
 
 
-@library.custom_op("benchmarks::machinery_backward", mutates_args=())
-def _machinery_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> list[Tensor]:
-    return [query.clone(), key.clone(), value.clone()]
+@library.custom_op(
+    "benchmarks::machinery_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _machinery_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return query.clone(), key.clone(), value.clone(), query.new_empty(0)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    query, key, value, segments, ctx.num_given, sinks, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(query, key, value, *output, segments, sinks)
 
 
-def _give(ctx: Any, grads: Any) -> tuple[Any, ...]:
-    return *_machinery_backward(grads[0], *ctx.saved_tensors), None, None, None
+def _give(ctx: Any, grad: Any, _: Any) -> tuple[Any, ...]:
+    *tensors, segments, sinks = ctx.saved_tensors
+    grads = _machinery_backward(grad, *tensors, segments, ctx.num_given, sinks, *ctx.options)
+    return *grads[:3], None, None, None, None, None, None, None
 
 
 _machinery.register_autograd(_give, setup_context=_keep)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Call = tuple[Callable[..., Any], tuple[Tensor, ...]]
+
+
+def tensors_of(layout: PrefixLayout) -> list[Tensor]:
+    """Query, key and value."""
+    sizes = ((layout.num_queries, 4), (layout.num_tokens, 2), (layout.num_tokens, 2))
+    return [torch.randn(tokens, heads, 16, dtype=torch.bfloat16, requires_grad=True) for tokens, heads in sizes]
 
 
 def microseconds(ways: Sequence[Attention], layout: PrefixLayout, rounds: int) -> list[float]:
     """Of a layer's forward and backward on the process's clock, for each way: the best of ``rounds`` models, in turns."""
-    sizes = ((layout.num_queries, 4), (layout.num_tokens, 2), (layout.num_tokens, 2))
-    tensors = [torch.randn(tokens, heads, 16, dtype=torch.bfloat16, requires_grad=True) for tokens, heads in sizes]
+    tensors = tensors_of(layout)
     best = [float("inf")] * len(ways)
     for _ in range(rounds):
         for place, run in enumerate(ways):
@@ -94,17 +118,36 @@ def microseconds(ways: Sequence[Attention], layout: PrefixLayout, rounds: int) -
     return [seconds / LAYERS * 1e6 for seconds in best]
 
 
-def no_flash() -> tuple[Any, Any]:
-    """Flash ops that return memory as it is."""
+def no_flash(seen: list[Call] | None = None) -> tuple[Any, Any]:
+    """Flash ops that return memory as it is; their calls go into ``seen``."""
 
     def forward(query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
+        if seen is not None:
+            seen.append((forward, (query,)))
         lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
         return torch.empty_like(query), lse, lse, lse, lse
 
     def backward(do: Tensor, *inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+        if seen is not None:
+            seen.append((backward, (do, *inputs[:3])))
         return tuple(torch.empty_like(x) for x in inputs[:3])
 
     return forward, backward
+
+
+def microseconds_of_kernels(run: Attention, layout: PrefixLayout, rounds: int) -> float:
+    """What the stand-ins of one layer take themselves: the kernels' own allocations, which are none of ours."""
+    seen: list[Call] = []
+    with flash_on_cpu(*no_flash(seen)), mock.patch.object(merge, "_fused", no_kernels):
+        tensors = tensors_of(layout)
+        run(*tensors).sum().backward()
+    calls, best = [(no_flash()[len(inputs) > 1], inputs) for _, inputs in seen], float("inf")
+    for _ in range(rounds):
+        started = time.process_time()
+        for function, inputs in calls * LAYERS:
+            function(*inputs)
+        best = min(best, time.process_time() - started)
+    return best / LAYERS * 1e6
 
 
 class NoKernels:
@@ -120,17 +163,27 @@ def no_kernels(*tensors: Tensor) -> type[NoKernels]:
     return NoKernels
 
 
+def _machinery_alone(layout: PrefixLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _machinery(query, key, value, layout.segments, 0, None, 1.0, None, None, "")[0]
+
+
 def host_times(rounds: int) -> list[dict[str, Any]]:
     """Microseconds of a layer, for each layout."""
     rows = []
     for name, packed in LAYOUTS.items():
         with flash_on_cpu(*no_flash()), mock.patch.object(merge, "_fused", no_kernels):
-            ours: Attention = lambda q, k, v, at=packed: shared_prefix_attention(q, k, v, at)  # noqa: E731
-            torchs: Attention = lambda q, k, v, at=packed: _machinery(q, k, v, at.segments, 1.0, "")[0]  # noqa: E731
+            ours = functools.partial(shared_prefix_attention, layout=packed)
+            torchs = functools.partial(_machinery_alone, packed)
             attention, machinery = microseconds((ours, torchs), packed, rounds)
-        found = {"attention_us": attention, "machinery_us": machinery, "ours_us": attention - machinery}
+        kernels = microseconds_of_kernels(ours, packed, rounds)
+        found = {"attention_us": attention, "machinery_us": machinery, "kernels_us": kernels}
+        found["ours_us"] = attention - machinery - kernels
         rows.append({"what": name, **{key: number(value, 3) for key, value in found.items()}, "waits": "", "where": ""})
-        print(f"{name}: {attention:.0f} us a layer, {machinery:.0f} of them torch's own machinery", flush=True)
+        print(
+            f"{name}: {attention:.0f} us a layer, {machinery:.0f} of them torch's own machinery, {kernels:.0f} the "
+            f"kernels' stand-ins, {found['ours_us']:.0f} ours",
+            flush=True,
+        )
     return rows
 
 

@@ -83,8 +83,9 @@ def forest_of(segments: Tensor, num_given: int = 0) -> Forest:
     """
     if segments.device.type != "cpu":
         raise ValueError(f"segments are on {segments.device}: keep layout.segments on the CPU, where plans are made")
-    table = segments.detach().to(torch.int32).contiguous().numpy()
-    return _forest(table.tobytes(), num_given)
+    if segments.dtype != torch.int32:
+        segments = segments.detach().to(torch.int32)
+    return _forest(segments.numpy().tobytes(), num_given)
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)

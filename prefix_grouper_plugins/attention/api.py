@@ -11,7 +11,7 @@ from torch import Tensor
 from prefix_grouper_plugins.attention.backends.dense import dense_attention
 from prefix_grouper_plugins.attention.bidirectional import attend_within_blocks
 from prefix_grouper_plugins.attention.op import attention_op
-from prefix_grouper_plugins.attention.registry import check_backend_name
+from prefix_grouper_plugins.attention.registry import BACKEND_NAMES, check_backend_name
 from prefix_grouper_plugins.attention.request import Options
 from prefix_grouper_plugins.forest import forest_of
 
@@ -65,7 +65,9 @@ def shared_prefix_attention(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit, or the backend asked for by name cannot run them.
     """
-    query, key, value = (_autocast(x) for x in (query, key, value))
+    kind = query.device.type
+    if kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
+        query, key, value = (_narrowed(x, torch.get_autocast_dtype(kind)) for x in (query, key, value))
     _check_tensors(query, key, value, layout)
     if backend != "dense" and forward_ad._current_level >= 0:
         _check_no_tangent(query, key, value, sinks)
@@ -95,52 +97,54 @@ def _check_no_tangent(*tensors: Tensor | None) -> None:
         )
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """``x`` in autocast's dtype where autocast is on; as everywhere in torch, float64 is left alone.
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in autocast's dtype; as everywhere in torch, float64 is left alone.
 
     Rotary embeddings and norms may leave query and key in float32 and value in bfloat16.
     """
-    kind = x.device.type
-    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
-        return x
-    if not x.dtype.is_floating_point or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    return x.to(dtype) if x.dtype.is_floating_point and x.dtype != torch.float64 else x
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout) -> None:
-    named = {"query": query, "key": key, "value": value}
-    for name, x in named.items():
-        if x.dim() != 3:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: packed [T, heads, head_dim] is needed, no batch axis")
-    if query.shape[0] != layout.num_tokens - layout.num_given:
+    if not query.dim() == key.dim() == value.dim() == 3:
+        name, x = next((name, x) for name, x in _named(query, key, value) if x.dim() != 3)
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: packed [T, heads, head_dim] is needed, no batch axis")
+    of_query, of_key = query.shape, key.shape
+    if of_query[0] != layout.num_tokens - layout.num_given:
         given = f", of which {layout.num_given} are given and have no query" if layout.num_given else ""
         raise ValueError(
-            f"query has {query.shape[0]} tokens and the layout {layout.num_tokens}{given}: "
+            f"query has {of_query[0]} tokens and the layout {layout.num_tokens}{given}: "
             "pack the rows with layout.pack()"
         )
-    if key.shape[0] != layout.num_tokens or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
+    if of_key[0] != layout.num_tokens or value.shape[:2] != of_key[:2] or of_key[2] != of_query[2]:
         raise ValueError(
             f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; "
             "query [T, H, D], key [T, H_kv, D] and value [T, H_kv, D_v] are needed"
         )
-    if query.shape[1] % key.shape[1]:
+    if of_query[1] % of_key[1]:
         raise ValueError(
-            f"{query.shape[1]} query heads are not a multiple of {key.shape[1]} key heads: "
+            f"{of_query[1]} query heads are not a multiple of {of_key[1]} key heads: "
             "each key head serves the same number of query heads"
         )
     if not query.dtype.is_floating_point or not query.dtype == key.dtype == value.dtype:
-        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in named.items())
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in _named(query, key, value))
         raise ValueError(f"dtypes are {dtypes}: cast the three to one floating-point dtype")
     if not query.device == key.device == value.device:
-        devices = ", ".join(f"{name} {x.device}" for name, x in named.items())
+        devices = ", ".join(f"{name} {x.device}" for name, x in _named(query, key, value))
         raise ValueError(f"devices are {devices}: move the three to one device")
+
+
+def _named(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[str, Tensor]]:
+    return [("query", query), ("key", key), ("value", value)]
 
 
 def _check_options(
     query: Tensor, sliding_window: int | None, softcap: float | None, sinks: Tensor | None, backend: str
 ) -> None:
-    check_backend_name(backend)
+    if (
+        backend == "dense" or backend not in BACKEND_NAMES
+    ):  # the others look at the environment variable when they choose
+        check_backend_name(backend)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(
             f"sliding_window={sliding_window}: give a number of tokens of at least 1, or None for no window"

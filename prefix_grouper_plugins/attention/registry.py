@@ -92,10 +92,12 @@ def choose(name: str, request: Request) -> str:
     """
     forced = os.environ.get(BACKEND_VARIABLE)
     if forced:
-        check_backend_name("auto")
+        check_backend_name("auto")  # and with it the variable
         name = forced
     if name == "auto":
-        return next(name for name, backend in BACKENDS.items() if backend.why_not(request) is None)
+        for name, backend in BACKENDS.items():
+            if backend.why_not(request) is None:
+                return name
     reason = BACKENDS[name].why_not(request)
     if reason is not None:
         asked = f"{BACKEND_VARIABLE}={name!r}" if forced else f"backend={name!r}"

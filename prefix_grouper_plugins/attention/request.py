@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a layer does to its scores.
 
     Attributes:
@@ -22,8 +21,7 @@ class Options:
     softcap: float | None = None
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a call needs, as far as it decides which backend can serve it.
 
     Attributes:

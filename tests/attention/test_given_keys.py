@@ -138,8 +138,10 @@ def test_varlen_calls_on_cuda_are_those_of_the_whole_row(case: tuple[PrefixLayou
 def test_a_given_prompt_of_several_segments_is_one_call_without_gaps() -> None:
     layout, num_given = CASES["path"]()
     causal, prompt, *deeper = cuda.varlen_calls(forest_of(layout.segments, num_given), CPU)
-    assert causal.queries == (0, 67, None) and causal.keys == (110, 177, None)
-    assert prompt.cu_q.tolist() == [0, 67] and prompt.cu_k.tolist() == [0, 110]
+    # The first response continues the prompt: its queries see the keys as they lie.
+    assert causal.queries == (0, 67, None) and causal.keys == (0, 177, None)
+    assert causal.cu_q.tolist()[:2] == [0, 20] and causal.cu_k.tolist()[:2] == [0, 130]
+    assert prompt.cu_q.tolist() == [0, 47] and prompt.cu_k.tolist() == [0, 110]
     assert len(deeper) == 1  # of the response that branches
 
 

@@ -46,11 +46,18 @@ def _kernel_head_dim(head_dim: int, value_dim: int, device: torch.device) -> int
     return widest if device.type == "cpu" else -(-widest // 8) * 8
 
 
-def _padded(x: Tensor, head_dim: int) -> Tensor:
-    """Zeros up to ``head_dim``, which change neither scores nor the used part of the output; dense last dimension."""
-    if x.shape[-1] != head_dim:
-        return F.pad(x, (0, head_dim - x.shape[-1]))
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _padded(query: Tensor, value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` with zeros up to the kernels' head dim, which change neither scores nor the used part of the output."""
+    dim, value_dim = query.size(2), value.size(2)
+    head_dim = _kernel_head_dim(dim, value_dim, query.device)
+    if dim == value_dim == head_dim:
+        return tensors
+    return tuple(F.pad(x, (0, head_dim - x.size(-1))) for x in tensors)
+
+
+def _narrowed(x: Tensor, like: Tensor) -> Tensor:
+    """Without the columns that `_padded` has added to ``like``."""
+    return x if x.size(-1) == like.size(-1) else x[..., : like.size(-1)]
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: Options) -> tuple[Tensor, Tensor]:
@@ -65,10 +72,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: 
         ``out [Q, H, D_v]`` in float32, float64 or the query's dtype, and ``lse [H, Q]`` in float32 or float64.
     """
     assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
-    head_dim = _kernel_head_dim(query.shape[2], value.shape[2], query.device)
-    q, k, v = (_padded(x, head_dim) for x in (query, key, value))
+    q, k, v = _padded(query, value, query, key, value)
     out, lse = (cpu if query.device.type == "cpu" else cuda).forward(q, k, v, forest, options.scale)
-    return out[..., : value.shape[2]], lse
+    return _narrowed(out, value), lse
 
 
 def backward(
@@ -89,8 +95,7 @@ def backward(
         query, key, value, forest, options: as in `forward`.
     """
     assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
-    head_dim = _kernel_head_dim(query.shape[2], value.shape[2], query.device)
-    do, q, k, v, out = (_padded(x, head_dim) for x in (grad_out.contiguous(), query, key, value, out))
+    do, q, k, v, out = _padded(query, value, grad_out.contiguous(), query, key, value, out)
     path = cpu if query.device.type == "cpu" else cuda
     dq, dk, dv = path.backward(do, q, k, v, out, lse.contiguous(), forest, options.scale)
-    return dq[..., : query.shape[2]], dk[..., : key.shape[2]], dv[..., : value.shape[2]]
+    return _narrowed(dq, query), _narrowed(dk, key), _narrowed(dv, value)

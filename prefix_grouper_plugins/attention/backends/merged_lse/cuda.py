@@ -1,6 +1,8 @@
-"""The path of `merged_lse` on CUDA: one causal varlen call for all segments, and one for each inner level of the tree.
+"""The path of `merged_lse` on CUDA: one causal varlen call for all chains, and one for each inner level of the tree.
 
-Forests whose prefixes are short take one call over gathered keys instead (`gathered`).
+A chain is a segment and its first children (`rectangles.Chains`): a prompt and its first response are one causal triangle,
+so the level's call has the other responses alone. Forests whose prefixes are short take one call over gathered keys instead
+(`gathered`); forward and backward choose apart, for both give and take the merged log-sum-exp.
 
 The calls get slices of the packed row, so nothing is gathered or copied. A level that has several inner segments has
 tokens between them that it does not touch; *gap* entries in the cumulative lengths (queries without keys, keys without
@@ -26,11 +28,17 @@ from prefix_grouper_plugins.attention.backends.merged_lse.gathered import (
     gathered_backward,
     gathered_call,
     gathered_forward,
-    gathers,
+    gathers_backward,
+    gathers_forward,
     unread_states,
 )
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import add, merge
-from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import Rectangle, rectangles
+from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import (
+    Rectangle,
+    chain_ends,
+    chains,
+    rectangles,
+)
 from prefix_grouper_plugins.attention.device import accumulation_dtype, stream_of, upload
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
 
@@ -47,7 +55,8 @@ class Rows(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """These rows of ``x [N, ...]``."""
-        return x if self.start == 0 and self.end == x.shape[0] else x[self.start : self.end]
+        length = self.end - self.start
+        return x if length == x.size(0) else x.narrow(0, self.start, length)
 
 
 class VarlenCall(NamedTuple):
@@ -58,7 +67,7 @@ class VarlenCall(NamedTuple):
             beginnings.
         max_q, max_k: the longest entry, known to the host so that the call does not wait for the device; ``max_q`` is
             at least 2, for FA2 takes 1 to mean decoding and then counts on one query in every entry.
-        causal: True for the call that joins all segments with themselves.
+        causal: True for the call that joins all chains with themselves; the last query of an entry sees its last key.
         queries: rows of the query tensor; keys: rows of the key tensor.
     """
 
@@ -79,7 +88,7 @@ def flash_ops() -> tuple[FlashOp, FlashOp]:
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
     """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward` and `gathered_forward`."""
     op, where = flash_ops()[0], (q.device, stream_of(q.device))
-    if gathers(forest, q.shape[1], k.shape[1]):
+    if gathers_forward(forest, q.shape[1], k.shape[1]):
         return gathered_forward(op, _aligned(q), _aligned(k), _aligned(v), gathered_call(forest, *where), scale)
     return varlen_forward(op, q, k, v, varlen_calls(forest, *where), scale)
 
@@ -89,7 +98,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, see `varlen_backward` and `gathered_backward`."""
     op, where = flash_ops()[1], (q.device, stream_of(q.device))
-    if gathers(forest, q.shape[1], k.shape[1]):
+    if gathers_backward(forest, q.shape[1], k.shape[1]):
         do, q, k, v, out = (_aligned(x) for x in (do, q, k, v, out))
         return gathered_backward(op, do, q, k, v, out, lse, gathered_call(forest, *where), scale)
     return varlen_backward(op, do, q, k, v, out, lse, varlen_calls(forest, *where), scale)
@@ -97,13 +106,16 @@ def backward(
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
 def varlen_calls(forest: Forest, device: torch.device, stream: int = 0) -> tuple[VarlenCall, ...]:
-    """The varlen calls of a forest: one causal call, then one for each level of the tree that has rectangles."""
-    lengths = (forest.end - forest.start)[forest.start >= forest.num_given].tolist()
-    cu, longest = _cumulative(lengths, device)
-    everything = Rows(0, forest.num_queries, None), Rows(forest.num_given, forest.num_tokens, None)
-    calls = [VarlenCall(cu, cu, max(longest, 2), longest, True, *everything)]
+    """The varlen calls of a forest: one causal call for its chains, then one for each level of the tree that has rectangles."""
+    entries = chains(forest)
+    cu_k, longest = _cumulative((entries.end - entries.start).tolist(), device)
+    cu_q, longest_q = cu_k, longest
+    if entries.start[0] < forest.num_given:  # its queries see given keys of their own chain
+        cu_q, longest_q = _cumulative((entries.end - np.maximum(entries.start, forest.num_given)).tolist(), device)
+    everything = Rows(0, forest.num_queries, None), Rows(int(entries.start[0]), forest.num_tokens, None)
+    calls = [VarlenCall(cu_q, cu_k, max(longest_q, 2), longest, True, *everything)]
     levels: dict[int, list[Rectangle]] = {}
-    for rectangle in rectangles(forest):
+    for rectangle in rectangles(forest, chain_ends(forest)):
         levels.setdefault(rectangle.level, []).append(rectangle)
     calls += [_level_call(levels[level], forest.num_given, device) for level in sorted(levels)]
     return tuple(calls)
@@ -142,10 +154,13 @@ def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy where a token or a head begins within 16 bytes: CUDA flash kernels read so many at once, unchecked."""
-    tokens, heads, _ = x.stride()
-    inside = x.data_ptr() % 16 or tokens * x.itemsize % 16 or heads * x.itemsize % 16
-    return x.clone(memory_format=torch.contiguous_format) if inside else x
+    """``x``, or a copy where a token or a head begins within 16 bytes: CUDA flash kernels read so many at once, unchecked.
+
+    They also want a dense last dimension.
+    """
+    tokens, heads, last = x.stride()
+    inside = (x.data_ptr() | tokens * x.itemsize | heads * x.itemsize) & 15
+    return x.clone(memory_format=torch.contiguous_format) if inside or last != 1 else x
 
 
 def _sum_dtype(calls: tuple[VarlenCall, ...], dtype: torch.dtype) -> torch.dtype:
@@ -166,18 +181,17 @@ def varlen_forward(
         ``out [Q, H, D]``, in the query's dtype with up to two calls, else in float32 or float64, and ``lse [H, Q]``.
     """
     q, k, v = (_aligned(x) for x in (q, k, v))
-    out = lse = torch.empty(0)
-    for call in calls:
-        queries, keys = call.queries, call.keys
-        partial_out, partial_lse = op(
-            queries.of(q), keys.of(k), keys.of(v), *call[:4], 0.0, call.causal, False, scale=scale
-        )[:2]
-        if call.causal:  # it comes first and reaches every query
-            out = partial_out.to(_sum_dtype(calls, q.dtype))
-            lse = partial_lse.to(accumulation_dtype(q.dtype))
-        else:
-            reached = slice(queries.start, queries.end)
-            merge(queries.of(out), lse[:, reached], partial_out, partial_lse.to(lse.dtype), queries.gaps)
+    causal, *levels = calls  # the causal one reaches every query
+    of_keys = causal.keys.of
+    out, lse = op(q, of_keys(k), of_keys(v), *causal[:4], 0.0, True, False, scale=scale)[:2]
+    out, lse = out.to(_sum_dtype(calls, q.dtype)), lse.to(accumulation_dtype(q.dtype))
+    for call in levels:
+        queries, of_keys = call.queries, call.keys.of
+        partial_out, partial_lse = op(queries.of(q), of_keys(k), of_keys(v), *call[:4], 0.0, False, False, scale=scale)[
+            :2
+        ]
+        reached = lse.narrow(1, queries.start, queries.end - queries.start)
+        merge(queries.of(out), reached, partial_out, partial_lse.to(lse.dtype), queries.gaps)
     return out, lse
 
 
@@ -203,26 +217,26 @@ def varlen_backward(
         Gradients of q, k and v, in the dtype of ``q`` with up to two calls, else in float32 or float64.
     """
     do, q, k, v, out = (_aligned(x) for x in (do, q, k, v, out))
-    totals: tuple[Tensor, ...] = ()
-    for call in calls:
+    causal, *levels = calls
+    states, of_keys = unread_states(q.device), causal.keys.of
+    grads = op(do, q, of_keys(k), of_keys(v), out, lse, *causal[:4], 0.0, True, *states, scale=scale)
+    dtype = _sum_dtype(calls, q.dtype)
+    dq, dk, dv = grads[0].to(dtype), _whole(grads[1], k.size(0), dtype), _whole(grads[2], k.size(0), dtype)
+    for call in levels:
         queries, keys = call.queries, call.keys
-        part_of_lse = lse if call.causal else lse[:, queries.start : queries.end].contiguous()
-        tensors = (queries.of(do), queries.of(q), keys.of(k), keys.of(v), queries.of(out), part_of_lse)
-        grads = op(*tensors, *call[:4], 0.0, call.causal, *unread_states(q.device), scale=scale)
-        if call.causal:
-            dtype = _sum_dtype(calls, q.dtype)
-            totals = tuple(_whole(x, k.shape[0], dtype) if i else x.to(dtype) for i, x in enumerate(grads))
-            continue
-        for total, grad, rows in zip(totals, grads, (call.queries, call.keys, call.keys), strict=True):
+        reached = lse.narrow(1, queries.start, queries.end - queries.start).contiguous()
+        tensors = (queries.of(do), queries.of(q), keys.of(k), keys.of(v), queries.of(out), reached)
+        grads = op(*tensors, *call[:4], 0.0, False, *states, scale=scale)
+        for total, grad, rows in zip((dq, dk, dv), grads, (queries, keys, keys), strict=True):
             add(rows.of(total), grad, rows.gaps)
-    return totals[0], totals[1], totals[2]
+    return dq, dk, dv
 
 
 def _whole(grad: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of all keys, from that of the keys that follow the given ones."""
-    num_given = num_tokens - grad.shape[0]
-    if not num_given:
-        return grad.to(dtype)
+    """The gradient of all keys, from that of the keys from the first chain with queries on."""
+    in_front = num_tokens - grad.size(0)
+    if not in_front:
+        return grad if grad.dtype == dtype else grad.to(dtype)
     whole = grad.new_zeros((num_tokens, *grad.shape[1:]), dtype=dtype)
-    whole[num_given:] = grad
+    whole[in_front:] = grad
     return whole

@@ -1,9 +1,10 @@
 """One bottom-right causal varlen call over gathered keys and values, for forests whose prefixes are short.
 
-Each segment is an entry: its queries, on the keys of all of its ancestors and its own. The keys of a prompt are copied for
-each response, as rows would hold them, and nothing has to be merged. That moves fewer bytes than partial outputs where
-prefixes are short next to what lies below them; `gathers` counts both (docs/cuda.md derives the counts). Gradients of the
-copies of a key are added up in float32, in their order.
+Each chain of segments (`rectangles.Chains`) is an entry: its queries, on the keys of all of its ancestors and its own. The
+keys of a prompt are copied for each response but the first, as rows would hold them, and nothing has to be merged. That moves
+fewer bytes than partial outputs where prefixes are short beside what lies below them; `gathers_forward` and
+`gathers_backward` count both (docs/cuda.md derives the counts). Gradients of the copies of a key are added up in float32, in
+their order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import sum_copies
-from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import rectangles
+from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import chain_ends, chains, rectangles
 from prefix_grouper_plugins.attention.device import accumulation_dtype, upload
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
 
@@ -25,11 +26,10 @@ class GatheredCall(NamedTuple):
     """One causal varlen call on gathered keys.
 
     Attributes:
-        cu_q, cu_k: ``IntTensor[B + 1]``, cumulative query and key lengths of the segments that have queries.
+        cu_q, cu_k: ``IntTensor[B + 1]``, cumulative query and key lengths of the chains that have queries.
         max_q, max_k: the longest entry; ``max_q`` is at least 2, for FA2 takes 1 to mean decoding.
-        in_place: whether the gathered keys are the keys as they lie; the tables below are then not used.
-        key_of: ``IntTensor[C]``, the key that each gathered one is a copy of.
-        copies: ``IntTensor[C]``, places among the gathered keys, ordered by the key that they are copies of.
+        key_of: ``IntTensor[C]``, the key behind each gathered one.
+        copies: ``IntTensor[C]``, places among the gathered keys, ordered by the key behind them.
         first_copy: ``IntTensor[T + 1]``, where the copies of each key begin in ``copies``.
     """
 
@@ -37,7 +37,6 @@ class GatheredCall(NamedTuple):
     cu_k: Tensor
     max_q: int
     max_k: int
-    in_place: bool
     key_of: Tensor
     copies: Tensor
     first_copy: Tensor
@@ -51,94 +50,109 @@ class Traffic(NamedTuple):
         reached: queries of all rectangles.
         shared: keys of all rectangles.
         copied: keys that gathering makes more of than there are.
-        in_place: the one segment with queries sees all keys in their order, so that nothing has to be gathered: one
-            response to a given prompt.
     """
 
     tokens: int
     reached: int
     shared: int
     copied: int
-    in_place: bool
 
-    def merged_bytes(self, heads: int, kv_heads: int) -> int:
-        """Forward and backward, for one element of a head in half precision.
+    def merged_forward(self, heads: int) -> int:
+        """Bytes of a forward that merges, for one element of a head in half precision.
 
-        Per reached query and head: the level's call reads q and writes a partial output (4 bytes), the merge reads two
-        and writes one (6); the second backward reads dO and O for delta (4), clears and converts the float32 dq (10), and
-        dq is added (6). Per shared key: dk and dv of each query head, where heads are grouped, are written and read
+        Per reached query and head: the level's call reads q and writes a partial output (4), the merge reads two and writes
+        one (6).
+        """
+        return 10 * heads * self.reached
+
+    def merged_backward(self, heads: int, kv_heads: int) -> int:
+        """The same, of a backward.
+
+        Per reached query and head: the level's call reads dO and O for delta (4), clears and converts the float32 dq (10),
+        and dq is added (6). Per shared key: dk and dv of each query head, where heads are grouped, are written and read
         again (8), their sums written (4) and added (12).
         """
-        grouped = 8 * heads if heads != kv_heads else 0
-        return 30 * heads * self.reached + (grouped + 16 * kv_heads) * self.shared
+        return 20 * heads * self.reached + (_grouped(heads, kv_heads) + 16 * kv_heads) * self.shared
 
-    def gathered_bytes(self, heads: int, kv_heads: int) -> int:
-        """The same, of gathering: K and V are read and written in both directions (16 bytes per gathered key and key head).
+    def gathered_forward(self, kv_heads: int) -> int:
+        """Of a forward that gathers: K and V are read and written (8 per gathered key and key head), and the flash kernel
+        reads the copies too (4)."""
+        return kv_heads * (8 * (self.tokens + self.copied) + 4 * self.copied)
 
-        The gradients of copies are summed over query heads (8 and 4 per copied key), then read (4 per gathered key) and
-        their sums written (4 per key).
+    def gathered_backward(self, heads: int, kv_heads: int) -> int:
+        """Of a backward that gathers: the same again, then gradients.
+
+        Those of copies are summed over query heads (8 and 4 per copied key), then read (4 per gathered key) and their sums
+        written (4 per key).
         """
-        if self.in_place:
-            return 0
-        gathered = self.tokens + self.copied
-        grouped = 8 * heads if heads != kv_heads else 0
-        return (20 * gathered + 4 * self.copied + 4 * self.tokens) * kv_heads + grouped * self.copied
+        sums = kv_heads * (4 * self.copied + 4 * (self.tokens + self.copied) + 4 * self.tokens)
+        return self.gathered_forward(kv_heads) + _grouped(heads, kv_heads) * self.copied + sums
+
+
+def _grouped(heads: int, kv_heads: int) -> int:
+    """Per key: dk and dv of the query heads of a key head, which FA2 writes apart and then sums."""
+    return 8 * heads if heads != kv_heads else 0
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
 def traffic(forest: Forest) -> Traffic:
     """The counts of a forest."""
-    found = rectangles(forest)
+    found, entries = rectangles(forest, chain_ends(forest)), chains(forest)
     reached, shared = sum(r.q1 - r.q0 for r in found), sum(r.k1 - r.k0 for r in found)
-    above = forest.depth[forest.start >= forest.num_given]
-    copied = int(above.sum()) + forest.num_queries - forest.num_tokens
-    return Traffic(forest.num_tokens, reached, shared, copied, len(above) == 1 and above[0] == forest.num_given)
+    gathered = int((entries.depth + entries.end - entries.start).sum())
+    return Traffic(forest.num_tokens, reached, shared, gathered - forest.num_tokens)
 
 
-def gathers(forest: Forest, heads: int, kv_heads: int) -> bool:
-    """Whether gathering keys moves fewer bytes than merging partial outputs, in tensors of at most twice as many keys.
+@lru_cache(maxsize=2 * CACHED_LAYOUTS)
+def gathers_forward(forest: Forest, heads: int, kv_heads: int) -> bool:
+    """Whether a forward that gathers keys moves fewer bytes than one that merges partial outputs; False where nothing is shared.
 
-    False where nothing is shared.
+    The copies of keys and values then take at most about as much memory as the queries and outputs.
     """
+    counts = traffic(forest)
+    return bool(counts.reached) and counts.gathered_forward(kv_heads) < counts.merged_forward(heads)
+
+
+@lru_cache(maxsize=2 * CACHED_LAYOUTS)
+def gathers_backward(forest: Forest, heads: int, kv_heads: int) -> bool:
+    """The same of a backward. Gradients of copies are made for each query head, so there are at most as many copies as keys."""
     counts = traffic(forest)
     if not counts.reached or counts.copied > counts.tokens:
         return False
-    return counts.gathered_bytes(heads, kv_heads) < counts.merged_bytes(heads, kv_heads)
+    return counts.gathered_backward(heads, kv_heads) < counts.merged_backward(heads, kv_heads)
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
 def gathered_call(forest: Forest, device: torch.device, stream: int = 0) -> GatheredCall:
     """The call of a forest, made and uploaded once for all layers."""
-    paths: list[np.ndarray] = []
-    for start, end, parent in zip(*(x.tolist() for x in (forest.start, forest.end, forest.parent)), strict=True):
-        own = np.arange(start, end)
-        paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
-    entries = np.flatnonzero(forest.start >= forest.num_given)
-    index = np.concatenate([paths[entry] for entry in entries])
-    q_lengths, k_lengths = (forest.end - forest.start)[entries], np.array([len(paths[entry]) for entry in entries])
+    entries = chains(forest)
+    index: list[np.ndarray] = []
+    for first, end, top in zip(*(x.tolist() for x in (entries.start, entries.end, entries.top)), strict=True):
+        path = [np.arange(first, end)]
+        while (top := int(forest.parent[top])) >= 0:
+            path.append(np.arange(forest.start[top], forest.end[top]))
+        index += reversed(path)
+    key_of = np.concatenate(index)
+    q_lengths = entries.end - np.maximum(entries.start, forest.num_given)
+    k_lengths = entries.depth + entries.end - entries.start
     tables = [
         np.concatenate(([0], np.cumsum(q_lengths))),
         np.concatenate(([0], np.cumsum(k_lengths))),
-        np.concatenate(([0], np.cumsum(np.bincount(index, minlength=forest.num_tokens)))),
-        index,
-        np.argsort(index, kind="stable"),
+        np.concatenate(([0], np.cumsum(np.bincount(key_of, minlength=forest.num_tokens)))),
+        key_of,
+        np.argsort(key_of, kind="stable"),
     ]
     padded = [np.pad(table, (0, -len(table) % 4)) for table in tables]  # each begins at 16 bytes
     parts = upload(np.concatenate(padded).astype(np.int32), device).split([len(table) for table in padded])
     cu_q, cu_k, first_copy, rows, copies = (part[: len(table)] for part, table in zip(parts, tables, strict=True))
-    longest = max(int(q_lengths.max()), 2), int(k_lengths.max())
-    return GatheredCall(cu_q, cu_k, *longest, traffic(forest).in_place, rows, copies, first_copy)
-
-
-def _gathered(x: Tensor, call: GatheredCall) -> Tensor:
-    return x if call.in_place else x.index_select(0, call.key_of)
+    return GatheredCall(cu_q, cu_k, max(int(q_lengths.max()), 2), int(k_lengths.max()), rows, copies, first_copy)
 
 
 def gathered_forward(
     op: Any, q: Tensor, k: Tensor, v: Tensor, call: GatheredCall, scale: float
 ) -> tuple[Tensor, Tensor]:
     """``out [Q, H, D]`` and ``lse [H, Q]``; arguments as in `cuda.varlen_forward`."""
-    keys, values = (_gathered(x, call) for x in (k, v))
+    keys, values = (x.index_select(0, call.key_of) for x in (k, v))
     out, lse = op(q, keys, values, *call[:4], 0.0, True, False, scale=scale)[:2]
     return out, lse.to(accumulation_dtype(q.dtype))
 
@@ -161,9 +175,7 @@ def gathered_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their dtype; arguments as in `cuda.varlen_backward`."""
-    keys, values = (_gathered(x, call) for x in (k, v))
+    keys, values = (x.index_select(0, call.key_of) for x in (k, v))
     grads = op(do, q, keys, values, out, lse, *call[:4], 0.0, True, *unread_states(q.device), scale=scale)
-    if call.in_place:
-        return grads[0], grads[1], grads[2]
     dk, dv = (sum_copies(grad, call.key_of, call.copies, call.first_copy) for grad in grads[1:3])
     return grads[0], dk, dv

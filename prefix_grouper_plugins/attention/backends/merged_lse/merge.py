@@ -42,7 +42,7 @@ def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, ga
 def add(total: Tensor, partial: Tensor, gaps: Tensor | None = None) -> None:
     """``total += partial`` outside of ``gaps``, ``[N, H, D]`` each, in any dtypes."""
     if gaps is None and total.dtype == partial.dtype:  # one kernel of torch, which adds in float32 inside
-        total += partial
+        total.add_(partial)
         return
     fused = _fused(total, total)
     if fused is not None:

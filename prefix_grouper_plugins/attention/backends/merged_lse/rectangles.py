@@ -1,8 +1,10 @@
-"""The rectangles of a forest: which queries see all of which keys of another segment."""
+"""The rectangles of a forest: which queries see all of which keys of another segment. And its chains, which need none."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
 
 from prefix_grouper_plugins.forest import Forest
 
@@ -20,16 +22,58 @@ class Rectangle(NamedTuple):
     level: int
 
 
-def rectangles(forest: Forest) -> list[Rectangle]:
+class Chains(NamedTuple):
+    """Segments that continue each other: a segment, its first child, that one's first child, and so on, as far as they go.
+
+    In packed order they lie one behind the other, so they are one causal triangle: a prompt and its first response need
+    no rectangle between them. Each token is in one chain.
+
+    Attributes:
+        start, end (`int64 [C]`): tokens of each chain.
+        depth (`int64 [C]`): of its first token, the number of keys above the chain.
+        top (`int64 [C]`): its first segment.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    depth: np.ndarray
+    top: np.ndarray
+
+
+def chains(forest: Forest) -> Chains:
+    """The chains of a forest that have queries, in packed order. Those before them are given as a whole."""
+    top = np.flatnonzero(_is_top(forest))
+    end = np.append(forest.start[top[1:]], forest.num_tokens)
+    top, end = top[end > forest.num_given], end[end > forest.num_given]
+    return Chains(forest.start[top], end, forest.depth[top], top)
+
+
+def chain_ends(forest: Forest) -> np.ndarray:
+    """``int64 [S]``: where the chain of each segment ends."""
+    is_top = _is_top(forest)
+    return np.append(forest.start[is_top][1:], forest.num_tokens)[np.cumsum(is_top) - 1]
+
+
+def _is_top(forest: Forest) -> np.ndarray:
+    """Whether a segment is not the first child of another, which in pre-order is the one in front of it."""
+    return (forest.parent < 0) | (forest.parent != np.arange(len(forest.parent)) - 1)
+
+
+def rectangles(forest: Forest, behind: np.ndarray | None = None) -> list[Rectangle]:
     """One for each inner segment, in packed order: its descendants on its keys.
 
     Given tokens have no queries, so neighbouring given segments of which the same queries see all keys, a prompt of
     several segments, make one rectangle.
+
+    Args:
+        forest: of the layout.
+        behind: ``[S]``, where the triangle of each segment ends, and its rectangle begins: by default where it ends itself,
+            `chain_ends` where chains are triangles.
     """
     found: list[Rectangle] = []
-    columns = (forest.start, forest.end, forest.subtree_end, forest.level)
-    for start, end, last, level in zip(*(x.tolist() for x in columns), strict=True):
-        first = max(end, forest.num_given)
+    columns = (forest.start, forest.end, forest.end if behind is None else behind, forest.subtree_end, forest.level)
+    for start, end, first, last, level in zip(*(x.tolist() for x in columns), strict=True):
+        first = max(first, forest.num_given)
         if last <= first:
             continue
         before = found[-1] if found and start < forest.num_given else None

@@ -103,18 +103,28 @@ def test_varlen_levels_with_gaps_in_the_middle_equal_dense(poison: bool) -> None
 def test_a_group_needs_two_varlen_calls_and_no_gap_mask() -> None:
     layout = PrefixLayout.from_groups([100], [[30] * 8])
     causal, full = cuda.varlen_calls(plan.forest_of(layout.segments), CPU)
-    assert causal.causal and (causal.max_q, causal.max_k) == (99, 99)
-    assert not full.causal and (full.max_q, full.max_k) == (240, 99)
+    # The first response continues the prompt: one triangle.
+    assert causal.causal and (causal.max_q, causal.max_k) == (129, 129)
+    assert causal.cu_q.tolist() == causal.cu_k.tolist() == [0, *range(129, 340, 30)]
+    assert not full.causal and (full.max_q, full.max_k) == (210, 99)
     # One entry, the rectangle: no kernel meets an entry without queries or without keys.
-    assert full.cu_q.tolist() == [0, 240] and full.cu_k.tolist() == [0, 99]
-    assert full.queries == (99, 339, None) and full.keys == (0, 99, None)
+    assert full.cu_q.tolist() == [0, 210] and full.cu_k.tolist() == [0, 99]
+    assert full.queries == (129, 339, None) and full.keys == (0, 99, None)
 
 
 def test_single_queries_are_not_taken_for_decoding() -> None:
     """FA2 with max_q = 1 assumes one query in every entry, which gap entries do not have."""
-    layout = layout_of([(1, [(1, [])]), (1, [(1, [])])])
+    layout = layout_of([(1, [(1, []), (1, [])]), (1, [(1, []), (1, [])])])
     assert [call.max_q for call in cuda.varlen_calls(plan.forest_of(layout.segments), CPU)] == [2, 2]
     assert_varlen_equals_dense(layout, poison=False)
+
+
+def test_a_row_that_goes_on_where_another_ends_needs_one_varlen_call() -> None:
+    """An only child continues its parent's triangle, as every first child does."""
+    layout = layout_of([(9, [(5, [(7, [])])]), (3, [(8, [])])])
+    assert len(layout.segments) == 5
+    (call,) = cuda.varlen_calls(plan.forest_of(layout.segments), CPU)
+    assert call.cu_q.tolist() == call.cu_k.tolist() == [0, 21, 32]
 
 
 def test_rows_without_shared_prefix_need_one_varlen_call() -> None:

@@ -71,20 +71,25 @@ def test_the_gathered_call_gives_the_dense_output_and_gradients(case: tuple[Pref
 
 
 @pytest.mark.parametrize(
-    ("prompt", "response", "group", "expected"),
+    ("prompt", "response", "group", "forward", "backward"),
     [
-        (500, 512, 8, True),
-        (700, 512, 8, False),
-        (8192, 1024, 8, False),
-        (16384, 1024, 16, False),
-        (1024, 256, 8, False),
-        (256, 512, 8, True),
-        (64, 512, 8, True),
+        (500, 512, 8, True, True),
+        (700, 512, 8, True, False),
+        (4608, 1024, 8, True, False),
+        (5000, 1024, 8, False, False),
+        (8192, 1024, 8, False, False),
+        (16384, 1024, 16, False, False),
+        (1024, 256, 8, True, False),
+        (256, 512, 8, True, True),
+        (64, 512, 8, True, True),
     ],
 )
-def test_keys_are_gathered_where_that_moves_fewer_bytes(prompt: int, response: int, group: int, expected: bool) -> None:
-    layout = PrefixLayout.from_groups([prompt], [[response] * group])
-    assert gathered.gathers(forest_of(layout.segments), 28, 4) is expected
+def test_keys_are_gathered_where_that_moves_fewer_bytes(
+    prompt: int, response: int, group: int, forward: bool, backward: bool
+) -> None:
+    forest = forest_of(PrefixLayout.from_groups([prompt], [[response] * group]).segments)
+    assert gathered.gathers_forward(forest, 28, 4) is forward
+    assert gathered.gathers_backward(forest, 28, 4) is backward
 
 
 def test_counts_are_those_of_the_tables() -> None:
@@ -100,7 +105,8 @@ def test_counts_are_those_of_the_tables() -> None:
 
 def test_rows_that_share_nothing_are_not_gathered() -> None:
     layout = PrefixLayout.from_groups([1, 1], [[30, 20], [9]])
-    assert not gathered.gathers(forest_of(layout.segments), 28, 4)
+    forest = forest_of(layout.segments)
+    assert not gathered.gathers_forward(forest, 28, 4) and not gathered.gathers_backward(forest, 28, 4)
 
 
 def one_response_to_a_given_prompt() -> PrefixLayout:
@@ -109,7 +115,7 @@ def one_response_to_a_given_prompt() -> PrefixLayout:
 
 # Layout, given tokens, and the calls that are expected: causal or not, and how many keys they get.
 DRIVEN: dict[str, tuple[PrefixLayout, int, list[tuple[bool, int]]]] = {
-    "short": (PrefixLayout.from_groups([9], [[30, 25]]), 0, [(True, 8 + 2 * 8 + 55)]),
+    "short": (PrefixLayout.from_groups([3], [[30, 25]]), 0, [(True, 2 + 2 + 55)]),
     "long": (PrefixLayout.from_groups([200], [[12, 9, 14, 3]]), 0, [(True, 237), (False, 199)]),
     "one_response_to_a_given_prompt": (one_response_to_a_given_prompt(), 199, [(True, 211)]),
 }
