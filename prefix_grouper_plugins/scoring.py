@@ -33,6 +33,8 @@ CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 # What configs call the cap of their logits (gemma; recurrent_gemma; xlstm) and a factor (cohere; falcon_h1; hyperclovax).
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier")
+# Divisors: granite and others; inkling, which divides the hidden states.
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 def prefix_grouped_logps(
@@ -119,22 +121,24 @@ def _nothing_to_score(model: nn.Module, shape: torch.Size, compute_entropy: bool
 class _Head:
     """How the model gets from a hidden state to its logits, checked against the model's own logits of one position."""
 
-    def __init__(self, base: PreTrainedModel, modules: list[nn.Module]) -> None:
+    def __init__(self, base: PreTrainedModel, modules: list[nn.Module], vocabulary: int) -> None:
         config: Any = base.config.get_text_config(decoder=True)
-        self.modules = modules
+        self.modules, self.vocabulary = modules, vocabulary
         self.softcap: float | None = None
         self.scale = 1.0
         if config is not base.config:  # vision-language models leave scale and cap of their text model out
             return
         self.softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
         self.scale = next((float(factor) for name in _FACTORS if (factor := getattr(config, name, None))), 1.0)
-        scaling = getattr(config, "logits_scaling", None) or 1.0
-        self.scale *= scaling if known_of(config.model_type).logits_scaling == "multiplies" else 1.0 / scaling
+        for name in _DIVISORS:
+            scaling = getattr(config, name, None) or 1.0
+            self.scale *= scaling if known_of(config.model_type).logits_scaling == "multiplies" else 1.0 / scaling
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
         for module in self.modules:
             hidden = module(hidden)
+        hidden = hidden[..., : self.vocabulary]  # a head may be padded (inkling)
         logits = hidden if self.scale == 1.0 else hidden * self.scale  # large, so it is copied only if needed
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -186,26 +190,26 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
     finally:
         for hook in hooks:
             hook.remove()
-    modules = _leading_to(logits, calls)
+    modules = _leading_to(logits, calls, base.get_output_embeddings())
     if not taken or not modules:
         raise UnsupportedModelError(
             f"{type(base).__name__} does not run its decoder and then modules that give logits: no hidden states"
         )
-    hidden, head, first = taken[0][0], _Head(base, modules), batch.positions[:1]
+    hidden, head, first = taken[0][0], _Head(base, modules, logits.shape[-1]), batch.positions[:1]
     head.check(hidden[first], logits[0] if logits.shape[1] == 1 else logits[0, first])  # xlstm keeps all
     return hidden, head
 
 
-def _leading_to(logits: Tensor, calls: list[tuple[nn.Module, Tensor, Tensor]]) -> list[nn.Module]:
+def _leading_to(logits: Tensor, calls: list[tuple[nn.Module, Tensor, Tensor]], head: nn.Module) -> list[nn.Module]:
     """The modules, each called with what the one before it returned, of which the last one returned the logits.
 
     BERT-like models transform hidden states before they project them. Other modules that a model runs
-    (a value head, say) do not return its logits.
+    (a value head, say) do not return its logits. ``head`` may return more of them than the model does.
     """
     modules: list[nn.Module] = []
     wanted: Tensor | None = None
     for module, given, returned in reversed(calls):
-        if returned is wanted if modules else returned.shape == logits.shape:
+        if returned is wanted if modules else module is head or returned.shape == logits.shape:
             modules.insert(0, module)
             wanted = given
     return modules

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prefix_grouper_plugins.modeling.implementations import ignored_by
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of
 from prefix_grouper_plugins.modeling.rope import RowLimit, limits_of
 
@@ -50,11 +51,20 @@ class Layer(NamedTuple):
 
     @property
     def softcap(self) -> float | None:
-        return getattr(self.module, "attn_logit_softcapping", None)
+        """None also where the implementation ignores it."""
+        return None if "softcap" in self.ignored else getattr(self.module, "attn_logit_softcapping", None)
 
     @property
     def sinks(self) -> Any:
-        return getattr(self.module, "sinks", None)
+        """None also where the implementation ignores them."""
+        return None if "s_aux" in self.ignored else getattr(self.module, "sinks", None)
+
+    @property
+    def ignored(self) -> frozenset[str]:
+        """What the layer has and the user's own implementation ignores, so that packed rows do so too."""
+        has = {"softcap": "attn_logit_softcapping", "s_aux": "sinks"}
+        found = {argument for argument, name in has.items() if getattr(self.module, name, None) is not None}
+        return ignored_by(self.implementation) & found
 
     @property
     def dropout(self) -> float:
@@ -309,6 +319,6 @@ def _uses_attention_interface(module: nn.Module) -> bool:
     kind = type(module).__name__
     return (
         ("Attention" in kind or kind.endswith("MLA"))
-        and not kind.endswith(("Layer", "Norm"))  # what surrounds attention in some hybrids
+        and not kind.endswith(("Layer", "Norm", "Residual"))  # what surrounds attention in some models
         and "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__globals__
     )

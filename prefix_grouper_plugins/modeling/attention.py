@@ -4,7 +4,7 @@ transformers looks its attention up by the name in ``config._attn_implementation
 ``AttentionMaskInterface``). We register one name for each implementation that a user may have chosen, say
 ``prefix_grouper:auto:sdpa``: with a layout it runs the shared-prefix core, without one it calls exactly what ``sdpa``
 would have called, so that generation, evaluation and reward models do not notice. The name is the only state, but for
-hooks that check packed calls.
+hooks that check packed calls and for windows that only a mask would express.
 
 How the layout gets there is in modeling/carrier.py. Mixers past this interface are in modeling/mixers/.
 """
@@ -25,10 +25,12 @@ from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout, is_placeholder, layout_of_layer
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
+from prefix_grouper_plugins.modeling.implementations import ignored_by, window_is_in_mask
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
 
 _NAME = "prefix_grouper"
 _READ_NO_NAME = {"eager", "sdpa", "flex_attention"}  # implementations that are told all they need to know
+WINDOW_OF_MASK = "_window_of_mask"  # on layers whose mask has another window than their attention is called with
 
 
 def is_ours(config: Any) -> bool:
@@ -86,15 +88,16 @@ def _attention(
     if isinstance(layout, PrefixLayout) and layout.cache is not None:
         packed_key, packed_value = layout.cache.join(module, packed_key, packed_value, layout)
     attention = sequence_parallel_attention if isinstance(layout, ShardedLayout) else shared_prefix_attention
+    ignored = ignored_by(base)
     output = attention(
         query[0].transpose(0, 1),
         packed_key,
         packed_value,
         layout,
         scale=kwargs.get("scaling"),
-        sliding_window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        sliding_window=_window(module, base, kwargs.get("sliding_window")),
+        softcap=None if "softcap" in ignored else kwargs.get("softcap"),
+        sinks=None if "s_aux" in ignored else kwargs.get("s_aux"),
         backend=backend,
     )
     return output.unsqueeze(0), None
@@ -141,11 +144,17 @@ def _check_packed_call(
             raise UnsupportedModelError(f"{where} passes `{name}`, which the shared-prefix core does not apply")
     if kwargs.get("output_attentions"):
         raise ValueError("attention weights are not available in a packed forward: set `output_attentions=False`")
-    if base == "sdpa" and (kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None):
+    if base == "sdpa" and kwargs.get("softcap") is not None and "softcap" not in ignored_by(base):
         raise UnsupportedModelError(
-            f"{where} has a softcap or attention sinks, which transformers' sdpa ignores: load the model with "
-            '`attn_implementation="eager"`, so that packed and ordinary forwards compute the same'
+            f'{where} has a softcap, which transformers\' sdpa refuses: load the model with `attn_implementation="eager"`'
         )
+
+
+def _window(module: nn.Module, base: str, passed: int | None) -> int | None:
+    """The sliding window that ``base`` applies in an ordinary forward: that of the mask, or the one that it is called with."""
+    if window_is_in_mask(base):
+        return getattr(module, WINDOW_OF_MASK, passed)
+    return passed
 
 
 def _own_attention(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -163,4 +172,5 @@ def _own_attention(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, 
 @functools.lru_cache(maxsize=256)
 def _namespace(cls: type[nn.Module]) -> dict[str, Any]:
     """Globals of the file in which the attention class ``cls`` has its forward."""
-    return inspect.unwrap(cls.forward).__globals__
+    own = getattr(cls, "_prefix_grouper_base", cls)  # of a mixer that uses the interface inside
+    return inspect.unwrap(own.forward).__globals__

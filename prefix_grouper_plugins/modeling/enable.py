@@ -17,11 +17,12 @@ from torch import nn
 
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
-from prefix_grouper_plugins.modeling.attention import base_implementation, is_ours, register
+from prefix_grouper_plugins.modeling.attention import WINDOW_OF_MASK, base_implementation, is_ours, register
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, ModelForward, PackedLayer, given_layout
 from prefix_grouper_plugins.modeling.mixers.on_rows import PackedMixer, variable_keywords
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of
 from prefix_grouper_plugins.modeling.rope import RowLimit
+from prefix_grouper_plugins.modeling.support.masks import windows_by_mask
 
 
 def enable_layers(anatomy: Anatomy, backend: str) -> None:
@@ -35,6 +36,11 @@ def enable_layers(anatomy: Anatomy, backend: str) -> None:
     configs = anatomy.configs if anatomy.attention_layers else []
     for config in configs:
         config._attn_implementation = register(base_implementation(config._attn_implementation), backend)
+    _forget_windows(anatomy)
+    windows = windows_by_mask(anatomy.text_models, anatomy.attention_layers)
+    for layer in anatomy.attention_layers:
+        if layer.name in windows:
+            setattr(layer.module, WINDOW_OF_MASK, windows[layer.name])
     _unhook(anatomy)
     base = anatomy.base
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
@@ -53,8 +59,14 @@ def disable_prefix_grouper(model: nn.Module) -> nn.Module:
     for config in anatomy.configs:
         config._attn_implementation = base_implementation(config._attn_implementation)
     _unhook(anatomy)
+    _forget_windows(anatomy)
     _disable_mixers(anatomy)
     return model
+
+
+def _forget_windows(anatomy: Anatomy) -> None:
+    for _, module in anatomy.modules:
+        module.__dict__.pop(WINDOW_OF_MASK, None)
 
 
 def _unhook(anatomy: Anatomy) -> None:

@@ -56,6 +56,9 @@ def why_not_pack(model: nn.Module, names: Sequence[str]) -> str | None:
         return f"`{videos[0]}` belongs to rows with videos, which are not packed"
     if unknown := [name for name in names if name not in IMAGE_TENSORS + TOKEN_TENSORS]:
         return f"`{unknown[0]}` is an input that packed rows of images do not know"
+    kind = transformers_model(model).config.model_type
+    if set(names) & set(IMAGE_TENSORS) and not known_of(kind).verified_with_images:
+        return f"images of {kind} have not been compared with single rows"
     if "image_grid_thw" in names and "mm_token_type_ids" not in names and _rope_index(model) is not None:
         return "`mm_token_type_ids` is missing, without which the positions of images are unknown"
     return None
@@ -223,6 +226,8 @@ def _size(images: RowTensors) -> tuple[int, Hashable]:
     grids = [images[name] for name in ("image_grid_thw", "video_grid_thw") if name in images]
     if grids or not images:
         return int(sum(grid.prod(-1).sum() for grid in grids)), None
+    if (patches := images.get("image_position_ids")) is not None:  # -1 where an image is padded
+        return int((patches != -1).all(-1).sum()), "patches"
     pixels = images.get("pixel_values")
     if pixels is None:
         return 1, tuple(images)

@@ -12,7 +12,7 @@ from tests.tiny import SIZES
 
 LAYERS = 3
 # Code that computes only in float32.
-SINGLE_PRECISION = {"xglm"}
+SINGLE_PRECISION = {"inkling2_loop_text", "inkling2_text", "xglm"}
 # Set only where the type's config has the field. The defaults of some are as wide as a real model's, and slow.
 OPTIONAL: dict[str, Any] = {
     "sliding_window": 5,
@@ -49,6 +49,12 @@ OPTIONAL: dict[str, Any] = {
     "state_size": 16,
     "ssm_state_size": 16,
     "kv_channels": 8,
+    # Fewer than rows have, so that some are left out. With few heads, scores of two keys would both be zero.
+    "index_topk": 4,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "hc_mult": 2,
+    "conv_kernel_size": 3,
     "adapter_rank": 8,
     "embedding_size": 16,
     "input_embedding_size": 16,
@@ -64,6 +70,16 @@ OPTIONAL: dict[str, Any] = {
     "n_inner": 64,
     "is_decoder": True,  # of those that are encoders otherwise
 }
+_RELATIVE_POSITIONS = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 5,
+    "d_rel": 4,
+    "rel_extent": 6,
+    "log_scaling_n_floor": 4,
+}
+_PADDED_HEAD = {"vocab_size": SIZES["vocab_size"] + 4, "unpadded_vocab_size": SIZES["vocab_size"]}
 # Multi-head latent attention has as many key heads as query heads.
 CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4},
@@ -128,6 +144,113 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
     "xlstm": {"num_heads": 4, "num_blocks": LAYERS, "chunk_size": 16},
     "axk1": {"num_key_value_heads": 4},
+    "axk2": {"num_key_value_heads": 4, "gated_norm_rank": 4},
+    "deepseek_v32": {"num_key_value_heads": 4},
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "index_topk": 2,
+        "hc_sinkhorn_iters": 2,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    },
+    "glm_moe_dsa": {"num_key_value_heads": 4, "indexer_types": ["full", "shared", "full"]},
+    "hy_v4": {"indexer_types": ["full", "shared", "full"], "learnable_sink_init": 0.5},
+    "inkling_text": {
+        **_RELATIVE_POSITIONS,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "logits_mup_width_multiplier": 2.0,
+        **_PADDED_HEAD,
+    },
+    "inkling2_text": {
+        **_RELATIVE_POSITIONS,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+        "qk_l2_clip_threshold": 2.0,
+        "rel_l2_clip_threshold": 1.0,
+        "n_layers_per_attn_res_block": 2,
+        **_PADDED_HEAD,
+    },
+    "inkling2_loop_text": {
+        **_RELATIVE_POSITIONS,
+        **_PADDED_HEAD,
+        "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
+        "qk_l2_clip_threshold": 2.0,
+        "rel_l2_clip_threshold": 1.0,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 8,
+    },
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
+    "lara_mini": {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
+    "sarvam_mla": {"num_key_value_heads": 4},
+    "minimax_m3_vl_text": {
+        "layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "dense_intermediate_size": 32,
+        "rotary_dim": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_block_size": 2,
+        "index_topk_blocks": 2,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "full_attention": None,
+        },
+        "logit_scale": 0.5,
+    },
+    "dots3_note_text": {
+        "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 12,
+        "shared_experts_intermediate_size": 16,
+    },
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.5,
+        },
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [3],
+        "ple_embed_dim": 16,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 31,
+        "make_ngram_vocab_size_divisible_by": 4,
+        "split_ngram_parts": 1,
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
     "glm4_moe_lite": {"num_key_value_heads": 4},
     "minicpm3": {"num_key_value_heads": 4},
     "youtu": {"num_key_value_heads": 4},

@@ -14,8 +14,10 @@ import transformers
 from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from prefix_grouper_plugins import UnsupportedModelError, check_support, enable_prefix_grouper
+from prefix_grouper_plugins import UnsupportedModelError, check_support, disable_prefix_grouper, enable_prefix_grouper
+from prefix_grouper_plugins.modeling import attention as interface
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
+from prefix_grouper_plugins.modeling.enable import enable_layers
 from prefix_grouper_plugins.modeling.support.masks import mask_functions
 from tests.modeling import families
 from tests.modeling.test_families import assert_packed_equals, gradients, single_rows
@@ -37,6 +39,14 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("recurrent_gemma", {"attention_window_size": 2, "conv1d_width": 2}),
     ("moshi", {"sliding_window": 2}),
     ("olmo3", {"layer_types": ALTERNATING, "sliding_window": 3}),
+    # The window stands in the mask alone, as attention does not hand it on; or the other way round, where only kernels
+    # without a mask would apply it.
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ALTERNATING}),
+    ("smollm3", {"use_sliding_window": False, "sliding_window": 3, "layer_types": ALTERNATING}),
+    ("olmoe", {"sliding_window": 3}),
+    ("minimax_m3_vl_text", {"layer_types": ["full_attention"] * 3}),
+    ("dots3_note_text", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+    ("deepseek_v4", {"layer_types": ["sliding_attention"] * 3}),
     # Positions.
     ("ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}}),
     ("glm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e2, "partial_rotary_factor": 0.25}}),
@@ -97,19 +107,6 @@ def test_packed_rows_are_exact_under_other_settings_too(model_type, changes):
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [
-        # The window stands in the mask alone, as attention does not hand it on.
-        (
-            "qwen2_moe",
-            {"use_sliding_window": True, "sliding_window": 3, "layer_types": ALTERNATING},
-            "Qwen2MoeAttention masks with sliding_window=3 but calls its attention function with None",
-        ),
-        (
-            "smollm3",
-            {"use_sliding_window": False, "sliding_window": 3, "layer_types": ALTERNATING},
-            "SmolLM3Attention masks with sliding_window=3 but calls its attention function with None",
-        ),
-        # And the other way round: kernels without a mask would hide what the model's mask shows.
-        ("olmoe", {"sliding_window": 3}, "OlmoeAttention masks with sliding_window=None but calls .* with 3"),
         ("minimax", {"layer_types": ALTERNATING}, "minimax has layers of type sliding_attention"),
         # transformers then makes masks for reading both ways.
         ("llama", {"is_causal": False}, "attention is not causal"),
@@ -122,12 +119,39 @@ def test_what_a_mask_alone_would_say_is_refused(model_type, changes, reason):
         enable_prefix_grouper(model, self_check=False)
 
 
-def test_a_window_that_is_changed_in_the_config_of_a_built_model_is_refused():
+def test_a_window_that_is_changed_in_the_config_of_a_built_model_is_that_of_the_mask():
     """Masks follow the config, attention keeps what it read when it was built."""
     model = families.build("gemma2")
-    assert check_support(model).supported
+    before = single_rows(model)
     model.config.sliding_window = 2
-    assert "masks with sliding_window=2 but calls its attention function with 5" in str(check_support(model).reasons)
+    expected = single_rows(model)
+    assert max(float((x - y).detach().abs().max()) for x, y in zip(before, expected, strict=True)) > 1e-2
+    assert check_support(model).layers[0].attention.startswith("sliding window of 2")
+    assert_packed_equals(expected, gradients(model, expected), enable_prefix_grouper(model, self_check=False), 1e-6)
+    disable_prefix_grouper(model)
+    assert all("_window_of_mask" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(("implementation", "window"), [("sdpa", 3), ("flash_attention_2", None)])
+def test_the_window_is_the_one_that_the_users_implementation_applies(implementation, window):
+    """Flash kernels have no mask, so qwen2_moe has no window under them."""
+    model = families.build(
+        "qwen2_moe", use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 3
+    )
+    model.config._attn_implementation = implementation
+    enable_layers(Anatomy(model), "auto")
+    attention = model.model.layers[0].self_attn
+    assert interface._window(attention, implementation, None) == window
+
+
+def test_a_window_that_nobody_knows_the_rule_for_is_refused():
+    model = families.build(
+        "qwen2_moe", use_sliding_window=True, sliding_window=3, layer_types=["sliding_attention"] * 3
+    )
+    model.config._attn_implementation = "my_kernels"
+    (reason,) = check_support(model).reasons
+    assert "Qwen2MoeAttention masks with sliding_window=3 but calls its attention function with None" in reason
+    assert "which of them 'my_kernels' applies: load the model with `attn_implementation=\"sdpa\"`" in reason
 
 
 def test_a_mask_that_is_made_in_a_lambda_is_seen():

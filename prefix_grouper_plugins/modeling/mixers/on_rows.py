@@ -41,13 +41,15 @@ from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout
 from prefix_grouper_plugins.rows import Rows, rows_of
 
 # Arguments that run along the sequence, `[1, T, ...]`: laid out as rows, like the hidden states themselves.
-_ALONG_SEQUENCE = {"residual", "position_ids", "position_embeddings", "k", "q"}
-_CACHES = {"past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
+_ALONG_SEQUENCE = {"residual", "input_ids", "position_ids", "position_embeddings", "k", "q"}
+_ALONG_SEQUENCE |= {"key_hidden_states", "value_hidden_states"}  # queries have inputs of their own (inkling2)
+_CACHES = {"cache", "past_key_values", "past_key_value", "layer_past", "cache_params", "state"}
 # How ordinary packed batches say where rows begin. The rows are a padded batch here, so these are dropped.
 _ROW_BOUNDARIES = {"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 # What trainers hand to the loss head; many models pass every keyword on to their layers.
 _OF_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
-_MASKS = {"attention_mask", "mask", "conv_mask"}
+_MASKS = {"attention_mask", "mask"}
+_MASKS_OF_PADDING = {"conv_mask"}  # padding on the right reaches no token
 
 
 class PackedMixer:
@@ -165,15 +167,22 @@ def _as_rows(module: nn.Module, mixer: Mixer, rows: Rows, name: str, value: Any,
         return value
     if name in _CACHES and value is not None:
         raise ValueError(f"{type(module).__name__} got `{name}`: a packed forward has no cache, set `use_cache=False`")
-    if name in _ROW_BOUNDARIES:
+    if name in _ROW_BOUNDARIES | _MASKS_OF_PADDING:
         return None
     if along or name in _ALONG_SEQUENCE:
-        if isinstance(value, tuple):
-            return tuple(rows.expand(part) for part in value)
-        return None if value is None else rows.expand(value)
+        return _expand(rows, value)
     if isinstance(value, Tensor):
         raise UnsupportedModelError(f"{type(module).__name__} is called with `{name}`, which we cannot lay out as rows")
     return value
+
+
+def _expand(rows: Rows, value: Any) -> Any:
+    """Rows of a tensor, or of each in a tuple or a dict of them (angles of several kinds of layers)."""
+    if isinstance(value, tuple):
+        return tuple(_expand(rows, part) for part in value)
+    if isinstance(value, dict):
+        return {kind: _expand(rows, part) for kind, part in value.items()}
+    return None if value is None else rows.expand(value)
 
 
 def _call(run: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:

@@ -40,6 +40,8 @@ class Mixer:
         without_mask: whether the model cannot take the 4-D placeholder mask, which then stays outside.
         blanks_padding: whether it sets padding to zero and then mixes it into the tokens after it, so that a bias which
             is added in between makes left padding count.
+        counts_columns: whether a module tells tokens apart by their columns, so that padding on the left moves them.
+        applies: whether a module of the class is such a mixer; others of the class use the attention interface.
         recipes: how its code may be made to fork states, see modeling/mixers/state_forking.py.
     """
 
@@ -52,6 +54,8 @@ class Mixer:
     layer_types: frozenset[str] = frozenset()
     without_mask: Callable[[nn.Module], bool] = lambda module: False
     blanks_padding: bool = False
+    counts_columns: Callable[[Any], bool] = lambda module: False
+    applies: Callable[[Any], bool] = lambda module: True
     recipes: tuple[Recipe, ...] = ()
 
 
@@ -87,10 +91,10 @@ def _llama4_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Ten
 
 
 def _window_mask(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Causal, within the sliding window of the config if there is one."""
+    """Causal, within the sliding window of the layer, or else of the config, if there is one."""
     mask = _additive_mask(module, x, arguments)
     config: Any = module.config
-    window = config.sliding_window
+    window: Any = module.sliding_window if hasattr(module, "sliding_window") else config.sliding_window
     if window is None:
         return mask
     column = torch.arange(x.shape[1], device=x.device)
@@ -128,11 +132,39 @@ def _cut_angles(arguments: dict[str, Any], x: Tensor) -> None:
     arguments["sinusoidal_pos"] = arguments["sinusoidal_pos"][:, :, : x.shape[1]]
 
 
+def _cut_distances(arguments: dict[str, Any], x: Tensor) -> None:
+    """Distances between T columns, ``[T, T]``: the first L are those of each of our rows. From transformers 5.24 on."""
+    if "relative_distance" in arguments:
+        arguments["relative_distance"] = arguments["relative_distance"][: x.shape[1], : x.shape[1]]
+
+
 _ADDITIVE = Mixer("attention of its own", mask=_additive_mask)
 _MAMBA = Mixer("Mamba", blanks_padding=True)
 _MAMBA2 = Mixer("Mamba-2", blanks_padding=True, recipes=MAMBA2)
 _DELTA = Mixer("gated delta net", blanks_padding=True, recipes=DELTA_RULE)
 _CONVOLUTION = Mixer("short convolution", blanks_padding=True, recipes=SHORT_CONVOLUTION)
+
+# Selections of one layer that the next ones take over are those of rows, and pass the packed layers as they are.
+_INDEXED = Mixer(
+    "attention to selected keys",
+    _additive_mask,
+    whole=frozenset({"prev_topk_indices"}),
+    outputs_as_they_are=frozenset({2}),
+    layer_types=frozenset({"indexed_attention"}),
+)
+_RELATIVE = Mixer(
+    "attention with relative positions",
+    _window_mask,
+    layer_types=frozenset({"hybrid_sliding"}),
+    counts_columns=lambda module: not module.is_sliding and module.config.log_scaling_n_floor is not None,
+)
+_RELATIVE_2 = Mixer(
+    "attention with relative positions",
+    _window_mask,
+    _cut_distances,
+    whole=frozenset({"relative_distance"}),
+    layer_types=frozenset({"hybrid_sliding"}),
+)
 
 _MIXERS: dict[str, Mixer] = {
     "bloom.BloomAttention": Mixer(
@@ -182,6 +214,7 @@ _MIXERS: dict[str, Mixer] = {
     "qwen3_next.Qwen3NextGatedDeltaNet": _DELTA,
     "qwen3_5.Qwen3_5GatedDeltaNet": _DELTA,
     "qwen3_5_moe.Qwen3_5MoeGatedDeltaNet": _DELTA,
+    "lara_mini.LaraMiniGatedDeltaNet": _DELTA,
     "olmo_hybrid.OlmoHybridGatedDeltaNet": _DELTA,
     "kimi_linear.KimiLinearDeltaAttention": _DELTA,
     "bailing_hybrid.BailingHybridDeltaAttention": _DELTA,
@@ -192,6 +225,42 @@ _MIXERS: dict[str, Mixer] = {
     "llama4.Llama4TextAttention": Mixer(
         "chunked attention", _llama4_mask, layer_types=frozenset({"chunked_attention"})
     ),
+    "deepseek_v32.DeepseekV32Attention": _INDEXED,
+    "glm_moe_dsa.GlmMoeDsaAttention": _INDEXED,
+    "axk2.AXK2Attention": _INDEXED,
+    "hy_v4.HYV4Attention": _INDEXED,
+    "deepseek_v4.DeepseekV4Attention": Mixer(
+        "attention to a window and to compressed keys",
+        _window_mask,
+        layer_types=frozenset({"compressed_sparse_attention", "heavily_compressed_attention"}),
+        counts_columns=lambda module: module.compressor is not None,
+    ),
+    # Layers without an indexer run on rows too: the ones with an indexer compare the name of the implementation, which
+    # all share.
+    "minimax_m3_vl.MiniMaxM3VLAttention": Mixer(
+        "attention to selected blocks of keys",
+        _additive_mask,
+        layer_types=frozenset({"minimax_m3_sparse"}),
+        counts_columns=lambda module: module.indexer is not None,
+        applies=lambda module: "minimax_m3_sparse" in module.config.layer_types,
+    ),
+    "inkling.InklingAttention": _RELATIVE,
+    "inkling.InklingShortConvolution": _CONVOLUTION,
+    "inkling2.Inkling2SlidingAttention": _RELATIVE_2,
+    "inkling2.Inkling2FullAttention": _RELATIVE_2,
+    "inkling2.Inkling2ShortConvolution": _CONVOLUTION,
+    "inkling2_loop.Inkling2LoopSlidingAttention": _RELATIVE_2,
+    "inkling2_loop.Inkling2LoopFullAttention": _RELATIVE_2,
+    "inkling2_loop.Inkling2LoopShortConvolution": _CONVOLUTION,
+    "dots3_note.Dots3NoteTextAttention": Mixer(
+        "attention to selected keys",
+        _window_mask,
+        layer_types=frozenset({"indexed_attention"}),
+        applies=lambda module: "indexed_attention" in module.config.layer_types,
+    ),
+    "qwen4_exp.Qwen4ExpTextAttention": _INDEXED,
+    "qwen4_exp.Qwen4ExpTextGatedDeltaNet": _DELTA,
+    "qwen4_exp.Qwen4ExpTextPLELayer": Mixer("embedding of n-grams"),
     # The next four are of transformers before 5.23, later ones use the interface. They may go when setup.cfg demands 5.23.
     "diffllama.DiffLlamaSdpaAttention": _ADDITIVE,
     "moshi.MoshiSdpaAttention": _ADDITIVE,
@@ -213,7 +282,8 @@ def mixer_of(module: nn.Module) -> Mixer | None:
     for cls in type(module).__mro__:
         parts = cls.__module__.split(".")
         if parts[:2] == ["transformers", "models"]:  # above it may lie a class of FSDP2; below it, another forward
-            return _MIXERS.get(f"{parts[2]}.{cls.__name__}")
+            mixer = _MIXERS.get(f"{parts[2]}.{cls.__name__}")
+            return mixer if mixer is not None and mixer.applies(module) else None
     return None
 
 

@@ -1,7 +1,8 @@
 """Finds what the masks of a transformers model express and its attention function does not receive as an argument.
 
 A packed call carries a placeholder instead of a mask, which transformers passes through (modeling/attention.py). A sliding
-window, or attention in both directions, that only the mask expresses would be lost, so it is detected beforehand.
+window, or attention in both directions, that only the mask expresses would be lost, so it is detected beforehand. A window
+is then handed to the shared-prefix core as the mask would apply it; the rest is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefix_grouper_plugins.modeling.anatomy import Layer
+from prefix_grouper_plugins.modeling.implementations import window_is_in_mask
 
 _SLIDING_MASK = "create_sliding_window_causal_mask"
 _SLIDING_LAYER_TYPES = {"sliding_attention", "hybrid_sliding"}
@@ -34,19 +36,41 @@ def masks_hide_nothing(models: Iterable[PreTrainedModel]) -> bool:
     return any(getattr(model.config, "is_causal", True) is False for model in models)
 
 
+def windows_by_mask(models: Iterable[PreTrainedModel], layers: Iterable[Layer]) -> dict[str, int | None]:
+    """The windows that layers of ``models`` have by their masks, by name, where their attention is called with another one.
+
+    Only layers whose implementation takes the window from the mask; None stands for no window.
+    """
+    return {
+        layer.name: masked
+        for layer, masked, _ in _different_windows(models, layers)
+        if window_is_in_mask(layer.implementation)
+    }
+
+
 def window_reasons(models: Iterable[PreTrainedModel], layers: Iterable[Layer]) -> list[str]:
-    """Layers of ``models`` whose mask has a different sliding window from the one that their attention function receives."""
-    in_masks = _SLIDING_MASK in mask_functions(models)
+    """Layers with one window in their mask and another in the call, where it is not known which of them counts."""
     reasons: dict[str, None] = {}  # ordered set: the layers of a model mostly share one reason
-    for _, module in layers:
-        masked, passed = _windows(module)
-        masked = masked if in_masks else None
-        if masked != passed:
+    for layer, masked, passed in _different_windows(models, layers):
+        if window_is_in_mask(layer.implementation) is None:
             reasons[
-                f"{type(module).__name__} masks with sliding_window={masked} but calls its attention function with {passed}, "
-                "and packed rows have no mask: make `layer_types` full_attention, or choose settings in which both agree"
+                f"{type(layer.module).__name__} masks with sliding_window={masked} but calls its attention function with "
+                f"{passed}, and it is not known which of them {layer.implementation!r} applies: load the model with "
+                '`attn_implementation="sdpa"`, or choose settings in which both agree'
             ] = None
     return list(reasons)
+
+
+def _different_windows(
+    models: Iterable[PreTrainedModel], layers: Iterable[Layer]
+) -> Iterator[tuple[Layer, int | None, int | None]]:
+    """Layers whose mask has another window than their attention function receives: the layer and both windows."""
+    in_masks = _SLIDING_MASK in mask_functions(models)
+    for layer in layers:
+        masked, passed = _windows(layer.module)
+        masked = masked if in_masks else None
+        if masked != passed:
+            yield layer, masked, passed
 
 
 def _windows(module: nn.Module) -> tuple[int | None, int | None]:

@@ -28,8 +28,9 @@ _POINTWISE_LAYER_TYPES = {"mlp", "moe"}
 # Attention of the core, and the mixers of modeling/mixers/. Chunked, sparse and compressed attention are neither.
 _LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention", "conv", "hybrid"} | _POINTWISE_LAYER_TYPES
 _LAYER_TYPES |= {"attention", "mamba"}  # transformers before 5.23
-# Functions of transformers that make the masks which the core knows.
+# Functions of transformers that make the masks which the core knows, and one that only tells recurrent layers what is padding.
 _MASK_FUNCTIONS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_masks_for_generate"}
+_MASK_FUNCTIONS |= {"create_recurrent_attention_mask"}
 # Settings of attention that takes some keys and leaves others, beyond what a few short rows show.
 _SELECTS_KEYS = re.compile(r"attention_chunk_size|index_topk|sparse|keep_window|compress|block_topk")
 # Fields in a config of what modules draw at random by, where these have other names.
@@ -40,7 +41,7 @@ def reasons_to_refuse(anatomy: Anatomy) -> list[str]:
     """Why packed rows of a transformers model could differ from its rows."""
     layers = anatomy.attention_layers + anatomy.mixers
     reasons = [
-        *(_multimodal_reasons(anatomy) or _type_reasons(anatomy.config, layers) or _randomness_reasons(anatomy)),
+        *(_type_reasons(anatomy.config, layers) or _randomness_reasons(anatomy)),
         *_unknown_layers(anatomy.config, len(layers)),
         *position_reasons(anatomy.config, anatomy.text_row_limits),
         *_attention_reasons(layers, masks_hide_nothing(anatomy.text_models)),
@@ -60,6 +61,12 @@ def left_padding_reasons(anatomy: Anatomy) -> list[str]:
         return [
             f"{kind} numbers positions by its own padding token, which need not be the one that a batch is padded with"
         ]
+    counting = [type(module).__name__ for _, module in anatomy.mixers if mixer_of(module).counts_columns(module)]  # type: ignore[union-attr]
+    if counting:
+        return [
+            f"{kind}: {counting[0]} counts columns, padding on the left included, so a padded batch does not compute what "
+            "single rows compute"
+        ]
     biased = [type(module).__name__ for _, module in anatomy.mixers if puts_bias_on_padding(module)]
     if biased:
         return [
@@ -78,6 +85,9 @@ def unverified_reasons(anatomy: Anatomy) -> list[str]:
     own = next(c for c in classes if issubclass(c, PreTrainedModel) and FSDPModule not in c.__bases__)
     if not own.__module__.startswith("transformers."):
         return [f"{own.__name__} is code from outside of transformers, which no test has compared with single rows"]
+    whole = anatomy.base.config.model_type
+    if anatomy.text is not anatomy.base and not known_of(whole).verified_with_images:
+        return [f"{whole} is a multimodal model that no test has compared with single rows"]
     kind = anatomy.config.model_type
     known = known_of(kind)
     if not (known.verified or known.text_part_of_verified):
@@ -88,19 +98,14 @@ def unverified_reasons(anatomy: Anatomy) -> list[str]:
 def unknown_masks(anatomy: Anatomy) -> list[str]:
     """Masks that a packed forward leaves out, and whose effect a few short rows may not show."""
     base = anatomy.base
-    found = sorted(mask_functions(anatomy.models) - _MASK_FUNCTIONS)
+    # Not those of towers, which do not run on text.
+    around_text = [model for model in anatomy.models if any(module is anatomy.text for module in model.modules())]
+    found = sorted(mask_functions([*around_text, *anatomy.text_models]) - _MASK_FUNCTIONS)
     found += [f"{name}={value}" for name, value in vars(base.config).items() if value and _SELECTS_KEYS.search(name)]
     found += sorted(anatomy.indexers)
     if not found:
         return []
     return [f"{type(base).__name__} masks its attention in a way that is not known here: {', '.join(found)}"]
-
-
-def _multimodal_reasons(anatomy: Anatomy) -> list[str]:
-    kind = anatomy.base.config.model_type
-    if anatomy.text is anatomy.base or known_of(kind).verified_with_images:
-        return []
-    return [f"{kind} is a multimodal model that no test has compared with single rows"]
 
 
 def _type_reasons(config: Any, layers: Sequence[Layer]) -> list[str]:
@@ -148,8 +153,8 @@ def _reasons_of_layer(layer: Layer, hide_nothing: bool) -> list[str]:
         reasons.append("attention is not causal, so a prefix would depend on what follows it")
     if getattr(config, "reorder_and_upcast_attn", False):
         reasons.append("`reorder_and_upcast_attn=True` bypasses the attention interface")
-    if layer.implementation == "sdpa" and (layer.softcap is not None or layer.sinks is not None):
-        reasons.append('sdpa ignores softcap and attention sinks: load the model with `attn_implementation="eager"`')
+    if layer.implementation == "sdpa" and layer.softcap is not None:
+        reasons.append('sdpa refuses a softcap: load the model with `attn_implementation="eager"`')
     return reasons
 
 

@@ -17,9 +17,11 @@ from torch import nn
 
 from prefix_grouper_plugins.attention.registry import auto_backend
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, Layer, transformers_model
+from prefix_grouper_plugins.modeling.implementations import in_words
 from prefix_grouper_plugins.modeling.mixers.state_forking import FORKED, ON_ROWS
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of, why_on_rows
 from prefix_grouper_plugins.modeling.model_types import known_of
+from prefix_grouper_plugins.modeling.support.masks import windows_by_mask
 from prefix_grouper_plugins.modeling.support.reasons import (
     left_padding_reasons,
     reasons_to_refuse,
@@ -86,6 +88,7 @@ def report_on(anatomy: Anatomy) -> SupportReport:
     if unverified and not reasons:
         reasons = unknown_masks(anatomy)
     device, dtype = _where_attention_runs(anatomy)
+    windows = windows_by_mask(anatomy.text_models, anatomy.attention_layers)
     on_rows = {layer: why for layer in anatomy.mixers if (why := why_on_rows(layer.module)) is not None}
     return SupportReport(
         reasons=tuple(reasons),
@@ -93,7 +96,10 @@ def report_on(anatomy: Anatomy) -> SupportReport:
         left_padding_reasons=tuple(left_padding_reasons(anatomy)),
         notes=(*_notes(anatomy), *_forking_notes(on_rows)),
         layers=(
-            *(_describe(layer, device, dtype) for layer in anatomy.attention_layers),
+            *(
+                _describe(layer, windows.get(layer.name, layer.window), device, dtype)
+                for layer in anatomy.attention_layers
+            ),
             *(_describe_mixer(layer, on_rows.get(layer)) for layer in anatomy.mixers),
         ),
     )
@@ -123,6 +129,12 @@ def _notes(anatomy: Anatomy) -> list[str]:
             f"rope_type {limit.kind!r} changes the angles of all rows of a batch once one of them reaches {limit.length} "
             "tokens: such batches are not shared"
         )
+    ignored = frozenset[str]().union(*(layer.ignored for layer in anatomy.attention_layers))
+    if ignored:
+        notes.append(
+            f"sdpa ignores the {in_words(ignored)} of this model, without sharing too, so packed rows leave them out: load "
+            'the model with `attn_implementation="eager"` to have them'
+        )
     if rates := anatomy.dropout_rates:
         notes.append(
             f"dropout of {max(rates)} is active: the rows of a group share one dropout mask on their prompt, which is "
@@ -141,8 +153,8 @@ def _where_attention_runs(anatomy: Anatomy) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if device.type == "cuda" and dtype == torch.float32 else dtype
 
 
-def _describe(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerSupport:
-    window, softcap = layer.window, layer.softcap
+def _describe(layer: Layer, window: int | None, device: torch.device, dtype: torch.dtype) -> LayerSupport:
+    softcap = layer.softcap
     parts = ["causal" if window is None else f"sliding window of {window}"]
     if softcap is not None:
         parts.append(f"softcap {softcap}")

@@ -1,0 +1,43 @@
+"""What transformers' attention implementations make of a layer's window, softcap and sinks.
+
+Packed rows do what the user's own implementation does, so that they equal the ordinary path. Two things differ between
+implementations:
+
+- ``sdpa`` has no attention sinks and no softcap. It ignores sinks, and a softcap in older releases; newer ones refuse it.
+- ``eager``, ``sdpa`` and ``flex_attention`` take a sliding window from the model's mask, flash kernels from the argument of
+  the call. Some models give these two different windows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_BY_MASK = {"eager", "sdpa", "flex_attention"}
+# Arguments beyond queries, keys and values that sdpa may lack, and what they are in words.
+_OPTIONAL = {"softcap": "softcap", "s_aux": "attention sinks"}
+
+
+@functools.cache
+def ignored_by(implementation: str) -> frozenset[str]:
+    """The arguments, of ``softcap`` and ``s_aux`` (sinks), that ``implementation`` takes and ignores."""
+    if implementation != "sdpa":
+        return frozenset()
+    code = ALL_ATTENTION_FUNCTIONS["sdpa"].__code__
+    read = {*code.co_varnames, *(constant for constant in code.co_consts if isinstance(constant, str))}
+    return frozenset(_OPTIONAL) - read
+
+
+def in_words(arguments: frozenset[str]) -> str:
+    """Names of ``arguments`` for a message."""
+    return " and ".join(words for name, words in _OPTIONAL.items() if name in arguments)
+
+
+def window_is_in_mask(implementation: str) -> bool | None:
+    """Whether ``implementation`` takes a window from the mask (True) or from its call (False); None where that is not known."""
+    if implementation in _BY_MASK:
+        return True
+    masks = AttentionMaskInterface()
+    return False if implementation in masks and masks[implementation] is flash_attention_mask else None
