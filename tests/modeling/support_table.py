@@ -217,6 +217,7 @@ def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 def in_turns(model: PreTrainedModel, rows: Step, packed: Step) -> Row:
     """CPU seconds of both, and how many times as fast the packed one is: the median over turns."""
     model.float().train()
+    packed()  # the dtype is new, so a self-check may run in front of it
     row_tokens, packed_tokens = (tokens_of(model, step) for step in (rows, packed))
     turns: list[tuple[float, float]] = []
     while (spent := sum(map(sum, turns))) < SECONDS or (len(turns) < TURNS and spent < PATIENCE):
