@@ -217,7 +217,6 @@ def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 def in_turns(model: PreTrainedModel, rows: Step, packed: Step) -> Row:
     """CPU seconds of both, and how many times as fast the packed one is: the median over turns."""
     model.float().train()
-    packed()  # the dtype is new, so a self-check may run in front of it
     row_tokens, packed_tokens = (tokens_of(model, step) for step in (rows, packed))
     turns: list[tuple[float, float]] = []
     while (spent := sum(map(sum, turns))) < SECONDS or (len(turns) < TURNS and spent < PATIENCE):
@@ -241,6 +240,8 @@ def tokens_of(model: PreTrainedModel, step: Step) -> int:
 
     hook = model.get_input_embeddings().register_forward_pre_hook(count)
     try:
+        step()  # a self-check may run in front of it, since the model has another dtype, and a hook
+        seen = 0
         step()
     finally:
         hook.remove()
