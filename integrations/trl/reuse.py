@@ -93,6 +93,7 @@ class PromptReuse:
         self._tokens: list[list[RowTokens]] = []
         # The micro-batch that was entered, and those that certainly follow in its optimizer step.
         self._coming = range(0)
+        self._paused = range(0)  # the same, while a comparison runs
         # What holds for an optimizer step is asked once in it: whether micro-batches share forwards, and open prompts.
         self._shares: bool | None = None
         self._stays_open: bool | None = None
@@ -206,11 +207,11 @@ class PromptReuse:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """In here micro-batches share nothing with each other; what is open stays so."""
-        coming, self._coming = self._coming, range(0)
+        self._paused, self._coming = self._coming, range(0)
         try:
             yield
         finally:
-            self._coming = coming
+            self._coming, self._paused = self._paused, range(0)
 
     def score_update(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, list[Counts]] | None:
         """Scores of the micro-batch that was entered; None if it shares nothing with others."""
@@ -295,6 +296,23 @@ class PromptReuse:
         own: list[Hashable] = [key for key in prompts if isinstance(key, tuple)]
         found = self._score(model, rows, tokens, own, OpenPrompts(), entropy)
         return found[0] if found else self._forward.score(model, rows, entropy=entropy, aux_loss=False)[0]
+
+    def takes_rows_ahead(self, model: Any) -> bool:
+        """Whether a micro-batch of the update may be forwarded with rows of later ones. The same on all processes."""
+        smaller = self._trainer.args.per_device_train_batch_size < self._trainer.num_generations
+        return smaller and self.why_not_ahead(model) is None and not self._leaves_experts_out(model)
+
+    def score_with_rows_ahead(self, model: Any, rows: Rows, *, entropy: bool) -> Scores:
+        """Scores of the micro-batch that was entered, from one forward with the rows of later ones that it takes.
+
+        For comparisons. Nothing is kept for the later ones, and a backward goes through the whole forward at once.
+        """
+        joint = [rows]
+        if self._paused and rows.holds(self._on_host[self._paused[0]]):
+            count, _ = self._plan([self._tokens[number] for number in self._paused], rows, OpenPrompts(), False)
+            joint += map(self._rows_of, self._paused[1:count])
+        logps, entropies, aux = self._forward.score(model, Rows.join(joint), entropy=entropy, aux_loss=False)[0]
+        return logps[: len(rows)], None if entropies is None else entropies[: len(rows)], aux
 
     # -------------------------------------------------------------------------------------------------------- planning
 

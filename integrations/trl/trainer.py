@@ -20,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
+from prefix_grouper_plugins.integrations.trl.checkpoints import check_checkpoint
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows, Scores
 from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages
@@ -28,7 +29,7 @@ from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, wh
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
-from prefix_grouper_plugins.integrations.trl.verify import Verification
+from prefix_grouper_plugins.integrations.trl.verify import PROMPTS, Verification
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
 from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
 from prefix_grouper_plugins.modeling import row_limit, transformers_model, without_prefix_grouper
@@ -220,6 +221,11 @@ class PrefixGrouperMixin:
             self._reuse.enter(self._buffered_inputs, self._step % self.args.steps_per_generation)
         return inputs
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Stock training. A checkpoint that was not written to its end is an error that names one that was."""
+        check_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stock training step. No optimizer step may follow before each prompt that was shared has its gradient."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -394,8 +400,9 @@ class PrefixGrouperMixin:
         """Scores of those ``chunks`` that share a prompt with other chunks or micro-batches; None for the others."""
         if _has_images(given) or given.get("compute_aux_loss"):
             return [None] * len(chunks)
-        if self.verification.reuses:
-            return [(self._reuse.score_apart(model, chunk, entropy=entropy), [Counts(packed=1)]) for chunk in chunks]
+        if (what := self.verification.reuses) is not None:
+            score = self._reuse.score_apart if what == PROMPTS else self._reuse.score_with_rows_ahead
+            return [(score(model, chunk, entropy=entropy), [Counts(packed=1)]) for chunk in chunks]
         if self._makes_inputs or not self.model.training:
             return self._reuse.score_chunks(model, chunks, entropy=entropy)
         return [self._reuse.score_update(model, chunk, entropy=entropy) for chunk in chunks]

@@ -26,6 +26,7 @@ Scores = tuple[Tensor | None, ...]  # as TRL's method returns them
 
 _SYNC_OF_FSDP2 = "set_requires_gradient_sync"
 _ORDINARY = "the stock half of the verification"
+PROMPTS, ROWS_AHEAD = "prompts", "rows ahead"  # what micro-batches share in the update
 
 
 class Verification:
@@ -43,7 +44,7 @@ class Verification:
     def __init__(self, trainer: Any, when: str) -> None:
         self._trainer, self._schedule = trainer, Schedule(when)
         self.runs = self.leaks = False
-        self._reuses = False
+        self._reuses: str | None = None
         self._scored: list[tuple[Tensor, Tensor]] = []
         self._has_leaked = self._out_of_memory = False
 
@@ -66,7 +67,9 @@ class Verification:
         trainer, device = self._trainer, self._trainer.accelerator.device
         shared = {"packed": self._path(loss_of)}
         if trainer._reuse.why_not(trainer.model) is None:
-            shared["prompts reused"] = self._path(loss_of, reuses=True)
+            shared["prompts reused"] = self._path(loss_of, reuses=PROMPTS)
+        if trainer._reuse.takes_rows_ahead(model):
+            shared["rows ahead"] = self._path(loss_of, reuses=ROWS_AHEAD)
         scaler = getattr(trainer.accelerator, "scaler", None)
         with self._unseen() as meter:
             result = compare_micro_batch(
@@ -106,8 +109,10 @@ class Verification:
         return found
 
     @property
-    def reuses(self) -> bool:
-        """Whether prompts are to go through caches of their own, as where micro-batches share them."""
+    def reuses(self) -> str | None:
+        """What rows are to share as in the update: `PROMPTS` that go through caches of their own, or a forward with
+        `ROWS_AHEAD`, those of the micro-batches that follow. None for nothing.
+        """
         return self._reuses
 
     def leaked(self) -> None:
@@ -115,7 +120,12 @@ class Verification:
         self._has_leaked = True
 
     def _path(
-        self, loss_of: Callable[[Any], Tensor], *, ordinary: bool = False, reuses: bool = False, leaks: bool = False
+        self,
+        loss_of: Callable[[Any], Tensor],
+        *,
+        ordinary: bool = False,
+        reuses: str | None = None,
+        leaks: bool = False,
     ) -> Path:
         trainer = self._trainer
 
@@ -127,7 +137,7 @@ class Verification:
                 with _attributes_kept(trainer):
                     loss = loss_of(model)
             finally:
-                self._reuses = self.leaks = False
+                self._reuses, self.leaks = None, False
                 if ordinary:
                     trainer.gate.reason = reason
             scored, self._scored = self._scored, []

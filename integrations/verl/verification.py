@@ -30,9 +30,12 @@ from prefix_grouper_plugins.modeling.self_check.gradients import (
     local_gradients,
 )
 from prefix_grouper_plugins.modeling.self_check.isolation import untouched, without_dropout
+from prefix_grouper_plugins.modeling.self_check.layers import where_paths_part
 from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
 from prefix_grouper_plugins.modeling.self_check.schedule import Schedule
 from prefix_grouper_plugins.sharing import SharingGate
+
+_ORDINARY = "the ordinary half of the verification"
 
 
 def why_no_reference(anatomy: Anatomy) -> str | None:
@@ -155,10 +158,13 @@ class ComparesPaths:
         base, start = transformers_model(self.module) or self.module, time.perf_counter()
         try:
             with untouched(base, torch.device(get_device_name())), without_dropout():
-                loss, ordinary = self._whole_update(data, loss_function, "the ordinary half of the verification")
+                loss, ordinary = self._whole_update(data, loss_function, _ORDINARY)
                 self.optimizer_zero_grad()
                 ours, _ = self._whole_update(data, loss_function, self.gate.reason)
-                difference = check_gradients(self.module, ordinary, self._autocast_dtype)
+                try:
+                    difference = check_gradients(self.module, ordinary, self._autocast_dtype)
+                except RuntimeError as error:  # on all ranks
+                    raise RuntimeError(f"{error}. {self._where_it_starts(data)}") from None
                 self.optimizer_zero_grad()
                 leak = self._difference_of_a_leak(data, loss_function, ordinary)
         finally:
@@ -173,6 +179,23 @@ class ComparesPaths:
             f"verified: the gradients of update {self._updates}, shared and ordinary, differ by {difference:.1e}, the loss on "
             f"rank 0 by {abs(ours - loss):.1e} ({time.perf_counter() - start:.2f} s); {control}"
         )
+
+    def _where_it_starts(self, data: TensorDict) -> str:
+        """The decoder layer in which the two paths of a micro-batch begin to differ, in words. A collective: three forwards."""
+        micro_batch = self._one_micro_batch(data)
+        tu.assign_non_tensor(micro_batch, distillation_use_topk=False, distillation_only=False)
+
+        def forward(reason: str | None) -> None:
+            with self._comparing(reason):
+                self.forward_step(micro_batch, lambda **_: (torch.zeros(()), {}), forward_only=True)
+
+        anatomy = Anatomy(self.module)
+        found = where_paths_part(anatomy, lambda: forward(_ORDINARY), lambda: forward(None), self._autocast_dtype)
+        if found is None:
+            return "The layer in which that starts could not be found"
+        if found.layer is None:
+            return f"In a forward of one micro-batch {found}, so it starts in a backward pass or in other rows"
+        return f"In a forward of one micro-batch {found}"
 
     def _whole_update(
         self, data: TensorDict, loss_function: Callable[..., Any] | None, reason: str | None

@@ -109,7 +109,25 @@ def excess(
     *,
     scans: bool = False,
 ) -> str | None:
-    """What differs by more than rounding explains, in words; None where nothing does.
+    """What differs by more than rounding explains, in words; None where nothing does. Arguments of :func:`exceeding`."""
+    over = exceeding(found, dtype, noise, scans=scans)
+    return in_words(over, dtype) if over else None
+
+
+def in_words(over: Mapping[str, tuple[float, float]], dtype: torch.dtype) -> str:
+    """The first one of differences as :func:`exceeding` returns them."""
+    name, (value, limit) = next(iter(over.items()))
+    return f"{name} differ by {value:.1e}, rounding in {dtype} explains {limit:.0e}"
+
+
+def exceeding(
+    found: Mapping[str, float],
+    dtype: torch.dtype,
+    noise: Mapping[str, float] | None,
+    *,
+    scans: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """The differences that rounding does not explain, by name, each with its limit.
 
     Args:
         found: differences by name, see :func:`differences`.
@@ -132,10 +150,12 @@ def excess(
                 limit = max(limit, OF_SCANS)
         if not value <= limit:  # catches NaN as well
             over[name] = (value, limit)
-    if not over:
-        return None
-    name, (value, limit) = next(iter(over.items()))
-    return f"{name} differ by {value:.1e}, rounding in {dtype} explains {limit:.0e}"
+    return over
+
+
+def parameter_of(name: str) -> str | None:
+    """The parameter whose gradients a difference of this name is about; None where it is about something else."""
+    return name.removeprefix(_OF_PARAMETER) if name.startswith(_OF_PARAMETER) else None
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -1,6 +1,7 @@
 """A real micro-batch on the ordinary path and on the shared one, with the same weights and the same random numbers.
 
 The paths run one after the other, so that their graphs never exist together, and large gradients are kept as projections.
+Where they differ, they run once more without gradients, to find the decoder layer in which that starts (:mod:`.layers`).
 Dropout is off. Afterwards gradients, modes, buffers and random states are as before. It is what the first batch of an unknown
 class goes through (:mod:`.first_batch`), and what a trainer's option ``verify`` does.
 """
@@ -20,11 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.self_check.changes import while_checking
 from prefix_grouper_plugins.modeling.self_check.isolation import rounding, untouched, without_dropout
+from prefix_grouper_plugins.modeling.self_check.layers import where_gradients_part, where_paths_part
 from prefix_grouper_plugins.modeling.self_check.measures import (
     ALL_GRADIENTS,
     difference,
-    excess,
+    exceeding,
+    in_words,
     parameter_differences,
+    parameter_of,
     projected,
     total_difference,
 )
@@ -76,16 +80,21 @@ class Compared(SelfCheck):
         apart: the largest differences of a shared path.
         leak: the differences that a leak of one key makes; None where there was none to make.
         has_gradients: whether the gradients of the loss are not all zero; False where they were not compared.
+        paths: names of the shared paths.
     """
 
     apart: Apart = field(default_factory=Apart)
     leak: Apart | None = None
     has_gradients: bool = False
+    paths: tuple[str, ...] = ()
 
     def in_words(self) -> str:
         """Both paths' differences, and those that one leaked key would have made."""
         graded = self.not_covered is None
-        said = f"shared and ordinary log-probs differ by {self.apart.log_probs:.1e}, the loss by {self.apart.loss:.1e}"
+        shared = f"shared ({', '.join(self.paths)})" if len(self.paths) > 1 else "shared"
+        said = (
+            f"{shared} and ordinary log-probs differ by {self.apart.log_probs:.1e}, the loss by {self.apart.loss:.1e}"
+        )
         said += f", gradients by {self.apart.gradients:.1e}" if graded else f" (not covered: {self.not_covered})"
         if graded and not self.has_gradients:
             said += " (all are zero, as every advantage is)"
@@ -174,17 +183,39 @@ class _Paths:
         found = [one for path in shared.values() if (one := self._run(path)) is not None]
         leak = None if leaking is None else self._run(leaking)
         if expected is not None and len(found) == len(shared):
-            result = self._measured(result, expected, found, leak)
+            result = replace(self._measured(result, expected, found, leak), paths=tuple(shared))
             differences = {name: _differences(one, expected) for name, one in zip(shared, found, strict=True)}
-        exceeds = _unexplained(differences, dtype, None, scans) is not None
-        if on_any_rank(exceeds or self._anatomy.is_sharded, device):
-            with rounding(base, dtype):
-                again = self._run(ordinary)
-            if expected is None or again is None:
-                return replace(result, passed=False, not_covered=_NO_MEMORY)
-            reason = _unexplained(differences, dtype, _differences(again, expected), scans)
-            return replace(result, passed=result.passed and reason is None, reason=reason)
-        return result
+        exceeds = any(exceeding(own, dtype, None, scans=scans) for own in differences.values())
+        if not on_any_rank(exceeds or self._anatomy.is_sharded, device):
+            return result
+        with rounding(base, dtype):
+            again = self._run(ordinary)
+        over: dict[str, dict[str, tuple[float, float]]] = {}
+        if expected is None or again is None:
+            result = replace(result, passed=False, not_covered=_NO_MEMORY)
+        else:
+            noise = _differences(again, expected)
+            over = {name: exceeding(own, dtype, noise, scans=scans) for name, own in differences.items()}
+        if not on_any_rank(any(over.values()), device):
+            return result
+        starts = {
+            name: self._where_it_starts(ordinary, path, dtype, over.get(name, {})) for name, path in shared.items()
+        }
+        name = next((name for name, own in over.items() if own), None)
+        if name is None:
+            return result
+        reason = in_words(over[name], dtype) + (f" ({name})" if len(shared) > 1 else "")
+        return replace(result, passed=False, reason="; ".join(filter(None, [reason, starts[name]])))
+
+    def _where_it_starts(
+        self, ordinary: Path, shared: Path, dtype: torch.dtype, over: Mapping[str, tuple[float, float]]
+    ) -> str | None:
+        """The layer in which a difference starts, in words; ``over`` are the differences that rounding does not explain."""
+        found = where_paths_part(self._anatomy, lambda: ordinary(self._model), lambda: shared(self._model), dtype)
+        if found is None or found.layer is not None:
+            return found and str(found)
+        names = {name for difference in over if (name := parameter_of(difference)) is not None}
+        return "; ".join(filter(None, [str(found), where_gradients_part(self._anatomy, names)]))
 
     def _measured(self, result: Compared, expected: _Pass, found: Sequence[_Pass], leak: _Pass | None) -> Compared:
         apart = Apart(*map(max, zip(*(astuple(_apart(one, expected)) for one in found), strict=True)))
@@ -253,16 +284,6 @@ def _differences(found: _Pass, expected: _Pass) -> dict[str, float]:
     apart = _apart(found, expected)
     named = {_LOG_PROBS: apart.log_probs, _LOSS: apart.loss}
     return named | parameter_differences(found.gradients, expected.gradients) | {ALL_GRADIENTS: apart.gradients}
-
-
-def _unexplained(
-    differences: Mapping[str, Mapping[str, float]], dtype: torch.dtype, noise: Mapping[str, float] | None, scans: bool
-) -> str | None:
-    """What differs on which shared path by more than rounding explains; None where nothing does."""
-    for name, found in differences.items():
-        if (reason := excess(found, dtype, noise, scans=scans)) is not None:
-            return reason if len(differences) == 1 else f"{reason} ({name})"
-    return None
 
 
 def _coarsest(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -99,6 +99,29 @@ def test_micro_batches_of_one_row_verify_the_reused_prompt(qwen, said, monkeypat
         train(qwen, shared=True, prefix_grouper_verify="first", **ONE_ROW)
 
 
+# Both micro-batches, a whole group, go into the forward of the first.
+AHEAD: dict[str, Any] = {
+    **ONE_ROW,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "train_dataset": tiny.prompts(8, shortest=40, longest=40),
+}
+
+
+def test_rows_of_several_micro_batches_in_one_forward_are_verified(qwen, said, monkeypatch):
+    train(qwen, shared=True, prefix_grouper_verify="first", **AHEAD)
+    assert "shared (packed, prompts reused, rows ahead) and ordinary log-probs differ by" in verified(said)[0]
+    stock = PackedForward.score
+
+    def wrong(self, model, rows, **options):
+        (logps, *rest), counts = stock(self, model, rows, **options)
+        return (logps * 1.01 if len(rows) > 2 else logps, *rest), counts
+
+    monkeypatch.setattr(PackedForward, "score", wrong)
+    with pytest.raises(UnsupportedModelError, match=r"outputs \(log-probs\) .* \(rows ahead\); the outputs of all 3"):
+        train(qwen, shared=True, prefix_grouper_verify="first", **AHEAD)
+
+
 WRONG = {
     "outputs (log-probs)": lambda x: x * 1.01,
     "gradients of parameter": lambda x: x + 0.1 * (x - x.detach()),

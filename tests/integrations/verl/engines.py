@@ -497,6 +497,7 @@ def is_zero(name: str, gradient: Any) -> bool:
 
 def compare(case: Case, path: str) -> dict[str, Any]:
     """Largest relative difference of a gradient tensor, largest difference of a score, and our metrics."""
+    import torch
     import torch.distributed as dist
 
     from prefix_grouper_plugins import self_check
@@ -531,6 +532,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
             scores(shared, make_batch(case, mine, len(rows)))
         with vision.watched_tower(shared.module) as patches:
             found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
+        random_state = hash(tuple(torch.get_rng_state().tolist()))
         got = scores(shared, make_batch(case, mine, len(rows)))
     assert found.keys() == reference.keys()
     first = rank * len(rows) // world if case.sequence_parallel > 1 else 0
@@ -544,6 +546,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         "forwarded": asdict(shared.forwarded),
         "patches": patches,
         "said": said,
+        "random_state": random_state,
         "proved": is_enabled(shared.module) and case.sequence_parallel == 1 and self_check(shared.module).passed,
         "scores": {},
     }

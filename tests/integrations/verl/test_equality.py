@@ -7,6 +7,9 @@ data-parallel ranks of verl: its own Ulysses needs flash-attn, and with sdpa it 
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("verl")
@@ -216,3 +219,25 @@ def test_an_unsupported_model_stops_before_training_and_says_what_to_do(results)
     assert "packed rows of FSDPQwen3ForCausalLM are not its rows" in patched["error"]
     for result in (settings, patched):
         assert "on_unsupported=fallback" in result["error"]
+
+
+@pytest.mark.slow
+def test_a_verification_that_finds_a_difference_names_the_layer(results):
+    """In a model whose positions are wrong in packed rows alone, which no self-check has looked at."""
+    for padding in (True, False):
+        case = Case(wrong_positions=True, remove_padding=padding, options={"verify": "first", "self_check": False})
+        (result,) = results([case], 1)
+        assert re.search(
+            r"the gradients of the shared step differ from the ordinary ones by \S+, .*In a forward of one micro-batch it "
+            r"starts in decoder layer 1 of 2 \(model\.layers\.0\), whose outputs differ by",
+            result["error"],
+        ), result
+
+
+@pytest.mark.slow
+def test_a_verification_leaves_the_random_state_and_the_metrics_as_they_are(results):
+    case = Case(lora=True, checkpointing=True, dynamic=False, micro_batch_size=3)
+    plain, verified = results([case, replace(case, options={"verify": "1"})], 1)
+    assert any("verified: the gradients of update 0" in line for line in verified["said"])
+    assert verified["random_state"] == plain["random_state"]
+    assert verified["metrics"] == plain["metrics"] and verified["gradient"] == plain["gradient"]
