@@ -213,7 +213,7 @@ class _Paths:
         """The layer in which a difference starts, in words; ``over`` are the differences that rounding does not explain."""
         found = where_paths_part(self._anatomy, lambda: ordinary(self._model), lambda: shared(self._model), dtype)
         if found is None or found.layer is not None:
-            return found and str(found)
+            return None if found is None else str(found)
         names = {name for difference in over if (name := parameter_of(difference)) is not None}
         return "; ".join(filter(None, [str(found), where_gradients_part(self._anatomy, names)]))
 
