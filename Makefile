@@ -110,9 +110,13 @@ trust: $(VENV)/ready ## random inputs, long runs, and trainings that are killed 
 docs: $(VENV)/ready ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-dist: $(VENV)/ready ## the wheel and the source archive, in dist/, checked by twine
-	rm -rf dist
-	$(BIN)/python -m build
+# Where files of the release can be read, such as https://github.com/OWNER/NAME/blob/v0.1.0; the package's page links there.
+RELEASE_URL ?=
+dist: $(VENV)/ready ## the wheel and the source archive of the last commit, in dist/, checked by twine; RELEASE_URL=... for links
+	rm -rf dist build
+	mkdir -p build/tree && git archive HEAD | tar -x -C build/tree
+	$(BIN)/python docs/package_page.py build/tree/README.md $(RELEASE_URL)
+	$(BIN)/python -m build build/tree --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
 
 lint: $(VENV)/ready ## style, formatting, types, and which way imports point

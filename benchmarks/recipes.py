@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import RESULTS, in_a_fresh_process, number, use, write_csv
+from harness import RESULTS, in_a_fresh_process, number, read_csv, use, write_csv
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 GRPO = ["--num_generations", "8", "--per_device_train_batch_size", "8", "--max_completion_length", "32"]
@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="trainings of each recipe and way")
     parser.add_argument("--length", type=int, default=30, help="words of a document, see examples/recipes/tiny.py")
     parser.add_argument("--output", type=Path, default=RESULTS / "recipes-cpu.csv")
+    parser.add_argument(
+        "--only", nargs="+", choices=ARGUMENTS, help="recipes to run; others keep their lines in the file"
+    )
     parser.add_argument("--note", default="", help="is added to the heading of the file")
     parser.add_argument("--one", nargs=3, metavar=("NAME", "WAY", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -93,31 +96,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, way, folder = options.one
         print(json.dumps(run(name, way, Path(folder), options.steps)))
         return
-    rows = []
+    old = read_csv(options.output) if options.only and options.output.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["recipe"]: dict(row) for row in old}
+    note = f"{options.steps} steps, float32, models of 3 layers, 128 wide"
+    note = "; ".join(filter(None, [note, options.note]))
+    command = f"python benchmarks/recipes.py --repeats {options.repeats}"
     with tempfile.TemporaryDirectory() as made:
         runpy.run_path(str(RECIPES / "tiny.py"))["make"](Path(made), size=128, layers=3, length=options.length)
-        for name in ARGUMENTS:
+        for name in options.only or ARGUMENTS:
             turns: dict[str, list[dict[str, Any]]] = {"stock": [], "shared": []}
             for _ in range(options.repeats):
                 for way, found in turns.items():
                     one = ["recipes.py", "--one", name, way, made, "--steps", str(options.steps)]
                     found.append(in_a_fresh_process(one, {"HF_HUB_OFFLINE": "1"}))
             seconds = {way: median(turn["seconds"] for turn in found) for way, found in turns.items()}
-            rows.append(
-                {
-                    "recipe": name,
-                    "token_ratio": number(turns["shared"][0]["token_ratio"], 3),
-                    "stock_seconds": number(seconds["stock"], 3),
-                    "shared_seconds": number(seconds["shared"], 3),
-                    "times_as_fast": number(seconds["stock"] / seconds["shared"], 3),
-                    "fallbacks": turns["shared"][0]["fallbacks"],
-                    "largest_difference": f"{largest_difference(Path(made), name):.0e}",
-                }
-            )
-            print(rows[-1], flush=True)
-    note = f"{options.steps} steps, float32, models of 3 layers, 128 wide"
-    command = f"python benchmarks/recipes.py --repeats {options.repeats}"
-    write_csv(options.output, rows, "cpu", "; ".join(filter(None, [note, options.note])), command)
+            rows[name] = {
+                "recipe": name,
+                "token_ratio": number(turns["shared"][0]["token_ratio"], 3),
+                "stock_seconds": number(seconds["stock"], 3),
+                "shared_seconds": number(seconds["shared"], 3),
+                "times_as_fast": number(seconds["stock"] / seconds["shared"], 3),
+                "fallbacks": turns["shared"][0]["fallbacks"],
+                "largest_difference": f"{largest_difference(Path(made), name):.0e}",
+            }
+            print(rows[name], flush=True)
+            write_csv(options.output, [rows[n] for n in ARGUMENTS if n in rows], "cpu", note, command, quiet=True)
 
 
 if __name__ == "__main__":

@@ -228,9 +228,12 @@ def print_machine(machine: dict[str, Any]) -> None:
         print(f"{package:24}{version or 'not installed'}")
     for device, found in machine["attention"].items():
         print(f"\nattention on {device}, {found['dtype']}; a layer takes the first that says yes:")
+        width = max(len(answer["layers"]) for answers in found["backends"].values() for answer in answers) + 2
         for backend, answers in found["backends"].items():
             for answer in answers:
-                print(f"  {backend:16}{answer['layers']:20}{'no: ' + answer['reason'] if answer['reason'] else 'yes'}")
+                print(
+                    f"  {backend:16}{answer['layers']:{width}}{'no: ' + answer['reason'] if answer['reason'] else 'yes'}"
+                )
     if forced := machine["forced_backend"]:
         print(f"\n{BACKEND_VARIABLE}={forced} wins over auto and over the backend that a program asks for")
 
@@ -290,8 +293,9 @@ def print_model(model: dict[str, Any]) -> None:
     print(f"\n{model['name']} ({model['model_type']}): {'supported' if model['supported'] else 'refused'}")
     for line in (*model["reasons"], *model["notes"]):
         print(f"  {line}")
+    widths = [max((len(layer[column]) for layer in model["layers"]), default=0) + 2 for column in ("name", "attention")]
     for layer in model["layers"]:
-        print(f"  {layer['name']:40}{layer['attention']:40}{layer['backend']}")
+        print(f"  {layer['name']:{widths[0]}}{layer['attention']:{widths[1]}}{layer['backend']}")
 
 
 def _print_json(figures: dict[str, Any]) -> None:

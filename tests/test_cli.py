@@ -50,6 +50,16 @@ def test_doctor_tells_versions_and_backends(capsys):
     assert "flex all layers no: FlexAttention has no backward on the CPU" in lines
 
 
+def test_columns_of_doctor_do_not_run_into_each_other(monkeypatch, tmp_path, capsys):
+    long = "a kind of attention with a description of more than forty characters"
+    monkeypatch.setattr(cli, "backend_answers", lambda *_: {"flex": {None: long, "it is not here": "all layers"}})
+    cli.main(["doctor", "--model", tiny.saved_model(tmp_path, "llama")])
+    output = capsys.readouterr().out
+    assert f"  flex            {long}  yes\n" in output and "all layers  " in output
+    (answer,) = (line for line in output.splitlines() if "it is not here" in line)
+    assert answer.index("no: it") == output.splitlines()[output.splitlines().index(answer) - 1].index("yes")
+
+
 def test_doctor_names_the_head_dims_where_answers_differ(monkeypatch):
     """A GPU of which only the kernels for narrow heads fit."""
     monkeypatch.setattr(merged_lse, "why_not_flash", lambda device, dim: None if dim <= 192 else f"{dim} is too wide")

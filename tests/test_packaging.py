@@ -8,6 +8,8 @@ import configparser
 import graphlib
 import importlib
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -103,6 +105,19 @@ def test_the_wheel_tells_verl_and_the_shell_where_to_enter(wheel):
     assert dict(groups["verl.plugins"]) == {"prefix_grouper": f"{PACKAGE}.integrations.verl.plugin"}
     assert dict(groups["console_scripts"]) == {"prefix-grouper": f"{PACKAGE}.cli:main"}
     assert f"{PACKAGE}.integrations.verl.plugin" in SOURCES
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/owner/name/blob/v1"])
+def test_links_of_the_package_page_work_outside_of_the_repository(address):
+    readme = (ROOT / "README.md").read_text()
+    made = runpy.run_path(str(ROOT / "docs" / "package_page.py"))["page"](readme, address)
+    targets = re.findall(r"\]\(([^)\s]+)\)", made)
+    assert all(target.startswith("https://") for target in targets)
+    assert "docs/images/demo.png" in readme and bool(targets) == bool(address)
+    if address:
+        assert "https://example.org/owner/name/raw/v1/docs/images/demo.png" in targets
+        assert "https://example.org/owner/name/blob/v1/docs/quickstart-trl.md" in targets
+    assert len(made.split()) > 0.9 * len(readme.split()), "the text is all there"
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def make_data(folder: Path, rows: int = 8, length: int = 10) -> None:
     ])  # fmt: skip
     write("one.jsonl", [{"prompt": words(source, 20 * length), "answer": 7}])
     write("tools.jsonl", [
-        {"question": f"What is {word}?", "answer": "xyz", "entries": {word: words(source, length)}} for word in NOUNS[:rows]
+        {"question": f"What is {word}?", "answer": "e", "entries": {word: words(source, length)}} for word in NOUNS[:rows]
     ])  # fmt: skip
     write("pairs.jsonl", [
         {"prompt": words(source, 20 * length), "chosen": words(source, length), "rejected": words(source, length)}

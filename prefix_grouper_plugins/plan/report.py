@@ -79,12 +79,12 @@ def _step_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for label, figures, unit, form in (
         ("Tokens forwarded, padding included", found["tokens_per_step"], 1, ",.0f"),
-        ("FLOPs of the update, TFLOP", found["update_flops_per_step"], 1e12, ",.2f"),
-        ("Peak memory of a process, GiB", found["peak_bytes"], GIB, ",.2f"),
+        ("FLOPs of the update, TFLOP", found["update_flops_per_step"], 1e12, ",.4g"),
+        ("Peak memory of a process, GiB", found["peak_bytes"], GIB, ",.3g"),
     ):
         stock, shared = figures["stock"] / unit, figures["shared"] / unit
         rows.append((label, format(stock, form), format(shared, form), f"{stock / shared:.2f}"))
-    static = f"{found['peak_bytes']['static'] / GIB:,.2f}"
+    static = f"{found['peak_bytes']['static'] / GIB:,.3g}"
     return [*rows, ("  of it weights, gradients, optimizer", static, static, "")]
 
 

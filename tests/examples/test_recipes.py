@@ -63,7 +63,7 @@ def say_what_a_script_says(monkeypatch: pytest.MonkeyPatch) -> None:
             answered = "<tool_response>" in tokenizer.decode(ids[mask.bool()])
             word = ("reddoor", "bluetree")[row % 2]
             call = f'<tool_call>\n{{"name": "look_up", "arguments": {{"word": "{word}"}}}}\n</tool_call><|im_end|>'
-            said = f"It is {'xyz' if random.Random(row).random() < 0.5 else 'w' * row}.<|im_end|>" if answered else call
+            said = f"It is {'e' if random.Random(row).random() < 0.5 else 'w' * row}.<|im_end|>" if answered else call
             rows.append(torch.tensor(tokenizer(said, add_special_tokens=False)["input_ids"]))
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
         return torch.cat([input_ids, padded], dim=1)
