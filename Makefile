@@ -56,7 +56,7 @@ test-exhaustive: setup ## the full grid of settings against the stock trainer (h
 
 MATRIX := .venvs/matrix
 
-# Before 1.16 TRL reads tool calls with jmespath.
+# Older releases read tool calls with jmespath.
 $(MATRIX)/trl-%/ready: | $(VENV)/ready
 	$(BIN)/$(INSTALL) --no-deps --upgrade --target $(@D) trl==$* jmespath
 	@touch $@
