@@ -4,6 +4,7 @@
 all of these rows. In :func:`shared_prefill` that forward runs on the distinct rows, and its logits and cache are repeated
 for the others. What follows (sampling, stopping, one forward for each new token) is transformers' own and sees the same
 numbers, so it draws the same tokens. Rounding may differ where a kernel sums in another order for another number of rows.
+From then on the cache is appended to in place (modeling/growing_cache.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling.anatomy import transformers_model
+from prefix_grouper_plugins.modeling.growing_cache import grow_in_place
 
 # Layers of transformers' caches that hold one entry for each row, in tensors that may grow.
 _REPEATABLE_LAYERS = {
@@ -102,6 +104,7 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
                 "generate outside of shared_prefill (in TRL, prefix_grouper_generation=false)"
             )
         output.past_key_values.reorder_cache(index)
+        grow_in_place(output.past_key_values)
         output.logits = output.logits[index]
         _report(on_prefill, prefill)
         return output

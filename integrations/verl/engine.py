@@ -350,7 +350,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         """The micro-batches, as many on every data-parallel rank; None where some rank cannot share."""
         limits, sizes = self._limits(data), None if self._why_not_share(data) else self._sizes(data)
         longest, reuses = int(data["input_ids"].offsets().diff().max()), why_not_reuse is None
-        plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=reuses, last_too=self._last_too)
+        plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=reuses, forward_last=self._forward_last)
         repeats = plan is not None and not plan.runs
         if sizes and repeats and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
             self._cut.add(self._pass)
@@ -364,7 +364,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         return Limits.of(data, options, self.ulysses_sequence_parallel_size)
 
     def _sizes(self, data: TensorDict) -> list[RowSize]:
-        return row_sizes(data, self._placeholders, self._min_level, last_too=self._last_too)
+        return row_sizes(data, self._placeholders, self._min_level, forward_last=self._forward_last)
 
     def _why_not_reuse(
         self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
@@ -438,7 +438,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         """Why ``micro_batch`` takes the ordinary path, or else its packed row."""
         if (reason := self._why_not_share(micro_batch)) is not None:
             return reason, None
-        packed = PackedMicroBatch(micro_batch, self._placeholders, self._min_level, last_too=self._last_too)
+        packed = PackedMicroBatch(micro_batch, self._placeholders, self._min_level, forward_last=self._forward_last)
         reason = packed.reason_not_to_share
         return (None, packed) if reason is None else (reason, None)
 

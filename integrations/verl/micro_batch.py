@@ -87,8 +87,8 @@ class _KeyedRows:
     Text is shared by token ids alone, whatever the ``uid``. Images are compared within one ``uid`` only, which saves time.
     """
 
-    def __init__(self, data: TensorDict, placeholders: Collection[int], last_too: bool) -> None:
-        self._last_too = last_too
+    def __init__(self, data: TensorDict, placeholders: Collection[int], forward_last: bool) -> None:
+        self._forward_last = forward_last
         self.lengths, self.prompt_lengths = row_lengths(data)
         self.rows = data["input_ids"].values().cpu().split(self.lengths)
         self.inputs = row_inputs(data)
@@ -106,21 +106,21 @@ class _KeyedRows:
         token in front, so that the transitions are those into each token of the row.
         """
         rows, prompt_lengths = self.rows, self.prompt_lengths
-        if self._last_too:
+        if self._forward_last:
             rows = [pad(row, (1, 0)) for row in rows]
             prompt_lengths = [length + 1 for length in prompt_lengths]
         return PrefixLayout.from_rows(rows, self.keys, shareable=prompt_lengths, min_level=min_level)
 
     def source_index(self, layout: PrefixLayout) -> Tensor:
         """``LongTensor[T]``: which of the rows' tokens, end to end, each packed position of :meth:`layout` is."""
-        if not self._last_too:
+        if not self._forward_last:
             return layout.source_index
         ends = torch.tensor(layout.row_lengths).cumsum(0)
         return layout.source_index - torch.bucketize(layout.source_index, ends, right=True)  # less the tokens in front
 
 
 def row_sizes(
-    data: TensorDict, placeholders: Collection[int] = (), min_level: int | None = None, *, last_too: bool = False
+    data: TensorDict, placeholders: Collection[int] = (), min_level: int | None = None, *, forward_last: bool = False
 ) -> list[RowSize]:
     """What planning needs to know of each row; rows of one group have equal prompts and images.
 
@@ -128,9 +128,9 @@ def row_sizes(
         data: the rows.
         placeholders: token ids that stand for images and videos.
         min_level: as in `PrefixLayout.from_rows`.
-        last_too: as for :class:`PackedMicroBatch`.
+        forward_last: as for :class:`PackedMicroBatch`.
     """
-    keyed = _KeyedRows(data, placeholders, last_too)
+    keyed = _KeyedRows(data, placeholders, forward_last)
     return sizes_in(keyed.layout(min_level), keyed.groups, keyed.prompt_lengths)
 
 
@@ -141,15 +141,15 @@ class PackedMicroBatch:
         micro_batch: on the model's device.
         placeholders: token ids that stand for images and videos.
         min_level: as in `PrefixLayout.from_rows`.
-        last_too: forward the last token of each row as well, whose output a value function has and a policy does not.
+        forward_last: forward the last token of each row as well, whose output a value function has and a policy does not.
             The prompt then counts ``P`` tokens instead of ``P - 1``.
 
     Attributes:
-        layout (`PrefixLayout`): of the rows, on that device. With ``last_too`` its rows have one token more, in front.
+        layout (`PrefixLayout`): of the rows, on that device. With ``forward_last`` its rows have one token more, in front.
         surrogate (`TensorDict`): the packed row in the form of a micro-batch of one row, with the settings of the
             original one.
         num_tokens: of the surrogate: those that are forwarded, and then the placeholders of a dummy image.
-        labels (`LongTensor[T]`): next token of each packed position; with ``last_too``, where there may be none, -100.
+        labels (`LongTensor[T]`): next token of each packed position; with ``forward_last``, where there may be none, -100.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
         some_share_nothing (`bool`): whether the images of some rows keep them from sharing.
         reason_not_to_share: None, unless rows differ in what they should share.
@@ -163,10 +163,10 @@ class PackedMicroBatch:
         placeholders: Collection[int] = (),
         min_level: int | None = None,
         *,
-        last_too: bool = False,
+        forward_last: bool = False,
     ) -> None:
         ids = micro_batch["input_ids"]
-        keyed = _KeyedRows(micro_batch, placeholders, last_too)
+        keyed = _KeyedRows(micro_batch, placeholders, forward_last)
         check_placeholders(keyed.rows, list(map(images_of, keyed.inputs)), placeholders)
         self.some_share_nothing = any(key[0] is SHARES_NOTHING for key in keyed.keys)
         layout = keyed.layout(min_level)
@@ -184,7 +184,7 @@ class PackedMicroBatch:
         packed_positions = positions[..., self._source]
         self._offsets, self._num_row_tokens = ids.offsets(), len(ids.values())
         is_read = torch.ones(self._num_row_tokens, dtype=torch.bool, device=ids.device)
-        if not last_too:
+        if not forward_last:
             is_read[self._offsets[1:] - 1] = False
         self._read = is_read.nonzero().squeeze(1)  # the tokens of the rows whose outputs are read
         self._types = token_types(keyed.inputs, keyed.lengths)
@@ -194,7 +194,7 @@ class PackedMicroBatch:
         elif self._types is not None and not self._agree(torch.cat(self._types).to(ids.device)):
             self.reason_not_to_share = "rows that share a prompt do not agree which of its tokens are images"
         packed_ids = ids.values()[self._source]
-        self.labels = torch.full_like(packed_ids, IGNORE_INDEX) if last_too else ids.values()[self._source + 1]
+        self.labels = torch.full_like(packed_ids, IGNORE_INDEX) if forward_last else ids.values()[self._source + 1]
         if (dummy := dummy_image(micro_batch)) is not None:
             packed_ids = torch.cat([packed_ids, dummy.placeholders.to(packed_ids)])
             packed_positions = pad(packed_positions, (0, len(dummy.placeholders)))
@@ -268,7 +268,7 @@ class PackedMicroBatch:
     def unpack(self, name: str, values: Tensor) -> Tensor:
         """Packed values ``[T]`` as a nested tensor of the rows. Differentiable.
 
-        Without ``last_too`` they are zero at each row's last token.
+        Without ``forward_last`` they are zero at each row's last token.
 
         Args:
             name: of the model's output. In a part its given positions are those of :meth:`with_prompt_outputs`, by default

@@ -97,7 +97,7 @@ def plan_on_all_ranks(
     group: Any,
     *,
     reuses: bool = False,
-    last_too: bool = False,
+    forward_last: bool = False,
 ) -> Plan | None:
     """The plan of this rank. A collective of ``group``, whose ranks get equally many micro-batches.
 
@@ -107,7 +107,7 @@ def plan_on_all_ranks(
         limits: what a micro-batch may hold.
         group: data-parallel ranks.
         reuses: whether parts of a group may reuse its prompt on this rank. They do if they may on every rank.
-        last_too: whether packed rows hold the last token of each row.
+        forward_last: whether packed rows hold the last token of each row.
 
     Returns:
         the plan, None where the rows of some rank cannot share, so that all take verl's micro-batches.
@@ -116,7 +116,7 @@ def plan_on_all_ranks(
         ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
     """
     most = limits.max_tokens, limits.max_rows
-    left_out = int(not last_too)
+    left_out = int(not forward_last)
     rank, told = None, [0, 0]
     # Nothing is raised before all ranks know: those that went on would wait for this one.
     if sizes is not None and (limits.max_tokens is None or longest - left_out <= limits.max_tokens):

@@ -29,7 +29,7 @@ class PrefixGrouperValueEngine(PrefixGrouperEngine, fsdp.FSDPEngineWithValueHead
     unlogged: ClassVar[Any] = SimpleNamespace(counts=SharingCounts())  # of critics, apart from those of actors
     settings = CRITIC_SETTINGS
     _score = "values"
-    _last_too = True
+    _forward_last = True
 
     @property
     def _role(self) -> str:

@@ -76,7 +76,7 @@ class ComparesPaths:
     get_data_parallel_group: Callable[[], Any]
 
     _score = "log_probs"  # the output of the model that a first batch is compared by
-    _last_too = False  # whether the model's output at the last token of a row is read
+    _forward_last = False  # whether the model's output at the last token of a row is read
     _without_reference: str | None = None  # why verl's own path is none
     _leaks = _leaked = False
 
@@ -126,7 +126,7 @@ class ComparesPaths:
 
         offsets = micro_batch["input_ids"].offsets().to(get_device_name())
         mask = torch.ones(1, int(offsets[-1]), dtype=torch.bool, device=offsets.device)
-        mask[:, offsets[1:] - 1] = self._last_too  # else nothing follows it
+        mask[:, offsets[1:] - 1] = self._forward_last  # else nothing follows it
         self.gate.first_batch(
             self.module,
             lambda _: score("the ordinary half of the comparison"),
