@@ -199,6 +199,7 @@ class SharingGate:
         backward: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None = None,
         *,
         alone: bool = False,
+        scores: str = "log-probs",
     ) -> None:
         """Run the first micro-batch both ways, before its results are used; where they differ, refuse on all processes.
 
@@ -210,6 +211,7 @@ class SharingGate:
                 :func:`~prefix_grouper_plugins.modeling.self_check.first_batch.compare_first_batch`.
             shared: likewise; empty where the rows of this process take the ordinary path.
             alone: leave the other processes out. For callers that cannot know what those do.
+            scores: what is compared, for the log.
 
         Raises:
             UnsupportedModelError: they differ by more than rounding explains, and ``on_unsupported`` is ``"error"``.
@@ -227,7 +229,7 @@ class SharingGate:
         if result.reason is not None:
             self.refuse([str(result)])
         elif self._is_main:
-            said = f"differ by {result.outputs:.1e} in log-probs"
+            said = f"differ by {result.outputs:.1e} in {scores}"
             if not result.passed:
                 said = f"could not be compared: {result.not_covered}"
             elif result.not_covered is not None:

@@ -133,6 +133,7 @@ class ComparesPaths:
             {} if reason is not None else {"packed": lambda _: score(None)},
             mask,
             backward,
+            scores=self._score.replace("_", "-"),
         )
 
     def _one_micro_batch(self, data: TensorDict) -> TensorDict:
