@@ -123,7 +123,9 @@ def prompts_to_share(
     return [prompt for prompt in own if prompt is not None and (prompt in opened or prompt in later)]
 
 
-def forwarded_tokens(micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int) -> tuple[int, int]:
+def forwarded_tokens(
+    micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int, max_scored: int | None = None
+) -> tuple[int, int]:
     """Tokens that the forwards of :func:`plan_forwards` process, and those that one forward of all rows would.
 
     They differ where completions have something in common: only prompts stay open from one forward to the next.
@@ -131,7 +133,7 @@ def forwarded_tokens(micro_batches: Sequence[Sequence[RowTokens]], budget: int, 
     apart = together = 0
     prompts: set[Hashable] = set()
     levels: set[Hashable] = set()
-    for forward in plan_forwards(micro_batches, budget, group):
+    for forward in plan_forwards(micro_batches, budget, group, max_scored):
         own: set[Hashable] = set()
         for row in (row for number in forward.micro_batches for row in micro_batches[number] if row.prompt is not None):
             added = row.completion_tokens + (0 if row.prompt in prompts else row.prompt_tokens)
@@ -143,12 +145,14 @@ def forwarded_tokens(micro_batches: Sequence[Sequence[RowTokens]], budget: int, 
     return apart, together
 
 
-def plan_forwards(micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int) -> Iterator[Forward]:
+def plan_forwards(
+    micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int, max_scored: int | None = None
+) -> Iterator[Forward]:
     """The forwards of micro-batches that lie in one optimizer step. Arguments of :func:`next_forward`."""
     opened: dict[Hashable, int] = {}
     start = 0
     while start < len(micro_batches):
-        count, shared = next_forward(micro_batches[start:], budget, group, opened=opened)
+        count, shared = next_forward(micro_batches[start:], budget, group, opened=opened, max_scored=max_scored)
         taken = range(start, start + count)
         yield Forward(taken, {prompt: prompt not in opened for prompt in shared}, sum(opened.values()))
         opened |= {row.prompt: row.prompt_tokens for i in taken for row in micro_batches[i] if row.prompt in shared}

@@ -177,8 +177,9 @@ class PromptReuse:
         window, apart, together = self.window(), 0, 0
         for start in range(0, len(self._tokens), window):
             coming = self._tokens[start : start + window]
-            padded = sum(self._micro_batches[start][name].numel() for name in ("prompt_ids", "completion_ids"))
-            counted = forwarded_tokens(coming, padded, self._trainer.num_generations)
+            prompts, scored = (self._micro_batches[start][name].numel() for name in ("prompt_ids", "completion_ids"))
+            max_scored = None if HAS_FUSED_HEAD else scored
+            counted = forwarded_tokens(coming, prompts + scored, self._trainer.num_generations, max_scored)
             apart, together = apart + counted[0], together + counted[1]
         if apart == together:
             return
