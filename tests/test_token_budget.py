@@ -53,7 +53,9 @@ def test_what_completions_have_in_common_is_repeated_by_each_forward():
     assert forwarded_tokens(rows, 99, 4) == (9 + 4 * 12 - 3 * 5, 9 + 4 * 12 - 3 * 5), "one forward"
     assert forwarded_tokens(rows, 9 + 12 + 7, 4) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), "two of two rows"
     assert forwarded_tokens(rows, 9 + 12, 4) == (9 + 4 * 12, 9 + 4 * 12 - 3 * 5)
-    assert forwarded_tokens(rows, 99, 4, max_scored=2 * 12) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), "by their logits"
+    assert forwarded_tokens(rows, 99, 4, max_scored=2 * 12) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), (
+        "by their logits"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
