@@ -16,6 +16,7 @@ import transformers
 import trl
 
 SCORING = "_get_per_token_logps_and_entropies"
+PARTS_OF_SCORING = ("_full_logits_logps", "_chunked_logps")  # what it is made of in TRL 1.14
 
 # Losses of GRPO that are a mean over rows, or a sum with a normaliser that is the same for the whole generation batch.
 _ROW_SUM_LOSSES = {"grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"}

@@ -25,7 +25,13 @@ from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows,
 from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages
 from prefix_grouper_plugins.integrations.trl.images import why_not_share as why_not_share_images
-from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front, why_rows_stay
+from prefix_grouper_plugins.integrations.trl.losses import (
+    PARTS_OF_SCORING,
+    SCORING,
+    own_code,
+    who_stands_in_front,
+    why_rows_stay,
+)
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
@@ -452,6 +458,12 @@ def why_not_share_settings(trainer: Any) -> list[str]:
             f"{scoring} is not TRL's own, so what it computes is not known: override it in a subclass of the shared trainer, "
             "where super() is the shared method"
         )
+    for name in PARTS_OF_SCORING:
+        if hasattr(GRPOTrainer, name) and (part := own_code(trainer, name)) is not None:
+            reasons.append(
+                f"{part} is not TRL's own, and the shared {SCORING} does not call it: override {SCORING} in a subclass of the "
+                "shared trainer, where super() is the shared method"
+            )
     if hasattr(GRPOTrainer, "compute_liger_loss") and getattr(args, "use_liger_kernel", False):
         reasons.append("use_liger_kernel computes its loss past the shared forward in TRL < 1.14: upgrade or unset it")
     if getattr(trainer, "loss_type", None) == "luspo" and Version(trl.__version__) < Version("1.10"):

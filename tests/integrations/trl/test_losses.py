@@ -21,7 +21,7 @@ from prefix_grouper_plugins.integrations.trl import (
     PrefixGrouperRLOOConfig,
     PrefixGrouperRLOOTrainer,
 )
-from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, why_rows_stay
+from prefix_grouper_plugins.integrations.trl.losses import PARTS_OF_SCORING, SCORING, own_code, why_rows_stay
 from tests import tiny
 from tests.integrations.trl.training import (
     largest_difference,
@@ -218,6 +218,18 @@ def test_scoring_of_ones_own_behind_the_mixin_is_not_passed_over_in_silence(qwen
     stock, _ = train(qwen, shared=False, trainer_class=OwnScoring, **settings)
     fallen, trainer = train(qwen, shared=True, trainer_class=shared(OwnScoring), **settings)
     assert largest_difference(stock, fallen) == 0 and logged(trainer, "prefix_grouper/fallbacks") == [1]
+
+
+@pytest.mark.parametrize("name", PARTS_OF_SCORING)
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
+def test_a_part_of_scoring_that_is_replaced_is_not_passed_over_in_silence(monkeypatch, qwen, name, behind):
+    monkeypatch.setattr(GRPOTrainer, name, getattr(GRPOTrainer, name, None), raising=False)  # TRL 1.14 has them
+    bases = (GRPOTrainer,) if behind else (PrefixGrouperMixin, GRPOTrainer)
+    own = type("OwnPart", bases, {name: lambda self, *args, **kwargs: None})
+    with pytest.raises(
+        UnsupportedModelError, match=f"OwnPart.{name} is not TRL's own, and the shared {SCORING} does not"
+    ):
+        make_trainer(qwen, shared=True, trainer_class=shared(own) if behind else own, **SCATTERED)
 
 
 def test_a_subclass_in_front_may_add_to_the_shared_scores(monkeypatch, qwen):
