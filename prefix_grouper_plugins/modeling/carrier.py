@@ -51,6 +51,19 @@ def is_placeholder(mask: Any) -> bool:
     return isinstance(mask, Tensor) and tuple(mask.shape) == (1, 1, 0, 0)
 
 
+class FalseIfEnabled:
+    """``use_cache`` of a packed call: an enabled model takes it for False, any other model that asks for it gets an error.
+
+    All language models ask, the recurrent ones that read neither mask nor positions included.
+    """
+
+    def __bool__(self) -> bool:
+        raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
+
+
+FALSE_IF_ENABLED = FalseIfEnabled()
+
+
 def given_layout(keyword: Layout | None, mask: Tensor | None) -> Layout | None:
     """The layout that a call brings: its keyword or, where keywords are dropped on the way, the tag of its mask."""
     return keyword if keyword is not None else getattr(mask, LAYOUT_TAG, None)
@@ -116,6 +129,14 @@ class ModelForward:
             return self.own(*args, **kwargs)
 
 
+def disabled_too_early(module: Any) -> RuntimeError:
+    """The error of the backward of a packed forward whose model is no longer enabled."""
+    return RuntimeError(
+        f"{type(module).__name__} was disabled between a packed forward and its backward, which runs checkpointed layers again: "
+        "call disable_prefix_grouper(model) after the backward"
+    )
+
+
 class PackedLayer:
     """Mixed into the class of a decoder layer that holds token mixers."""
 
@@ -140,10 +161,7 @@ class PackedLayer:
             with open_call(LAYER_CALL, Call(None)):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         if not isinstance(self, PackedLayer):  # what a checkpoint kept is our forward, run on the class of before
-            raise RuntimeError(
-                f"{type(self).__name__} was disabled between a packed forward and its backward, which runs checkpointed "
-                "layers again: call disable_prefix_grouper(model) after the backward"
-            )
+            raise disabled_too_early(self)
         self._packed_before = True
         if self._takes_keywords:  # type: ignore[attr-defined]
             kwargs[LAYOUT_KWARG] = call.layout  # for attention that does use the interface

@@ -18,7 +18,14 @@ from torch import nn
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.attention import WINDOW_OF_MASK, base_implementation, is_ours, register
-from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, ModelForward, PackedLayer, given_layout
+from prefix_grouper_plugins.modeling.carrier import (
+    LAYOUT_KWARG,
+    FalseIfEnabled,
+    ModelForward,
+    PackedLayer,
+    disabled_too_early,
+    given_layout,
+)
 from prefix_grouper_plugins.modeling.mixers.on_rows import PackedMixer, variable_keywords
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of
 from prefix_grouper_plugins.modeling.rope import RowLimit
@@ -41,12 +48,14 @@ def enable_layers(anatomy: Anatomy, backend: str) -> None:
     for layer in anatomy.attention_layers:
         if layer.name in windows:
             setattr(layer.module, WINDOW_OF_MASK, windows[layer.name])
-    _unhook(anatomy)
+    _unhook(anatomy, "belongs_to_enabling", "belongs_to_disabling")
     base = anatomy.base
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
     base.register_forward_pre_hook(
         functools.partial(_check_call, configs=configs, takes_positions=takes_positions), with_kwargs=True
     )
+    for model in anatomy.models:  # an inner one may be called by itself
+        model.register_forward_pre_hook(_without_cache, with_kwargs=True)
     for module, limits in anatomy.modules_with_row_limit:
         check = functools.partial(_check_positions, limit=min(limits))
         module.register_forward_pre_hook(check, with_kwargs=True)
@@ -54,11 +63,18 @@ def enable_layers(anatomy: Anatomy, backend: str) -> None:
 
 
 def disable_prefix_grouper(model: nn.Module) -> nn.Module:
-    """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent."""
+    """Give every attention layer of ``model`` back the implementation that it had. In place and idempotent.
+
+    Under gradient checkpointing attention layers keep a hook that refuses the backward of packed forwards from before, which would
+    run them again.
+    """
     anatomy = Anatomy(model)
+    if has_layers_enabled(anatomy) and any(getattr(m, "gradient_checkpointing", False) for _, m in anatomy.modules):
+        for _, module in anatomy.attention_layers:
+            module.register_forward_pre_hook(_refuse_late_backward, with_kwargs=True)
     for config in anatomy.configs:
         config._attn_implementation = base_implementation(config._attn_implementation)
-    _unhook(anatomy)
+    _unhook(anatomy, "belongs_to_enabling")
     _forget_windows(anatomy)
     _disable_mixers(anatomy)
     return model
@@ -69,10 +85,11 @@ def _forget_windows(anatomy: Anatomy) -> None:
         module.__dict__.pop(WINDOW_OF_MASK, None)
 
 
-def _unhook(anatomy: Anatomy) -> None:
+def _unhook(anatomy: Anatomy, *marks: str) -> None:
+    """Remove the pre-hooks whose functions have one of these attributes."""
     for _, module in anatomy.modules:  # not by the handles: those of a copied model belong to the original
-        hooks = {key: getattr(hook, "func", None) for key, hook in module._forward_pre_hooks.items()}
-        for key in [key for key, function in hooks.items() if hasattr(function, "belongs_to_enabling")]:
+        hooks = {key: getattr(hook, "func", hook) for key, hook in module._forward_pre_hooks.items()}
+        for key in [key for key, function in hooks.items() if any(hasattr(function, mark) for mark in marks)]:
             # Not `_forward_pre_hooks_with_kwargs`: an earlier hook may take these away while torch goes through them.
             del module._forward_pre_hooks[key]
 
@@ -101,6 +118,19 @@ def _check_call(
         )
 
 
+def _without_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: ``use_cache=False`` in a packed call. It also marks a model as enabled."""
+    return (args, {**kwargs, "use_cache": False}) if isinstance(kwargs.get("use_cache"), FalseIfEnabled) else None
+
+
+def _refuse_late_backward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of attention that is not enabled any longer: nothing else is hooked where a checkpoint runs again."""
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is not None:
+        raise disabled_too_early(module)
+
+
 def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], limit: RowLimit) -> None:
     """Forward pre-hook: refuse a packed row in which a row is so long that it would change the angles of the others."""
     if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None:
@@ -121,7 +151,9 @@ def is_enabled(model: nn.Module) -> bool:
 
 def has_layers_enabled(anatomy: Anatomy) -> bool:
     """:func:`is_enabled` of a model whose parts are known already."""
-    # A model that was built from the config of another one has its names, but not its mixers.
+    # A model that was built from the config of another one has its names, but neither its hooks nor its mixers.
+    if not any(_without_cache in model._forward_pre_hooks.values() for model in anatomy.models):
+        return False
     return _has_mixers_enabled(anatomy) if anatomy.mixers else any(map(is_ours, anatomy.configs))
 
 
@@ -219,3 +251,5 @@ def _extended(cls: type[nn.Module], extension: type) -> type:
 # What distinguishes them from the hooks of others.
 _check_call.belongs_to_enabling = True  # type: ignore[attr-defined]
 _check_positions.belongs_to_enabling = True  # type: ignore[attr-defined]
+_without_cache.belongs_to_enabling = True  # type: ignore[attr-defined]
+_refuse_late_backward.belongs_to_disabling = True  # type: ignore[attr-defined]

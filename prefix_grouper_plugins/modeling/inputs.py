@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, Layout, placeholder_mask
+from prefix_grouper_plugins.modeling.carrier import FALSE_IF_ENABLED, LAYOUT_KWARG, Layout, placeholder_mask
 from prefix_grouper_plugins.rows import rows_of
 
 
 def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
     """Keyword arguments of a packed forward: ``model(**packed_inputs(layout, layout.pack(rows)))``.
+
+    A model that has not been enabled raises a ``ValueError`` when it reads them.
 
     Args:
         layout: the layout, on the model's device.
@@ -34,7 +36,7 @@ def packed_inputs(layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor 
     return {
         "input_ids": input_ids[None],
         "position_ids": positions.unsqueeze(-2),
-        "use_cache": False,
+        "use_cache": FALSE_IF_ENABLED,
         **layout_inputs(layout, input_ids.device),
     }
 

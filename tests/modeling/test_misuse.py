@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prefix_grouper_plugins import PrefixLayout, disable_prefix_grouper, enable_prefix_grouper, prefix_grouped_logps
 from prefix_grouper_plugins.modeling import is_enabled, packed_inputs
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES
 from tests import tiny
 from tests.modeling import families
 
@@ -30,6 +32,34 @@ def test_a_model_that_is_not_enabled_does_not_read_the_packed_row_as_one_text(mo
         disable_prefix_grouper(enable_prefix_grouper(model, self_check=False))
     with pytest.raises((RuntimeError, ValueError)):
         model(**INPUTS)
+
+
+# Those that read neither mask nor positions would take the packed row for one text and say nothing.
+RECURRENT = ["mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "falcon_h1"]
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_a_recurrent_model_that_is_not_enabled_is_an_error_that_names_the_remedy(model_type, once):
+    model = build(model_type)
+    if once:
+        disable_prefix_grouper(enable_prefix_grouper(model, self_check=False))
+    for part in (model, model.base_model):
+        with pytest.raises(ValueError, match=r"call enable_prefix_grouper\(model\) first"):
+            part(**INPUTS)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MODEL_TYPES & set(CONFIG_MAPPING)))
+def test_no_verified_type_reads_a_packed_row_as_one_text(model_type):
+    with pytest.raises((RuntimeError, ValueError)):
+        build(model_type)(**INPUTS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mamba2", "lfm2"])
+def test_the_decoder_of_an_enabled_model_takes_packed_rows_by_itself(model_type):
+    model = enable_prefix_grouper(build(model_type), self_check=False)
+    model.base_model(**INPUTS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "lfm2"])
@@ -75,19 +105,24 @@ def test_disabling_in_front_of_a_checkpointed_backward_is_an_error(model_type, r
     model.enable_input_require_grads()
     loss = model.train()(**INPUTS).logits.sum()
     disable_prefix_grouper(model)
-    with pytest.raises(RuntimeError, match=r"was disabled between|size of tensor|number of tensors"):
+    with pytest.raises(RuntimeError, match=r"was disabled between a packed forward and its backward"):
         loss.backward()
+    model(input_ids=ROWS[0][None], use_cache=False).logits.sum().backward()  # ordinary ones go on
+    enable_prefix_grouper(model, self_check=False)
+    model(**INPUTS).logits.sum().backward()
 
 
-@pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["llama", "lfm2", "qwen3_next"])
 def test_a_model_from_the_config_of_an_enabled_one_is_not_enabled(model_type):
-    """Its attention has the names, its mixers are as they were."""
+    """Its attention has the names, its mixers are as they were, and nobody has checked it."""
     model = enable_prefix_grouper(build(model_type), self_check=False)
     other = type(model)(model.config)
     assert is_enabled(model) and not is_enabled(other)
     ids, mask = ROWS[0][None], torch.ones_like(ROWS[0][None])
     with pytest.raises(ValueError, match="call enable_prefix_grouper"):
         prefix_grouped_logps(other, ids[:, :6], mask[:, :6], ids[:, 6:], mask[:, 6:])
+    with pytest.raises(ValueError, match="call enable_prefix_grouper"):
+        other(**INPUTS)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "lfm2", "mamba2"])

@@ -1,9 +1,9 @@
 """The self-check: a tiny packed forward and backward of the real model, against forwards of its rows alone.
 
 What a model is made of says that packed rows should work (modeling/support/report.py); this shows that they do, with the
-weights, the code and the kernels that are there now. A few rows that form a tree are forwarded one by one and as one
-packed row, in training mode (without dropout) and in evaluation mode. The rows pass 64 and 128 tokens and hold special
-tokens. Compared are
+weights, the code and the kernels that are there now. A few rows that form two trees are forwarded one by one and as one
+packed row, in training mode (without dropout) and in evaluation mode. The rows pass 64 and 128 tokens, those of classes that no test has compared 256
+as well, and hold special tokens. Compared are
 
 - the output at every packed position, in both modes;
 - the gradient of a random projection of all outputs with respect to the input embeddings, which exist also where every
@@ -31,9 +31,10 @@ from torch import nn
 
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.enable import has_layers_enabled
-from prefix_grouper_plugins.modeling.self_check.changes import fingerprint, remember, while_checking
+from prefix_grouper_plugins.modeling.self_check.changes import fingerprint, kernels, remember, while_checking
 from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, on_any_rank, why_not_yet
+from prefix_grouper_plugins.modeling.support.reasons import unverified_reasons
 
 __all__ = ["SelfCheck", "checked_before", "on_all_ranks", "on_any_rank", "self_check", "why_not_yet"]
 
@@ -73,7 +74,7 @@ def self_check(
     if (reason := why_not_yet(anatomy)) is not None:
         return SelfCheck(type(base).__name__, not_covered=reason)
     with torch.inference_mode(False), torch.enable_grad():
-        result = while_checking(Comparison(anatomy, device, left_padding).run)
+        result = while_checking(lambda: _compare(anatomy, device, left_padding))
     if result.passed or result.reason is not None:
         _CHECKED[base] = (_state(anatomy), left_padding, result)
     if result.passed:
@@ -81,16 +82,26 @@ def self_check(
     return result
 
 
+def _compare(anatomy: Anatomy, device: torch.device | None, left_padding: bool) -> SelfCheck:
+    if unverified_reasons(anatomy):
+        comparison = Comparison(anatomy, device, left_padding, long_rows=True)
+        result = comparison.run()
+        if not comparison.rows_failed:
+            return result
+    return Comparison(anatomy, device, left_padding).run()
+
+
 def checked_before(anatomy: Anatomy, *, left_padding: bool = False) -> SelfCheck | None:
     """The self-check of a model as it is enabled now, if there was one."""
     state, with_padding, result = _CHECKED.get(anatomy.base, ((), False, None))
-    return result if state == _state(anatomy) and with_padding >= left_padding else None
+    return result if state == _state(anatomy, state[-1:]) and with_padding >= left_padding else None
 
 
-def _state(anatomy: Anatomy) -> tuple[int, tuple[str, ...]]:
-    return fingerprint(anatomy.base, anatomy.base_modules), tuple(
-        str(config._attn_implementation) for config in anatomy.configs
-    )
+def _state(anatomy: Anatomy, before: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """What a self-check is of: the code of the model, its backends, and its kernels; those of ``before`` where it is sharded."""
+    names = tuple(str(config._attn_implementation) for config in anatomy.configs)
+    found = kernels(anatomy.base)
+    return fingerprint(anatomy.base, anatomy.base_modules), names, before[0] if found is None and before else found
 
 
 _Known = tuple[tuple[Any, ...], bool, SelfCheck]

@@ -1,18 +1,27 @@
-"""Noticing that a model is no longer the one that was checked: other layers, forwards, hooks or adapters.
+"""Noticing that a model is no longer the one that was checked: other layers, forwards, functions, hooks or adapters.
 
 Before each packed forward the module tree is read once (about a microsecond for each module) and compared with what was
 there when the model was enabled or checked. What has changed is checked again, and refused with the reason if it fails.
+
+It is code that is compared: the classes of modules, their forwards, the functions that these call by name, hooks, and the kinds
+of adapters; and device, dtype and autocast, which choose kernels. Other values are not, as they change all the time: attributes
+of modules, what a function closes over, and which of the adapters is active, of which all kinds were looked at. Nor is code that
+only those functions call.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 # What these put on a model does not change what it computes for one row.
 _MACHINERY = ("prefix_grouper_plugins.", "torch.distributed.", "torch.utils.checkpoint", "accelerate.", "deepspeed.")
@@ -21,13 +30,17 @@ _MACHINERY = ("prefix_grouper_plugins.", "torch.distributed.", "torch.utils.chec
 # on, which TRL does after each generation.
 _REQUIRES_GRAD = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
+Kernels = tuple[str, torch.dtype, torch.dtype | None]
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+_KNOWN_KERNELS: weakref.WeakKeyDictionary[nn.Module, set[Kernels | None]] = weakref.WeakKeyDictionary()
 _CHECKING: ContextVar[bool] = ContextVar("prefix_grouper_checking", default=False)
 
 
 def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> int:
     """A number for ``modules``, those at and under ``base``: their classes, forwards, hooks and adapters, not their weights."""
     parts: list[Any] = []
+    classes: dict[type, None] = {}
     for module in base.modules() if modules is None else modules:
         cls = type(module)
         if cls.__module__.startswith(_MACHINERY) and "_prefix_grouper_base" not in vars(cls):
@@ -35,7 +48,9 @@ def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
         own = vars(module)
         cls = getattr(cls, "_prefix_grouper_base", cls)
         # FSDP2 puts a class of its own on top.
-        parts.append(next(c for c in cls.__mro__ if FSDPModule not in c.__bases__ and c is not FSDPModule))
+        cls = next(c for c in cls.__mro__ if FSDPModule not in c.__bases__ and c is not FSDPModule)
+        parts.append(cls)
+        classes[cls] = None
         if "forward" in own:
             parts += _codes([own["forward"]])
         for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -44,7 +59,44 @@ def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
         adapters = own.get("peft_config")
         if isinstance(adapters, dict):
             parts += [(name, str(getattr(config, "peft_type", ""))) for name, config in adapters.items()]
+    for cls in classes:
+        parts += _codes_of_class(cls)
     return hash(tuple(parts))
+
+
+def kernels(base: nn.Module) -> Kernels | None:
+    """What chooses the kernels of ``base``: type of the device, dtype of the weights, and of autocast where it is on.
+
+    None where weights are sharded: they are gathered and cast within forwards.
+    """
+    weight = next(base.parameters(), None)
+    if weight is None or hasattr(weight, "ds_id") or isinstance(base, FSDPModule) or isinstance(weight, DTensor):
+        return None
+    if any(isinstance(module, FullyShardedDataParallel) for module in base.modules()):
+        return None
+    kind = weight.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind, weight.dtype, torch.get_autocast_dtype(kind) if casts else None
+
+
+def _codes_of_class(cls: Any) -> list[Any]:
+    """The code of a class's forward, of its decorators, and of the functions that it calls by name: a patch may exchange each."""
+    forward, codes = cls.forward, []
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        codes.append(getattr(forward, "__code__", None) or type(forward))
+        forward = inner
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return [*codes, type(forward)]
+    called = map(forward.__globals__.get, _names(code))
+    return [*codes, code, *(value.__code__ for value in called if isinstance(value, FunctionType))]
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names that ``code`` looks up, and functions that are defined in it."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return code.co_names + tuple(name for names in inner for name in names)
 
 
 def _codes(functions: Iterable[Any]) -> list[Any]:
@@ -63,17 +115,21 @@ def _codes(functions: Iterable[Any]) -> list[Any]:
 def remember(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
     """From now on ``base`` counts as known as it is."""
     _KNOWN.setdefault(base, set()).add(fingerprint(base, modules))
+    _KNOWN_KERNELS.setdefault(base, {None}).add(kernels(base))
 
 
 def forget(base: nn.Module) -> None:
     """Nothing is known of ``base`` any longer."""
     _KNOWN.pop(base, None)
+    _KNOWN_KERNELS.pop(base, None)
 
 
 def has_changed(base: nn.Module) -> bool:
     """Whether ``base`` is another than all that :func:`remember` has seen of it. Never while it is being checked."""
     known = _KNOWN.get(base)
-    return known is not None and not is_checking() and fingerprint(base) not in known
+    if known is None or is_checking():
+        return False
+    return kernels(base) not in _KNOWN_KERNELS[base] or fingerprint(base) not in known
 
 
 def is_checking() -> bool:

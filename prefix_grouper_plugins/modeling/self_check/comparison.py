@@ -39,11 +39,17 @@ class Comparison:
         anatomy: of the model as it was given, bare or wrapped.
         device: where token ids go.
         left_padding: also compare with a batch that is padded on the left, without positions.
+        long_rows: go beyond 256 tokens, for classes that no test has compared.
+
+    Attributes:
+        rows_failed (`bool`): whether the model could not run the rows by themselves.
     """
 
-    def __init__(self, anatomy: Anatomy, device: torch.device | None, left_padding: bool) -> None:
+    def __init__(
+        self, anatomy: Anatomy, device: torch.device | None, left_padding: bool, *, long_rows: bool = False
+    ) -> None:
         model, base = anatomy.model, anatomy.base
-        self.base, self.left_padding = base, left_padding
+        self.base, self.left_padding, self.rows_failed = base, left_padding, False
         self.sharded = anatomy.is_sharded
         # DDP would wait for a backward through all parameters; the model inside of it is whole.
         self.model = model if self.sharded else base
@@ -59,12 +65,18 @@ class Comparison:
         reach = self.window if self.window is not None and self.window <= LONGEST_WINDOW else 0
         # Columns of padding count towards the limit: the shorter prompt has as many as the prompts differ by.
         limit = None if self.limit is None else self.limit.length - (PROMPTS_DIFFER_BY if left_padding else 0)
-        self.longest = longest_row(configs[:2], limit, reach)
+        tables = [m for _, m in anatomy.modules if isinstance(m, nn.Embedding) and m is not self.embedding]
+        usual = longest_row(configs[:2], limit, reach)
+        self.longest = usual
+        if long_rows:
+            self.longest = longest_row(configs[:2], limit, reach, [table.num_embeddings for table in tables])
         self.vocabulary = config.vocab_size
         if not self.sharded:
             self.vocabulary = min(self.vocabulary, self.embedding.weight.shape[0])
         self.special = [token for token in special_tokens(configs) if 0 <= token < self.vocabulary]
-        rows, self.prompt_lengths = tree_of_rows(self._words(config), self.special, reach, self.longest, self.generator)
+        rows, self.prompt_lengths = tree_of_rows(
+            self._words(config), self.special, reach, usual, self.longest, self.generator
+        )
         self.rows = [row.to(self.device) for row in rows]
         self.pad = next((t for t in (getattr(c, "pad_token_id", None) for c in configs) if t is not None), None)
         self.layout = PrefixLayout.from_rows(self.rows).to(self.device)
@@ -113,6 +125,7 @@ class Comparison:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever it is, the trainer's own forward will say it better
+                self.rows_failed = True
                 return replace(result, not_covered=f"the ordinary forward failed with {_named(error)}")
             result, packed = self._against_rows(result, ordinary)
             if result.reason is not None or not result.passed:

@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-_SIMPLE = (bool, int, float, str, Tensor, type(None))
+_SIMPLE = (bool, int, float, str, Tensor, RemovableHandle, type(None))
 _CONTAINERS = (list, dict, set, deque)
-# With what torch keeps in any module, hooks included: transformers' note that the hooks which record hidden states are there.
-_INTERNAL = frozenset(vars(nn.Module())) | {"_output_capturing_hooks_installed"}
+_INTERNAL = frozenset(vars(nn.Module()))  # what torch keeps in any module
+_HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
 
 
 @contextmanager
 def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards modes, buffers, plain attributes of modules (counters, kept states) and random states are as before."""
+    """Afterwards modes, buffers, plain attributes of modules (counters, kept states) and random states are as before.
+
+    Hooks that have come since go, together with the attributes that may say so: a first forward of transformers puts hooks on
+    that record hidden states, and a note on the model that they are there.
+    """
     modules = list(base.modules())
     modes = [module.training for module in modules]
     buffers = [
@@ -35,6 +40,7 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
     # FSDP1's wrappers note at the first forward which of them is the root, and keep that.
     plain = [module for module in modules if not isinstance(module, FullyShardedDataParallel)]
     attributes = [plain_attributes(module) for module in plain]
+    hooks = [{name: set(vars(module)[name]) for name in _HOOKS if name in vars(module)} for module in plain]
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
@@ -43,13 +49,22 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-        for module, values in zip(plain, attributes, strict=True):
+        for module, values, known in zip(plain, attributes, hooks, strict=True):
             restore_attributes(module, values)
+            _remove_hooks_but(known, module)
         with torch.no_grad():
             for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer.copy_(content)
         # Weights that autocast has cast under `no_grad` would be used again, without a gradient, by forwards that follow.
         torch.clear_autocast_cache()
+
+
+def _remove_hooks_but(known: Mapping[str, set[int]], module: nn.Module) -> None:
+    """Remove the hooks of ``module`` whose keys are not among those ``known`` by the names of torch's dictionaries."""
+    for name, keys in known.items():
+        hooks = vars(module)[name]
+        for key in hooks.keys() - keys:
+            del hooks[key]
 
 
 def plain_attributes(module: Any) -> dict[str, Any]:

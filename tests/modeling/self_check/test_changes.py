@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LilyConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.qwen3 import modeling_qwen3
 
 from prefix_grouper_plugins import (
     PrefixLayout,
@@ -30,7 +32,7 @@ def packed(model: Any) -> Tensor:
 
 
 def leak(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output + 0.5 * F.pad(output, (0, 0, 1, 0))[:, :-1]
+    return output + 0.5 * F.pad(output, (0, 0, 1, 0))[..., :-1, :]
 
 
 class LeakingMLP(nn.Module):
@@ -74,6 +76,40 @@ def test_what_leaks_since_the_self_check_is_refused(change):
         enable_prefix_grouper(disable_prefix_grouper(model))
 
 
+def a_forward_of_a_class(model: Any, monkeypatch: Any) -> None:
+    own = modeling_qwen3.Qwen3MLP.forward
+    monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", lambda self, x: leak(self, (), own(self, x)))
+
+
+def a_decorated_forward_of_a_class(model: Any, monkeypatch: Any) -> None:
+    own = modeling_qwen3.Qwen3MLP.forward
+    decorated = functools.wraps(own)(lambda self, x: leak(self, (), own(self, x)))
+    monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", decorated)
+
+
+def a_function_of_the_modeling_file(model: Any, monkeypatch: Any) -> None:
+    own = modeling_qwen3.apply_rotary_pos_emb
+
+    def patched(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        query, key = own(query, key, *args, **kwargs)
+        return query, leak(model, (), key)
+
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", patched)
+
+
+@pytest.mark.parametrize(
+    "change", [a_forward_of_a_class, a_decorated_forward_of_a_class, a_function_of_the_modeling_file]
+)
+def test_code_that_was_patched_since_the_self_check_is_noticed(monkeypatch, change):
+    model = enable_prefix_grouper(tiny.model())
+    packed(model)
+    change(model, monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=r"has changed since it was checked.* depends on tokens of other"):
+        packed(model)
+    monkeypatch.undo()
+    packed(model)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -101,6 +137,20 @@ def test_what_is_right_is_checked_once_and_then_shared(monkeypatch):
     alone = [adapted(input_ids=row[None], use_cache=False).logits[0, :-1] for row in ROWS]
     for mine, own in zip(LAYOUT.unpack(found), alone, strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["half", "autocast"])
+def test_other_kernels_than_were_checked_are_checked_too(change):
+    """Here a layer that mixes tokens in half precision alone, as a kernel for it might."""
+    model = enable_prefix_grouper(tiny.model())
+    mlp = model.model.layers[1].mlp.down_proj
+    mlp.register_forward_hook(lambda _, args, out: leak(mlp, args, out) if out.dtype == torch.bfloat16 else out)
+    packed(model)
+    context = torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast")
+    if change == "half":
+        model.to(torch.bfloat16)
+    with context, pytest.raises(UnsupportedModelError, match="depends on tokens of other rows"):
+        packed(model)
 
 
 def test_scoring_and_ordinary_forwards_change_nothing():
