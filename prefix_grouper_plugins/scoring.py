@@ -19,14 +19,16 @@ from prefix_grouper_plugins.batch import GroupedBatch, NothingToScore, check_ten
 from prefix_grouper_plugins.modeling import (
     UnsupportedModelError,
     decoder_of,
-    is_enabled,
     packed_inputs,
     row_positions,
     transformers_model,
     without_router_loss,
 )
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
+from prefix_grouper_plugins.modeling.enable import has_layers_enabled
 from prefix_grouper_plugins.modeling.images import ImageRows, why_not_pack
 from prefix_grouper_plugins.modeling.model_types import known_of
+from prefix_grouper_plugins.modeling.support.adapters import adapter_reasons
 
 CHUNK_SIZE = 1024  # completion tokens whose logits exist at one time
 
@@ -76,11 +78,14 @@ def prefix_grouped_logps(
 
     Raises:
         ValueError: the model has not been enabled, ``temperature`` is not positive, or the batch is not padded as described.
-        UnsupportedModelError: the model scales its logits in a way that this function does not reproduce, or ``images``
-            holds something that cannot be packed, such as videos.
+        UnsupportedModelError: the model scales its logits in a way that this function does not reproduce, it has got an
+            adapter with which rows cannot be packed, or ``images`` holds something that cannot be, such as videos.
     """
-    if not is_enabled(model):
+    anatomy = Anatomy(model)
+    if not has_layers_enabled(anatomy):
         raise ValueError("call enable_prefix_grouper(model) first: this model would read the packed row as one text")
+    if reasons := adapter_reasons(anatomy.adapters):  # PEFT changes the call before the model can see it
+        raise UnsupportedModelError("; ".join(reasons))
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
     check_tensors(prompt_ids, prompt_mask, completion_ids, completion_mask)

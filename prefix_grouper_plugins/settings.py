@@ -8,6 +8,8 @@ script has set the environment variables that torch and transformers look at.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,3 +160,33 @@ def trl_name(setting: Setting) -> str:
 
 
 TRL_OPTIONS = {trl_name(setting): setting for setting in TRL_SETTINGS}
+# Environment variables that set something else.
+_OTHER_VARIABLES = {"PREFIX_GROUPER_TRITON_TILES"}
+# How much a name must be like one of ours (difflib's ratio) to be taken for a slip. `use_prefix_caching`, the nearest
+# name that we know of elsewhere, has 0.62; ours with two pairs of letters swapped still have 0.88.
+_ALIKE = 0.8
+
+
+def nearest_option(name: str) -> str | None:
+    """The option of TRL's arguments that ``name`` looks like, in whatever case and with whatever dashes; None for another's."""
+    letters = "".join(character for character in name.lower() if character.isalnum())
+    plain = {option.replace("_", ""): option for option in TRL_OPTIONS}
+    found = difflib.get_close_matches(letters, plain, n=1, cutoff=_ALIKE)
+    if not found and "prefixgroup" in letters:
+        found = difflib.get_close_matches(letters, plain, n=1, cutoff=0.0)
+    return plain[found[0]] if found else None
+
+
+def misspelt_variables(environment: Iterable[str]) -> list[str]:
+    """One line for each environment variable that looks like an option of ours and sets none.
+
+    Args:
+        environment: names of variables.
+    """
+    known = {option.upper() for option in TRL_OPTIONS} | _OTHER_VARIABLES
+    nearest = ((name, nearest_option(name)) for name in environment if name not in known)
+    return [
+        f"the environment variable {name} sets nothing: did you mean {option.upper()}?"
+        for name, option in nearest
+        if option
+    ]

@@ -65,6 +65,8 @@ class SampledRowsArguments(ShareRowsArguments):
 
 def _resolve(config: Any) -> None:
     """Read the environment, and check the values."""
+    for slip in settings.misspelt_variables(os.environ):
+        logger.warning("prefix grouper: %s", slip)
     fields = {field.name for field in dataclasses.fields(config)}
     for name, setting in settings.TRL_OPTIONS.items():
         text = os.environ.get(name.upper())

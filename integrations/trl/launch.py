@@ -25,7 +25,6 @@ environment variables that the script sets first take effect.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -40,7 +39,7 @@ from prefix_grouper_plugins.import_hooks import after_import
 from prefix_grouper_plugins.integrations import trl as ours
 from prefix_grouper_plugins.integrations.trl.algorithms import ALGORITHMS, NOTHING_TO_SHARE, modules_of
 from prefix_grouper_plugins.metrics import logger
-from prefix_grouper_plugins.settings import TRL_OPTIONS
+from prefix_grouper_plugins.settings import TRL_OPTIONS, misspelt_variables, nearest_option
 from prefix_grouper_plugins.usage import UsageError, errors_in_one_line
 from prefix_grouper_plugins.version import __version__
 
@@ -48,9 +47,6 @@ _TRL_SCRIPTS = {name: f"trl.scripts.{name}" for name in ("grpo", "rloo", "dpo", 
 _YES, _NO = {"true", "yes", "t", "y", "1"}, {"false", "no", "f", "n", "0"}
 # Hyphens, and the dashes that word processors make of them.
 _DASHES = "-\N{EN DASH}\N{EM DASH}"
-# How much a name must be like one of ours (difflib's ratio) to be taken for a slip. `use_prefix_caching`, the nearest
-# name that we know of elsewhere, has 0.62; ours with two pairs of letters swapped still have 0.88.
-_ALIKE = 0.8
 # Our modules that put the classes in the place of TRL's, each with what it defines last.
 _MODULES = {
     f"{ours.__name__}.config": "PrefixGrouperRLOOConfig",
@@ -93,6 +89,8 @@ def _prepare(argv: list[str]) -> tuple[str, list[str], bool]:
     target, arguments = _target(rest)
     in_yaml = _options_in_yaml(arguments)
     switch = "use_prefix_grouper"
+    if slips := misspelt_variables(os.environ):
+        raise UsageError(slips[0])
     in_environment = {switch: os.environ[switch.upper()]} if switch.upper() in os.environ else {}
     if in_environment:
         _check(switch, in_environment[switch], switch.upper())
@@ -148,20 +146,10 @@ def _option_name(token: str) -> tuple[str | None, bool, str]:
     name = key.removeprefix("--").replace("-", "_")
     if key.startswith("--") and name in TRL_OPTIONS:
         return name, bool(equals), value
-    if nearest := _nearest(key):
+    if nearest := nearest_option(key):
         listed = ", --".join(sorted(TRL_OPTIONS))
         raise UsageError(f"{key} is unknown: the options are --{listed}; did you mean --{nearest}?")
     return None, False, ""
-
-
-def _nearest(key: str) -> str | None:
-    """The option of ours that ``key`` looks like, in whatever case and with whatever dashes; None for another's name."""
-    letters = "".join(character for character in key.lower() if character.isalnum())
-    plain = {name.replace("_", ""): name for name in TRL_OPTIONS}
-    found = difflib.get_close_matches(letters, plain, n=1, cutoff=_ALIKE)
-    if not found and "prefixgroup" in letters:
-        found = difflib.get_close_matches(letters, plain, n=1, cutoff=0.0)
-    return plain[found[0]] if found else None
 
 
 def _check(name: str, value: object, called: str) -> None:
@@ -269,7 +257,7 @@ def _options_in_yaml(arguments: list[str]) -> dict[str, object]:
             if key in TRL_OPTIONS:
                 _check(key, value, f"{key} in {path}")
                 found[key] = value
-            elif nearest := _nearest(str(key)):  # hyphens too: TRL's own parser reads the file, and takes none
+            elif nearest := nearest_option(str(key)):  # hyphens too: TRL's own parser reads the file, and takes none
                 raise UsageError(f"{key} in {path} is unknown: did you mean {nearest}?")
     return found
 

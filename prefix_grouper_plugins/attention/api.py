@@ -69,6 +69,8 @@ def shared_prefix_attention(
     if kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         query, key, value = (_narrowed(x, torch.get_autocast_dtype(kind)) for x in (query, key, value))
     _check_tensors(query, key, value, layout)
+    if not torch.compiler.is_compiling():
+        _check_no_function_transform(query, key, value, sinks)
     if backend != "dense" and forward_ad._current_level >= 0:
         _check_no_tangent(query, key, value, sinks)
     _check_options(query, sliding_window, softcap, sinks, backend)
@@ -94,6 +96,16 @@ def _check_no_tangent(*tensors: Tensor | None) -> None:
         raise ValueError(
             "shared_prefix_attention has no forward-mode derivative (torch.func.jvp, dual numbers): differentiate in reverse "
             "mode, with torch.autograd.grad say"
+        )
+
+
+def _check_no_function_transform(*tensors: Tensor | None) -> None:
+    """torch.func differentiates by rules that neither custom operators nor reads of the layout have."""
+    is_tracked = torch._C._functorch.is_gradtrackingtensor  # what tells is not public
+    if forward_ad._current_level < 0 and any(x is not None and is_tracked(x) for x in tensors):
+        raise ValueError(
+            "shared_prefix_attention cannot be differentiated by torch.func (grad, vjp, jacrev): take torch.autograd.grad or "
+            "backward()"
         )
 
 

@@ -67,6 +67,19 @@ def test_available_backends_knows_window_and_softcap() -> None:
     assert "softcap=30.0" in str(available_backends("cpu", torch.float32, 64, softcap=30.0)["merged_lse"])
 
 
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_derivatives_by_torch_func_are_an_error_that_names_the_remedy(backend: str) -> None:
+    layout = PrefixLayout.from_groups([8], [[3, 4]])
+    x = torch.randn(layout.num_tokens, 2, 8)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return shared_prefix_attention(x, x, x, layout, backend=backend).sum()
+
+    for run in (lambda: torch.func.grad(total)(x), lambda: torch.func.vjp(total, x)):
+        with pytest.raises(ValueError, match=r"cannot be differentiated by torch\.func.* take torch\.autograd\.grad"):
+            run()
+
+
 def test_forward_mode_derivatives_are_refused_instead_of_zero_and_dense_has_them() -> None:
     layout = PrefixLayout.from_groups([8], [[3, 4]])
     x, tangent = torch.randn(2, layout.num_tokens, 2, 8, dtype=torch.float64)

@@ -31,7 +31,13 @@ from torch import nn
 
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.enable import has_layers_enabled
-from prefix_grouper_plugins.modeling.self_check.changes import fingerprint, kernels, remember, while_checking
+from prefix_grouper_plugins.modeling.self_check.changes import (
+    codes_of_classes,
+    fingerprint,
+    kernels,
+    remember,
+    while_checking,
+)
 from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, on_any_rank, why_not_yet
 from prefix_grouper_plugins.modeling.support.reasons import unverified_reasons
@@ -101,7 +107,8 @@ def _state(anatomy: Anatomy, before: tuple[Any, ...] = ()) -> tuple[Any, ...]:
     """What a self-check is of: the code of the model, its backends, and its kernels; those of ``before`` where it is sharded."""
     names = tuple(str(config._attn_implementation) for config in anatomy.configs)
     found = kernels(anatomy.base)
-    return fingerprint(anatomy.base, anatomy.base_modules), names, before[0] if found is None and before else found
+    codes = fingerprint(anatomy.base, anatomy.base_modules), codes_of_classes(anatomy.base)
+    return *codes, names, before[0] if found is None and before else found
 
 
 _Known = tuple[tuple[Any, ...], bool, SelfCheck]

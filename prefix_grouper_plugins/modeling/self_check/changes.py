@@ -33,6 +33,7 @@ _REQUIRES_GRAD = {"make_inputs_require_grads", "make_inputs_require_grad"}
 Kernels = tuple[str, torch.dtype, torch.dtype | None]
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+_KNOWN_CODES: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 _KNOWN_KERNELS: weakref.WeakKeyDictionary[nn.Module, set[Kernels | None]] = weakref.WeakKeyDictionary()
 _CHECKING: ContextVar[bool] = ContextVar("prefix_grouper_checking", default=False)
 
@@ -40,17 +41,13 @@ _CHECKING: ContextVar[bool] = ContextVar("prefix_grouper_checking", default=Fals
 def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> int:
     """A number for ``modules``, those at and under ``base``: their classes, forwards, hooks and adapters, not their weights."""
     parts: list[Any] = []
-    classes: dict[type, None] = {}
     for module in base.modules() if modules is None else modules:
         cls = type(module)
         if cls.__module__.startswith(_MACHINERY) and "_prefix_grouper_base" not in vars(cls):
             continue
         own = vars(module)
         cls = getattr(cls, "_prefix_grouper_base", cls)
-        # FSDP2 puts a class of its own on top.
-        cls = next(c for c in cls.__mro__ if FSDPModule not in c.__bases__ and c is not FSDPModule)
-        parts.append(cls)
-        classes[cls] = None
+        parts.append(_without_fsdp(cls))
         if "forward" in own:
             parts += _codes([own["forward"]])
         for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -59,9 +56,19 @@ def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
         adapters = own.get("peft_config")
         if isinstance(adapters, dict):
             parts += [(name, str(getattr(config, "peft_type", ""))) for name, config in adapters.items()]
-    for cls in classes:
-        parts += _codes_of_class(cls)
     return hash(tuple(parts))
+
+
+def _without_fsdp(cls: type) -> type:
+    """FSDP2 puts a class of its own on top."""
+    return next(c for c in cls.__mro__ if FSDPModule not in c.__bases__ and c is not FSDPModule)
+
+
+def codes_of_classes(base: nn.Module) -> int:
+    """A number for the code of the forwards of all classes at and under ``base``, and of the functions that they call."""
+    classes = dict.fromkeys(getattr(cls, "_prefix_grouper_base", cls) for cls in map(type, base.modules()))
+    classes = dict.fromkeys(_without_fsdp(cls) for cls in classes if not cls.__module__.startswith(_MACHINERY))
+    return hash(tuple(code for cls in classes for code in _codes_of_class(cls)))
 
 
 def kernels(base: nn.Module) -> Kernels | None:
@@ -115,12 +122,14 @@ def _codes(functions: Iterable[Any]) -> list[Any]:
 def remember(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
     """From now on ``base`` counts as known as it is."""
     _KNOWN.setdefault(base, set()).add(fingerprint(base, modules))
+    _KNOWN_CODES.setdefault(base, set()).add(codes_of_classes(base))
     _KNOWN_KERNELS.setdefault(base, {None}).add(kernels(base))
 
 
 def forget(base: nn.Module) -> None:
     """Nothing is known of ``base`` any longer."""
     _KNOWN.pop(base, None)
+    _KNOWN_CODES.pop(base, None)
     _KNOWN_KERNELS.pop(base, None)
 
 
@@ -129,7 +138,11 @@ def has_changed(base: nn.Module) -> bool:
     known = _KNOWN.get(base)
     if known is None or is_checking():
         return False
-    return kernels(base) not in _KNOWN_KERNELS[base] or fingerprint(base) not in known
+    if fingerprint(base) not in known:
+        return True
+    if torch.compiler.is_compiling():  # which traces this, and would break the graph
+        return False
+    return kernels(base) not in _KNOWN_KERNELS[base] or codes_of_classes(base) not in _KNOWN_CODES[base]
 
 
 def is_checking() -> bool:

@@ -50,6 +50,15 @@ def test_command_line_sets_the_fields(cls):
     assert parsed.prefix_grouper_regroup == "group"
 
 
+def test_a_misspelt_variable_of_the_environment_is_said(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("USE_PREFIX_GROUPR", "false")
+    monkeypatch.setenv("PREFIX_GROUPER_TRITON_TILES", "")
+    assert PrefixGrouperGRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True).use_prefix_grouper
+    assert caplog.messages == [
+        "prefix grouper: the environment variable USE_PREFIX_GROUPR sets nothing: did you mean USE_PREFIX_GROUPER?"
+    ]
+
+
 def test_environment_wins_over_the_code(monkeypatch):
     monkeypatch.setenv("USE_PREFIX_GROUPER", "false")
     monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "blockwise")

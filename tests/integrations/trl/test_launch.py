@@ -17,6 +17,7 @@ from trl import GRPOConfig, ModelConfig, RLOOConfig, ScriptArguments
 from prefix_grouper_plugins.integrations.trl import launch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
 from prefix_grouper_plugins.settings import TRL_OPTIONS
+from prefix_grouper_plugins.usage import UsageError
 from tests import tiny
 from tests.integrations.trl.training import run_python
 from tests.processes import run_in_fork
@@ -359,6 +360,17 @@ def test_the_environment_turns_it_on_as_in_code(tmp_path, value, shown):
     (tmp_path / "script.py").write_text("import trl\nprint(trl.GRPOTrainer.__name__)\n")
     done = run_in_fork(*LAUNCH, "script.py", cwd=tmp_path, env=os.environ | {"USE_PREFIX_GROUPER": value})
     assert done.stdout.split() == [shown], done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["USE_PREFIX_GROUPR", "USE_PREFIXGROUPER", "PREFIX_GROUPER_REGRUP", "use_prefix_grouper"]
+)
+def test_a_misspelt_variable_of_the_environment_is_refused_with_the_nearest(monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(
+        UsageError, match=rf"{name} sets nothing: did you mean (USE_PREFIX_GROUPER|PREFIX_GROUPER_REGROUP)\?"
+    ):
+        launch._prepare(["grpo"])
 
 
 def test_the_environment_gets_plain_errors_as_well(monkeypatch):

@@ -39,6 +39,14 @@ ON, OFF = ["model_engine=prefix_grouper"], ["actor_rollout_ref.actor.strategy=fs
 FLAG = ["actor_rollout_ref.actor.use_prefix_grouper=True"]
 
 
+class Training(list[dict]):
+    """verl's metrics of each step, and what the terminal showed."""
+
+    def __init__(self, steps: list[dict], terminal: str) -> None:
+        super().__init__(steps)
+        self.terminal = terminal
+
+
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     """A function that runs one training and remembers it."""
@@ -47,10 +55,11 @@ def train(tmp_path_factory):
     make_inputs(inputs, prompt_tokens=(100, 300), prompts=40)
 
     @cache
-    def run(overrides: tuple[str, ...], workers: int) -> list[dict]:
+    def run(overrides: tuple[str, ...], workers: int) -> Training:
         common = [f"actor_rollout_ref.rollout.n={RESPONSES}", "data.max_response_length=12"]
         name = f"run{len(list(folder.iterdir()))}"
-        return run_training(folder / name, [*common, *overrides], inputs=inputs, workers=workers, steps=STEPS)
+        steps = run_training(folder / name, [*common, *overrides], inputs=inputs, workers=workers, steps=STEPS)
+        return Training(steps, (folder / name / "log.txt").read_text(errors="replace"))
 
     return lambda *overrides, workers: run(tuple(overrides), workers)
 
@@ -74,6 +83,8 @@ def test_a_training_with_sharing_sees_the_rewards_of_one_without(name, train):
     settings, workers, turned_on = CASES[name]
     shared, stock = train(*settings, *turned_on, workers=workers), train(*settings, *OFF, workers=workers)
     check(shared)
+    check_terminal(shared.terminal)
+    assert "prefix grouper" not in stock.terminal
     assert rewards(shared) == rewards(stock)
     assert [step["actor/grad_norm"] for step in shared] == pytest.approx(
         [step["actor/grad_norm"] for step in stock], rel=1e-4
@@ -120,6 +131,14 @@ def check(steps: list[dict]) -> None:
         assert step["prefix_grouper/fallbacks"] == 0
         assert step["prefix_grouper/token_ratio"] < 0.4
     assert len(set(rewards(steps))) > 1, "rewards that never change tell nothing"
+
+
+def check_terminal(terminal: str) -> None:
+    """Ray's workers say once, on one rank, that sharing is on in the actor and in the reference policy, and what is shared."""
+    lines = [line for line in terminal.splitlines() if "prefix grouper is on for " in line]
+    for engine in ("actor", "reference policy"):
+        (line,) = [line for line in lines if f"the {engine}'s micro-batches" in line]
+        assert "Qwen3ForCausalLM (" in line and f"of the {RESPONSES} rows of a prompt" in line
 
 
 def rewards(steps: list[dict]) -> list[float]:

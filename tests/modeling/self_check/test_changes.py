@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LilyConfig, LoraConfig, get_peft_model
+from peft import LilyConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -122,6 +122,16 @@ def test_an_adapter_that_came_afterwards_and_cannot_be_shared_is_refused(config,
     adapted = get_peft_model(model, config)
     with pytest.raises(UnsupportedModelError, match=reason):
         packed(adapted)
+
+
+def test_scoring_refuses_a_prompt_that_is_learned_since():
+    """PEFT puts it in front of the call, before the model sees it."""
+    model = get_peft_model(
+        enable_prefix_grouper(tiny.model()), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    ids = torch.full((2, 5), 4)
+    with pytest.raises(UnsupportedModelError, match=r"adapter 'default' learns a prompt \(PROMPT_TUNING\)"):
+        prefix_grouped_logps(model, ids, torch.ones_like(ids), ids, torch.ones_like(ids))
 
 
 def test_what_is_right_is_checked_once_and_then_shared(monkeypatch):

@@ -147,6 +147,16 @@ def test_positions_by_the_padding_token_are_refused_where_a_trainer_pads():
     assert not check_support(families.build("bert")).left_padding_reasons
 
 
+@pytest.mark.parametrize("turns_values", [False, True])
+def test_roformer_is_refused_on_the_left_exactly_where_padding_changes_its_rows(turns_values):
+    model = families.build("roformer", rotary_value=turns_values)
+    row = torch.arange(3, 15)[None]
+    padded, mask = torch.nn.functional.pad(row, (5, 0)), torch.nn.functional.pad(torch.ones_like(row), (5, 0))
+    alone, in_batch = model(input_ids=row).logits, model(input_ids=padded, attention_mask=mask).logits[:, 5:]
+    assert ((alone - in_batch).abs().max() > 1e-2) == turns_values
+    assert any("rotary_value=True" in reason for reason in check_support(model).left_padding_reasons) == turns_values
+
+
 @pytest.mark.parametrize(
     ("model_type", "auto", "changes", "reason"),
     [
