@@ -240,6 +240,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "references computed before": ("DPO", {"precompute_ref_log_probs": True}),
     "prompts cut at their beginning": ("DPO", {"max_length": 18, "truncation_mode": "keep_end"}),
 }
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+FOLLOWS = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 MORE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "reentrant checkpointing with LoRA": (
         "DPO",
@@ -257,6 +259,25 @@ MORE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "TPO without references": ("TPO", {"tpo_alpha": 0.0}),
     "OnlineDPO with LoRA": ("OnlineDPO", {"lora": True}),
     "SDFT with LoRA": ("SDFT", {"lora": True}),
+    "KTO with weights": ("KTO", {"desirable_weight": 1.5, "undesirable_weight": 0.7, "pad_to_multiple_of": 8}),
+    "KTO, a reference that follows": ("KTO", FOLLOWS),
+    "DPO, a reference that follows": ("DPO", FOLLOWS),
+    "robust": ("DPO", {"loss_type": "robust", "label_smoothing": 0.1}),
+    "discopop": ("DPO", {"loss_type": "discopop", "pad_to_multiple_of": 16}),
+    "references computed in small batches": (
+        "DPO",
+        {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2, "lora": True},
+    ),
+    "CPO, smoothed": ("CPO", {"loss_type": "sigmoid", "label_smoothing": 0.1}),
+    "CPO, hinge, cut": ("CPO", {"loss_type": "hinge", "max_length": 20}),
+    "AlphaPO": ("CPO", {"loss_type": "alphapo", "cpo_alpha": 0.0}),
+    "TPO, smoothed": ("TPO", {"label_smoothing": 0.1, **REENTRANT}),
+    "TPO, IPO": ("TPO", {"loss_type": "ipo"}),
+    "rewards centred, reentrant": ("Reward", {"center_rewards_coefficient": 0.01, **REENTRANT}),
+    "ORPO, reentrant": ("ORPO", REENTRANT),
+    "SDFT, reentrant": ("SDFT", REENTRANT),
+    "SDPO with LoRA under checkpointing": ("SDPO", {"lora": True, "gradient_checkpointing": True}),
+    "OnlineDPO, IPO under checkpointing": ("OnlineDPO", {"loss_type": "ipo", "gradient_checkpointing": True}),
 }
 
 
