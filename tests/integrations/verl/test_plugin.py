@@ -160,6 +160,25 @@ def test_layers_that_need_whole_rows_are_refused_under_ulysses_before_training()
         engine._build_fsdp_module(families.build("falcon"))
 
 
+def test_a_critic_that_trl_wraps_is_refused_with_the_critics_own_settings():
+    from torch import nn
+
+    from prefix_grouper_plugins import UnsupportedModelError
+    from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions, PrefixGrouperValueEngine
+    from prefix_grouper_plugins.integrations.verl.engine import gate_of
+    from tests.modeling import families
+
+    wrapper = nn.ModuleDict({"pretrained_model": families.build("qwen3"), "v_head": nn.Linear(32, 1)})
+    wrapper.v_head = wrapper["v_head"]
+    engine = object.__new__(PrefixGrouperValueEngine)
+    engine.options, engine.use_ulysses_sp, engine._model_type = PrefixGrouperOptions(), False, "qwen2_vl"
+    engine.gate = gate_of(engine.options, ulysses=False, settings=engine.settings)
+    with pytest.raises(UnsupportedModelError) as error:
+        engine._build_fsdp_module(wrapper)
+    assert "the values of qwen2_vl are those of trl's wrapper" in str(error.value)
+    assert str(error.value).endswith("or set critic.fsdp.prefix_grouper.on_unsupported=fallback")
+
+
 def test_without_flash_attention_verls_own_path_under_ulysses_is_no_reference():
     from prefix_grouper_plugins.integrations.verl.verification import why_no_reference
     from prefix_grouper_plugins.modeling import Anatomy
