@@ -182,11 +182,15 @@ class PackedMicroBatch:
         self._whole = self.layout = layout = layout.to(ids.device)
         positions = micro_batch["position_ids"].values()  # [tokens], with mRoPE [4, tokens]
         packed_positions = positions[..., self._source]
-        self._offsets, self._num_row_tokens = ids.offsets(), len(ids.values())
-        is_read = torch.ones(self._num_row_tokens, dtype=torch.bool, device=ids.device)
+        self._offsets = ids.offsets()
+        is_read = torch.ones(len(ids.values()), dtype=torch.bool, device=ids.device)
         if not forward_last:
             is_read[self._offsets[1:] - 1] = False
         self._read = is_read.nonzero().squeeze(1)  # the tokens of the rows whose outputs are read
+        self._places = torch.full(
+            (len(is_read),), -1, device=ids.device
+        )  # in the packed row, of each token of the rows
+        self._places[self._read] = layout.row_index
         self._types = token_types(keyed.inputs, keyed.lengths)
         self.reason_not_to_share: str | None = None
         if not self._agree(positions):
@@ -278,8 +282,7 @@ class PackedMicroBatch:
         if (given := self.layout.num_given) > 0:
             prompt = self._prompt_outputs.get(name, values.new_zeros(given, *values.shape[1:]))
             values = torch.cat([prompt, values])
-        rows = values.new_zeros(self._num_row_tokens, *values.shape[1:])
-        rows = rows.index_put((self._read,), values[self._whole.row_index])
+        rows = torch.cat([values, values.new_zeros(1, *values.shape[1:])])[self._places]
         return torch.nested.nested_tensor_from_jagged(rows, self._offsets)
 
 

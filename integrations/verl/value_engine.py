@@ -57,8 +57,9 @@ class PrefixGrouperValueEngine(PrefixGrouperEngine, fsdp.FSDPEngineWithValueHead
         return VALUES if forward_only else UPDATE
 
     def _limits(self, data: TensorDict) -> Limits:
-        # verl's V1 trainer, whose prompts are nested, gives both passes one limit.
-        passes = (
-            VALUES if self._pass == VALUES else "critic_update_v1" if data["prompts"].is_nested else "critic_update"
-        )
-        return Limits.of(data, passes, self.ulysses_sequence_parallel_size)
+        options = VALUES
+        if self._pass == UPDATE:
+            # verl's V1 trainer, whose prompts are nested, gives both passes one limit.
+            is_v1 = "prompts" in data and data["prompts"].is_nested
+            options = "critic_update_v1" if is_v1 else "critic_update"
+        return Limits.of(data, options, self.ulysses_sequence_parallel_size)
