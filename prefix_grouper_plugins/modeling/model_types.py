@@ -26,7 +26,8 @@ class ModelType:
         text_part_of_verified: it is the text part of such a type, and compared with it.
         refused: why packed rows of it differ from its rows.
         left_padding: why an ordinary batch of it that is padded on the left does not compute what single rows compute.
-        needs_transformers: the release from which on it is causal. In older code a prefix depends on what follows it.
+        needs_transformers: the release from which on it is causal (in older code a prefix depends on what follows it),
+            runs without a cache, or has been compared: what `since_then` says. Older code is refused.
         skips_padding: it numbers positions from the attention mask, so that left padding does not count.
         unshared_layer_types: types of layers that its config may ask for and that packed rows cannot reproduce.
         logits_scaling: what its head does by the ``logits_scaling`` of its config.
@@ -45,6 +46,7 @@ class ModelType:
     refused: str | None = None
     left_padding: str | None = None
     needs_transformers: str | None = None
+    since_then: Literal["causal", "cacheless", "compared"] = "causal"
     skips_padding: bool = False
     unshared_layer_types: frozenset[str] = frozenset()
     logits_scaling: Literal["divides", "multiplies"] = "divides"
@@ -111,6 +113,14 @@ _note("hyperclovax", logits_scaling="multiplies")
 # Scans over more than one chunk; BERT-like decoders that were given a mask for reading both ways.
 _note("nemotron_h zamba2", needs_transformers="5.23")
 _note("big_bird megatron-bert rembert roformer", needs_transformers="5.23")
+# Without a mask, which sdpa does without on a row that is not padded, indexers would choose among later keys too.
+_note("glm_moe_dsa", needs_transformers="5.23")
+_note("deepseek_v4", needs_transformers="5.23", since_then="cacheless")
+_note(
+    "axk2 deepseek_v32 dots3_note_text hy_v4 inkling2_text inkling_text minimax_m3_vl_text qwen4_exp_text",
+    needs_transformers="5.23",
+    since_then="compared",
+)
 
 # tests/test_cost.py counts their weights.
 _note(
@@ -142,7 +152,12 @@ def reasons_of_type(config: Any) -> list[str]:
         return [known.refused]
     needed = known.needs_transformers
     if needed is not None and Version(transformers.__version__) < Version(needed):
-        return [f"{kind} is causal from transformers {needed} on, this is {transformers.__version__}"]
+        this = transformers.__version__
+        return {
+            "causal": [f"{kind} is causal from transformers {needed} on, this is {this}"],
+            "cacheless": [f"{kind} runs without a cache from transformers {needed} on, this is {this}"],
+            "compared": [f"{kind} has been compared with single rows from transformers {needed} on, this is {this}"],
+        }[known.since_then]
     return _doge_reasons(config) if kind == "doge" else []
 
 
