@@ -76,6 +76,7 @@ class PrefixLayout:
         num_given (`int`): leading tokens, whole segments, that have keys only, see :meth:`given`. All attributes but
             ``segments``, ``subtree_end`` and ``blocks`` then speak of the other ``num_queries`` tokens.
         blocks_cut_by_window (`bool`): whether a sliding window hides tokens of a query's own block too.
+        blocks_in_windows_only (`bool`): whether layers without a sliding window ignore ``blocks``.
     """
 
     num_padding: int = 0
@@ -85,6 +86,7 @@ class PrefixLayout:
     cache: Any = None  # the `modeling.prompt_cache.PromptCache` that the tokens of this layout fill or read
     blocks: IntTensor | None = None
     blocks_cut_by_window: bool = False
+    blocks_in_windows_only: bool = False
 
     def __init__(self, roots: Sequence[_Node], row_lengths: Sequence[int], device: torch.device | None = None) -> None:
         self.row_lengths = tuple(row_lengths)
@@ -285,6 +287,7 @@ class PrefixLayout:
         moved = object.__new__(PrefixLayout)
         moved.row_lengths, moved.segments, moved.num_padding = self.row_lengths, self.segments, self.num_padding
         moved.blocks, moved.blocks_cut_by_window = self.blocks, self.blocks_cut_by_window
+        moved.blocks_in_windows_only = self.blocks_in_windows_only
         moved.num_given, moved.cache, moved._given_of_rows = self.num_given, self.cache, self._given_of_rows
         moved._row_index_on_host = self._row_index_on_host
         for name in ("position_ids", "subtree_end", "source_index", "row_index"):

@@ -129,15 +129,12 @@ class _Head:
     def __init__(self, base: PreTrainedModel, modules: list[nn.Module], vocabulary: int) -> None:
         config: Any = base.config.get_text_config(decoder=True)
         self.modules, self.vocabulary = modules, vocabulary
-        self.softcap: float | None = None
-        self.scale = 1.0
-        if config is not base.config:  # vision-language models leave scale and cap of their text model out
-            return
         self.softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
         self.scale = next((float(factor) for name in _FACTORS if (factor := getattr(config, name, None))), 1.0)
         for name in _DIVISORS:
             scaling = getattr(config, name, None) or 1.0
             self.scale *= scaling if known_of(config.model_type).logits_scaling == "multiplies" else 1.0 / scaling
+        self._may_leave_out = config is not base.config and (self.scale != 1.0 or self.softcap is not None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
@@ -150,17 +147,25 @@ class _Head:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def check(self, hidden: Tensor, logits: Tensor) -> None:
-        """Compare with the logits ``[N, vocabulary]`` that the model itself computed from ``hidden [N, hidden]``."""
+        """Compare with the logits ``[N, vocabulary]`` that the model itself computed from ``hidden [N, hidden]``.
+
+        Most vision-language models leave scale and cap of their text model out, and some (Gemma 4) do not.
+        """
         with torch.no_grad():
-            own = self(hidden)
-            tolerance = 1e-2 if logits.dtype.itemsize < 4 else 1e-4
-            theirs = logits.to(own.dtype)
-            # One answer to read, since each read of a device waits until it has done all its work. NaN is within no bound.
-            if not ((own - theirs).abs() <= tolerance * (own.abs().max() + theirs.abs())).all():
+            if self._may_leave_out and not self._fits(hidden, logits):
+                self.scale, self.softcap = 1.0, None
+            if not self._fits(hidden, logits):
                 raise UnsupportedModelError(
                     "the model computes its logits from the hidden states in a way that is not known here (its own "
-                    f"differ by {float((own - logits).abs().max()):.2e}): score with its own logits instead"
+                    f"differ by {float((self(hidden) - logits).abs().max()):.2e}): score with its own logits instead"
                 )
+
+    def _fits(self, hidden: Tensor, logits: Tensor) -> bool:
+        own = self(hidden)
+        tolerance = 1e-2 if logits.dtype.itemsize < 4 else 1e-4
+        theirs = logits.to(own.dtype)
+        # One answer to read, since each read of a device waits until it has done all its work. NaN is within no bound.
+        return bool(((own - theirs).abs() <= tolerance * (own.abs().max() + theirs.abs())).all())
 
 
 def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]) -> tuple[Tensor, _Head]:

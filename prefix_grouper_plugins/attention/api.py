@@ -83,7 +83,7 @@ def shared_prefix_attention(
     else:
         forest_args = (layout.segments, layout.num_given)
         out, _ = attention_op(query, key, value, *forest_args, sinks, float(scale), sliding_window, softcap, backend)
-    if layout.blocks is None:
+    if layout.blocks is None or (layout.blocks_in_windows_only and sliding_window is None):
         return out
     if softcap is not None or sinks is not None:
         raise ValueError(f"softcap={softcap} and sinks={sinks} do not go together with blocks: set both to None")

@@ -285,8 +285,21 @@ def _merge_size(model: nn.Module) -> int | None:
 
 def _kinds_read_by(model: nn.Module) -> dict[str, bool]:
     """Which tensors in :data:`TOKEN_TENSORS` change what the model computes."""
-    bidirectional = known_of(transformers_model(model).config.model_type).images_both_ways
-    return {"mm_token_type_ids": _rope_index(model) is not None, "token_type_ids": bidirectional}
+    read = {"mm_token_type_ids": _rope_index(model) is not None, "token_type_ids": False}
+    if (kind := _kind_of_blocks(model)) is not None:
+        read[kind] = True
+    return read
+
+
+def _kind_of_blocks(model: nn.Module) -> str | None:
+    """The token tensor that marks images whose tokens see each other both ways; None for models without such images."""
+    config: Any = transformers_model(model).config
+    known = known_of(config.model_type)
+    if known.images_both_ways:
+        return "token_type_ids"
+    text = config.get_text_config(decoder=True)
+    asked = getattr(text, "use_bidirectional_attention", None) == "vision"
+    return "mm_token_type_ids" if asked and known.images_both_ways_in is not None else None
 
 
 def _rope_index(model: nn.Module) -> Any:
@@ -347,11 +360,9 @@ class ImageRows:
             model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
         )
         columns = torch.arange(input_ids.shape[1], device=mask.device)
-        self.block_ids = image_blocks(
-            transformers_model(model).config.model_type,
-            self.token_tensors.get("token_type_ids"),
-            torch.where(mask != 0, columns, 0).amax(1),
-        )
+        kinds = self.token_tensors.get(_kind_of_blocks(model) or "")
+        self.block_ids = None if kinds is None else _blocks_by_row(kinds, torch.where(mask != 0, columns, 0).amax(1))
+        self._blocks_in = known_of(transformers_model(model).config.model_type).images_both_ways_in
         self.keys = self._keys(token, input_ids.cpu(), mask.cpu() != 0, prompt_ids.shape[1])
 
     @classmethod
@@ -400,6 +411,9 @@ class ImageRows:
         positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
         if self.block_ids is not None:
             set_blocks(batch.layout, batch.pack(self.block_ids))
+            if self._blocks_in is not None:
+                in_windows = self._blocks_in == "windows"
+                batch.layout.blocks_in_windows_only = batch.layout.blocks_cut_by_window = in_windows
         return {
             **packed_inputs(batch.layout, batch.input_ids, positions),
             **{name: batch.pack(x)[None] for name, x in self.token_tensors.items()},
@@ -422,6 +436,11 @@ def image_blocks(model_type: str, token_type_ids: Tensor | None, last_tokens: Te
     """
     if token_type_ids is None or not known_of(model_type).images_both_ways:
         return None
+    return _blocks_by_row(token_type_ids, last_tokens)
+
+
+def _blocks_by_row(token_type_ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """:func:`image_blocks` of a model whose images are read both ways."""
     image = token_type_ids == 1
     if bool(image.gather(1, last_tokens[:, None]).any()):
         raise UnsupportedModelError("a row ends within an image, whose last token is not forwarded but would be seen")

@@ -34,6 +34,8 @@ class ModelType:
         layer_cost: its layers are those of Llama in size, with an MLP of gate, up and down ("gated") or of up and down
             only ("ungated"); None where the cost of its layers is not known.
         images_both_ways: the tokens of an image see all others of their image.
+        images_both_ways_in: likewise where the config says ``use_bidirectional_attention="vision"``: in all layers, whatever
+            their window, or only in layers with a sliding window, which then cuts images too.
         verls_forward: verl replaces its forward by one that shows the vision tower an empty picture where a micro-batch
             has no image.
         compared_in_verl: its images were compared with verl's own engine.
@@ -52,6 +54,7 @@ class ModelType:
     logits_scaling: Literal["divides", "multiplies"] = "divides"
     layer_cost: Literal["gated", "ungated"] | None = None
     images_both_ways: bool = False
+    images_both_ways_in: Literal["all layers", "windows"] | None = None
     verls_forward: bool = False
     compared_in_verl: bool = False
     plain_tower: bool = False
@@ -88,7 +91,7 @@ _note(
 )
 _note(
     """
-    aya_vision cohere2_vision gemma3 glm4v idefics2 idefics3 internvl llava llava_next llava_onevision mistral3
+    aya_vision cohere2_vision gemma3 gemma4 gemma4_unified glm4v got_ocr2 idefics2 idefics3 internvl llava llava_next llava_onevision mistral3
     qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm vipllava
     """,
     verified_with_images=True,
@@ -132,6 +135,8 @@ _note(
 _note("apertus arcee nemotron phi starcoder2", layer_cost="ungated")
 
 _note("gemma3", images_both_ways=True)
+_note("gemma4", images_both_ways_in="windows")
+_note("gemma4_unified", images_both_ways_in="all layers")
 _note("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe", verls_forward=True, compared_in_verl=True)
 _note("llava llava_next llava_onevision gemma3 internvl smolvlm idefics3", compared_in_verl=True)
 _note("qwen2_vl qwen2_5_vl", plain_tower=True)

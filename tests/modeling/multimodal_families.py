@@ -287,6 +287,76 @@ FAMILIES |= {
 }
 
 
+def _patches(kernel: int, generator: torch.Generator, large: bool) -> Image:
+    """Gemma 4: patches with their places, padded to as many as the largest image has; ``kernel`` x ``kernel`` are a token."""
+    rows, columns, most = 4, 8 if large else 4, 32
+    places = torch.tensor([[x, y] for y in range(rows) for x in range(columns)])
+    pixels, places_padded = torch.zeros(1, most, 3 * 4 * 4), torch.full((1, most, 2), -1)
+    pixels[0, : len(places)] = torch.rand(len(places), 3 * 4 * 4, generator=generator)
+    places_padded[0, : len(places)] = places
+    return Image(len(places) // kernel**2, {"pixel_values": pixels, "image_position_ids": places_padded})
+
+
+_GEMMA4 = {
+    "text_config": {
+        **TEXT,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 3,  # shorter than an image
+        "global_head_dim": 16,
+        "final_logit_softcapping": 3.0,
+    },
+    "image_token_id": IMAGE,
+    "video_token_id": 6,
+    "audio_token_id": 7,
+    "boi_token_id": 8,
+    "eoi_token_id": 9,
+    "boa_token_id": 10,
+}
+FAMILIES |= {
+    "gemma4": Family(
+        {
+            **_GEMMA4,
+            "text_config": {
+                **_GEMMA4["text_config"],
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
+                "num_kv_shared_layers": 0,
+            },
+            "vision_config": {
+                **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+                **{"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2},
+                "position_embedding_size": 16,
+            },
+        },
+        functools.partial(_patches, 2),
+        "mm_token_type_ids",
+    ),
+    "gemma4_unified": Family(
+        {
+            **_GEMMA4,
+            "vision_config": {
+                **{"patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 16, "mm_posemb_size": 16},
+                "output_proj_dims": 16,
+            },
+        },
+        functools.partial(_patches, 1),
+        "mm_token_type_ids",
+    ),
+    "got_ocr2": Family(
+        {
+            "text_config": {"model_type": "qwen2", **TEXT},
+            "vision_config": {
+                **{"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+                **{"image_size": 32, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 24},
+            },
+            "image_token_index": IMAGE,
+            "image_seq_length": 4,
+        },
+        _square(4, 32),
+    ),
+}
+
+
 def configure(model_type: str, **text: Any) -> Any:
     """Its tiny config."""
     settings = {**FAMILIES[model_type].config}

@@ -65,7 +65,7 @@ def assert_same(got, got_gradients, expected, expected_gradients):
         assert (got_gradients[name] - wanted).abs().max() <= 1e-3 * scale, name
 
 
-TOWERS = ("visual", "vision_tower", "vision_model")
+TOWERS = ("visual", "vision_tower", "vision_model", "embed_vision")
 
 
 @pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES))
@@ -91,6 +91,21 @@ def test_packed_rows_with_images_equal_single_rows(model_type):
     model.eval()
     disable_prefix_grouper(model)
     assert ":" not in str([m.config._attn_implementation for m in model.modules() if hasattr(m, "config")])
+
+
+@pytest.mark.parametrize(("model_type", "both_ways"), [("gemma4", "vision"), ("gemma4_unified", None)])
+def test_images_of_gemma_4_see_themselves_where_the_config_says_so(model_type, both_ways):
+    """The other setting than its default, which the test above has."""
+    rows = families.rows(model_type)
+    default = families.build(model_type)
+    model = families.build(model_type, use_bidirectional_attention=both_ways)
+    expected = single_rows(model, model_type, rows)
+    other = single_rows(default, model_type, rows)
+    assert max(float((x - y).detach().abs().max()) for x, y in zip(expected, other, strict=True)) > 1e-2
+    expected_gradients = gradients(model, expected)
+    enable_prefix_grouper(model)
+    scores = packed(model, model_type, rows)
+    assert_same(scores, gradients(model, scores), expected, expected_gradients)
 
 
 def vision_calls(model, run):
