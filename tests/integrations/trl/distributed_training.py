@@ -41,6 +41,9 @@ AHEAD: dict[str, Any] = {
 
 
 def text(mode: str) -> dict[str, Any]:
+    if "/" in mode:  # batch size, accumulation steps, group
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+        return {**dict(zip(names, map(int, mode.split("/")), strict=True)), "beta": 0.04}
     checkpointing = mode == "checkpointing"
     sizes = {"full": SETTINGS, "checkpointing": SETTINGS, "rows ahead": AHEAD}.get(mode, REUSE)
     return {**sizes, "beta": 0.04, "lora": checkpointing, "gradient_checkpointing": checkpointing}
@@ -197,7 +200,8 @@ def both_train(path: str, mode: str) -> None:
         shared, trainer = train(path, shared=True, **settings)
     assert trainer.accelerator.num_processes == 2
     steps = trainer.state.global_step  # where rows were forwarded ahead, DDP sees one token in the last micro-batch
-    allowed = {"rows ahead": {steps}, "groups over several micro-batches": set(range(steps + 1))}.get(mode, {0})
+    joins = "/" in mode or mode == "groups over several micro-batches"  # where prompts are long enough
+    allowed = {steps} if mode == "rows ahead" else set(range(steps + 1)) if joins else {0}
     assert len(single_tokens) in allowed, (mode, len(single_tokens))
     if mode == "images":
         assert trainer.sharing.rows_per_group > 2.5, trainer.sharing.rows_per_group  # a dummy row is a group

@@ -15,15 +15,21 @@ OF_TEXT = ["full", "checkpointing", "groups over several micro-batches", "rows a
 MODES = [*OF_TEXT, "one process", "images"]
 
 
+GEOMETRIES = ["1/8/8", "2/8/8", "1/4/4", "4/8/16", "3/4/6", "8/4/8"]
+
+
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
     """What two processes that train in every mode, and compare, have written to stderr in each mode."""
-    folder = tmp_path_factory.mktemp("distributed")
+    return errors_of(tmp_path_factory.mktemp("distributed"), MODES)
+
+
+def errors_of(folder, modes):
     models = tiny.saved_model(folder / "text", "qwen3"), vision.saved_model(folder / "images", "qwen2_5_vl")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = run_python(folder, *torchrun, "-m", "tests.integrations.trl.distributed_training", *models, *MODES)
+    done = run_python(folder, *torchrun, "-m", "tests.integrations.trl.distributed_training", *models, *modes)
     parts = dict(part.split("\n", 1) for part in done.stderr.split(MODE)[1:])
-    assert list(parts) == MODES and all(f"{EQUAL}\n" in part for part in parts.values())
+    assert list(parts) == modes and all(f"{EQUAL}\n" in part for part in parts.values())
     return parts
 
 
@@ -41,3 +47,8 @@ def test_what_one_process_does_alone_keeps_the_other_in_step_and_reaches_the_log
 def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(errors):
     """DDP would stop: "Expected to have finished reduction in the prior iteration"."""
     assert errors["images"].count("so it gets a dummy image, which changes no result") == 1
+
+
+@pytest.mark.exhaustive
+def test_groups_of_every_geometry_learn_the_stock_weights_on_two_processes(tmp_path):
+    assert list(errors_of(tmp_path, GEOMETRIES)) == GEOMETRIES

@@ -70,7 +70,7 @@ def geometry_of(rows, accumulation, group):
     }
 
 
-def compare(monkeypatch, path, geometry, loss, **more):
+def compare(monkeypatch, path, geometry, loss, tolerance=1e-12, **more):
     use_float64_head(monkeypatch)
     settings = {**geometry_of(*geometry), "beta": 0.04, "loss_type": loss, **more}
     if loss == "gspo":
@@ -78,7 +78,7 @@ def compare(monkeypatch, path, geometry, loss, **more):
     stock, stock_trainer = train(path, shared=False, **settings)
     shared, trainer = train(path, shared=True, **settings)
     assert logged(trainer, "reward") == logged(stock_trainer, "reward")
-    assert largest_difference(stock, shared) <= 1e-12
+    assert largest_difference(stock, shared) <= tolerance
     for name in ("loss", "grad_norm", "num_tokens", "completions/mean_length"):
         assert logged(trainer, name) == pytest.approx(logged(stock_trainer, name), rel=1e-3, abs=1e-6), name
     assert not trainer.sharing.fallbacks
@@ -100,6 +100,25 @@ def test_groups_over_several_micro_batches_learn_the_stock_weights(
 @pytest.mark.parametrize(("geometry", "loss", "model", "lora", "checkpointing"), FULL_GRID)
 def test_the_full_grid(monkeypatch, paths, geometry, loss, model, lora, checkpointing):
     compare(monkeypatch, paths[model], geometry, loss, lora=lora, gradient_checkpointing=checkpointing)
+
+
+# Kernels and routers of these compute in float32, so the weights of stock are met to rounding; SGD does not blow that up.
+OTHER_KINDS = {"lfm2": 1e-9, "qwen3_next": 1e-6, "qwen3_moe": 1e-6, "gpt_oss": 1e-6}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("model_type", OTHER_KINDS)
+def test_the_full_grid_of_hybrids_and_experts(monkeypatch, tmp_path, model_type, geometry, loss, checkpointing):
+    from tests.modeling import families
+
+    path = str(tmp_path)
+    families.build(model_type).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    more = {**experts(model_type), "optim": "sgd", "gradient_checkpointing": checkpointing}
+    compare(monkeypatch, path, geometry, loss, tolerance=OTHER_KINDS[model_type], **more)
 
 
 @pytest.mark.parametrize(
