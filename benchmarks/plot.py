@@ -324,12 +324,18 @@ PARTS: dict[str, tuple[str, Table | None]] = {
 }
 
 
+# Parts that bring their picture along, so that the page shows it as soon as it is drawn.
+PICTURES = {"prompt-reuse-cpu": "Seconds of an update by the rows of a micro-batch, and its peak memory over the group's size"}
+
+
 def parts(results: Path = RESULTS) -> dict[str, str]:
     """What stands between the marks of the page, for each file that is there."""
     found = {}
     for name, (file, table) in PARTS.items():
         if (results / file).exists():
             head = [table(read_csv(results / file)), ""] if table else []
+            if name in PICTURES and (IMAGES / f"{name}.png").exists():
+                head = [f"![{PICTURES[name]}](images/{name}.png)", "", *head]
             found[name] = "\n".join([*head, f"From [{file}](../benchmarks/results/{file}): {origin(results / file)}"])
     return found
 
