@@ -19,7 +19,7 @@ class DataArguments:
     """Where the example is."""
 
     data_file: str = field(metadata={"help": "JSON lines: `prompt`, `answer` (a number); the first line is taken"})
-    copies: int = field(default=1024, metadata={"help": "how often the example stands in the data set"})
+    copies: int = field(default=1024, metadata={"help": "how often the example occurs in the data set"})
 
 
 def right_number(completions, answer, **kwargs):

@@ -62,7 +62,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def read_tokens(text: str, tokenizer: PreTrainedTokenizerFast, end_share: float = 0.7) -> torch.Tensor:
-    """The whole text as LongTensor[N]; after most sentences stands the end token, so that answers have an end."""
+    """The whole text as LongTensor[N]; after most sentences comes the end token, so that answers end."""
     rng = random.Random(0)
     newline = tokenizer("\n")["input_ids"]
     tokens: list[int] = []

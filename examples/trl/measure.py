@@ -167,7 +167,7 @@ def watch(trainer: type, meter: Meter) -> None:
 
 
 def main() -> None:
-    """Run what stands after `--`, a script or `-m` and a module, with its arguments."""
+    """Run what follows `--`, a script or `-m` and a module, with its arguments."""
     own, target = sys.argv[1:], []
     if "--" in own:
         own, target = own[: own.index("--")], own[own.index("--") + 1 :]

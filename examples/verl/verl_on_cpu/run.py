@@ -59,7 +59,7 @@ def run_training(
     `on_step` is called as soon as a step is logged.
 
     Raises `TrainingError` if the training fails, or makes no progress for `patience` seconds: Ray runs its workers at
-    niceness 15, so beside other work a training may take many times as long as alone, and is no worse for it.
+    niceness 15, so with other work on the machine a training may take many times as long, with the same result.
     """
     folder = folder.resolve()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
