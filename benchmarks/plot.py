@@ -325,7 +325,9 @@ PARTS: dict[str, tuple[str, Table | None]] = {
 
 
 # Parts that bring their picture along, so that the page shows it as soon as it is drawn.
-PICTURES = {"prompt-reuse-cpu": "Seconds of an update by the rows of a micro-batch, and its peak memory over the group's size"}
+PICTURES = {
+    "prompt-reuse-cpu": "Seconds of an update by the rows of a micro-batch, and its peak memory over the group's size"
+}
 
 
 def parts(results: Path = RESULTS) -> dict[str, str]:
