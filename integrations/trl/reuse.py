@@ -98,6 +98,7 @@ class PromptReuse:
         self._shares: bool | None = None
         self._stays_open: bool | None = None
         self._said_what_is_repeated = False
+        self._scored: int | None = None  # the micro-batch, of those, that has got its scores
 
     def why_not(self, model: Any, *, update: bool = True) -> str | None:
         """Why prompts do not stay open for later micro-batches; None if they do.
@@ -156,7 +157,7 @@ class PromptReuse:
         end = number - number % window + window
         if self._trainer.accelerator.sync_gradients:  # the optimizer steps after this one, whatever comes
             end = number + 1
-        self._coming = range(number, end)
+        self._coming, self._scored = range(number, end), None
 
     def _count_rows(self, micro_batches: list[MicroBatch]) -> None:
         """Read the rows of a generation batch from the device, all at once, and count their tokens."""
@@ -218,6 +219,10 @@ class PromptReuse:
         """Scores of the micro-batch that was entered; None if it shares nothing with others."""
         if not self._coming or not torch.is_grad_enabled():
             return None
+        number = self._coming[0]
+        if number == self._scored:  # a loss that scores its rows twice
+            return None
+        self._scored = number
         if self._ahead is not None:
             return self._from_ahead(self._ahead, model, rows)
         if self._stays_open is None:

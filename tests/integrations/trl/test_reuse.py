@@ -325,6 +325,25 @@ def test_a_loss_that_always_scores_other_rows_is_forwarded_micro_batch_by_micro_
     assert largest_difference(*weights) <= 1e-12
 
 
+class ScoresTwice(PrefixGrouperGRPOTrainer):
+    """The second scoring of a micro-batch is not that of the rows which were forwarded ahead."""
+
+    loss_is_sum_over_rows = True
+
+    def _compute_loss(self, model, inputs):
+        return (super()._compute_loss(model, inputs) + super()._compute_loss(model, inputs)) / 2
+
+
+@pytest.mark.parametrize("longest_prompt", [12, 60])
+def test_a_loss_that_scores_its_rows_twice_learns_the_stock_weights(monkeypatch, paths, longest_prompt):
+    use_float64_head(monkeypatch)
+    settings = {**geometry_of(2, 4, 8), "longest_prompt": longest_prompt, "max_steps": 2}
+    stock, _ = train(paths["llama"], shared=False, **settings)
+    twice, trainer = train(paths["llama"], shared=True, trainer_class=ScoresTwice, **settings)
+    assert largest_difference(stock, twice) <= 1e-12
+    assert not trainer.sharing.fallbacks
+
+
 def test_a_prompt_without_its_gradient_stops_training(monkeypatch, paths):
     use_float64_head(monkeypatch)
     monkeypatch.setattr(PromptCache, "is_closed", property(lambda self: False))
