@@ -106,8 +106,8 @@ def checked_before(anatomy: Anatomy, *, left_padding: bool = False) -> SelfCheck
 def _state(anatomy: Anatomy, before: tuple[Any, ...] = ()) -> tuple[Any, ...]:
     """What a self-check is of: the code of the model, its backends, and its kernels; those of ``before`` where it is sharded."""
     names = tuple(str(config._attn_implementation) for config in anatomy.configs)
-    found = kernels(anatomy.base)
-    codes = fingerprint(anatomy.base, anatomy.base_modules), codes_of_classes(anatomy.base)
+    found = kernels(anatomy.base, anatomy.base_modules)
+    codes = fingerprint(anatomy.base, anatomy.base_modules), codes_of_classes(anatomy.base_modules)
     return *codes, names, before[0] if found is None and before else found
 
 

@@ -64,14 +64,15 @@ def _without_fsdp(cls: type) -> type:
     return next(c for c in cls.__mro__ if FSDPModule not in c.__bases__ and c is not FSDPModule)
 
 
-def codes_of_classes(base: nn.Module) -> int:
-    """A number for the code of the forwards of all classes at and under ``base``, and of the functions that they call."""
-    classes = dict.fromkeys(getattr(cls, "_prefix_grouper_base", cls) for cls in map(type, base.modules()))
+def codes_of_classes(modules: Iterable[nn.Module]) -> int:
+    """A number for the code of the forwards of all classes of ``modules``, and of the functions that they call."""
+    classes = dict.fromkeys(map(type, modules))
+    classes = dict.fromkeys(getattr(cls, "_prefix_grouper_base", cls) for cls in classes)
     classes = dict.fromkeys(_without_fsdp(cls) for cls in classes if not cls.__module__.startswith(_MACHINERY))
     return hash(tuple(code for cls in classes for code in _codes_of_class(cls)))
 
 
-def kernels(base: nn.Module) -> Kernels | None:
+def kernels(base: nn.Module, modules: Iterable[nn.Module]) -> Kernels | None:
     """What chooses the kernels of ``base``: type of the device, dtype of the weights, and of autocast where it is on.
 
     None where weights are sharded: they are gathered and cast within forwards.
@@ -79,7 +80,7 @@ def kernels(base: nn.Module) -> Kernels | None:
     weight = next(base.parameters(), None)
     if weight is None or hasattr(weight, "ds_id") or isinstance(base, FSDPModule) or isinstance(weight, DTensor):
         return None
-    if any(isinstance(module, FullyShardedDataParallel) for module in base.modules()):
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
         return None
     kind = weight.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -121,9 +122,10 @@ def _codes(functions: Iterable[Any]) -> list[Any]:
 
 def remember(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
     """From now on ``base`` counts as known as it is."""
+    modules = list(base.modules() if modules is None else modules)
     _KNOWN.setdefault(base, set()).add(fingerprint(base, modules))
-    _KNOWN_CODES.setdefault(base, set()).add(codes_of_classes(base))
-    _KNOWN_KERNELS.setdefault(base, {None}).add(kernels(base))
+    _KNOWN_CODES.setdefault(base, set()).add(codes_of_classes(modules))
+    _KNOWN_KERNELS.setdefault(base, {None}).add(kernels(base, modules))
 
 
 def forget(base: nn.Module) -> None:
@@ -138,11 +140,12 @@ def has_changed(base: nn.Module) -> bool:
     known = _KNOWN.get(base)
     if known is None or is_checking():
         return False
-    if fingerprint(base) not in known:
+    modules = list(base.modules())
+    if fingerprint(base, modules) not in known:
         return True
     if torch.compiler.is_compiling():  # which traces this, and would break the graph
         return False
-    return kernels(base) not in _KNOWN_KERNELS[base] or codes_of_classes(base) not in _KNOWN_CODES[base]
+    return kernels(base, modules) not in _KNOWN_KERNELS[base] or codes_of_classes(modules) not in _KNOWN_CODES[base]
 
 
 def is_checking() -> bool:
