@@ -63,7 +63,7 @@ $(MATRIX)/trl-%/ready: | $(VENV)/ready
 
 # A release that fails does not keep the others from running; the last lines say how each of them went. The path is a full
 # one: some tests start processes in other folders, which would import the TRL of the environment.
-test-matrix: $(TRL_VERSIONS:%=$(MATRIX)/trl-%/ready) ## the TRL tests on every supported TRL release (about half an hour)
+test-matrix: $(TRL_VERSIONS:%=$(MATRIX)/trl-%/ready) ## the TRL tests on every supported TRL release, and the result of each (long)
 	@rm -f $(MATRIX)/failed; for version in $(TRL_VERSIONS); do \
 	  echo "== trl $$version"; \
 	  { PYTHONPATH="$(CURDIR)/$(MATRIX)/trl-$$version" EXPECTED_TRL=$$version $(TEST) -rs tests/integrations/trl || touch $(MATRIX)/failed; } \
