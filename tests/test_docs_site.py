@@ -34,7 +34,9 @@ def test_the_site_builds_without_a_warning_and_holds_what_pages_link_to(tmp_path
     )
     reference = (tmp_path / "api/index.html").read_text()
     assert ":meth:" not in reference and "<code>`" not in reference, "marks of docstrings that a reader should not see"
-    assert 'class="language-text highlight"' in (tmp_path / "logs/index.html").read_text(), "messages that style.css wraps"
+    assert 'class="language-text highlight"' in (tmp_path / "logs/index.html").read_text(), (
+        "messages that style.css wraps"
+    )
     assert (tmp_path / "project/benchmarks/results/flops.csv").read_bytes() == (
         ROOT / "benchmarks/results/flops.csv"
     ).read_bytes()
