@@ -7,7 +7,8 @@ The language-model head runs on completion positions alone and in chunks, each r
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,8 +124,16 @@ def _nothing_to_score(model: nn.Module, shape: torch.Size, compute_entropy: bool
     return zeros, zeros.detach() if compute_entropy else None
 
 
+# Scale and softcap of heads that have been checked, by model. Heads are weak references, so that no model is kept alive.
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[float, float | None]]] = weakref.WeakKeyDictionary()
+
+
 class _Head:
-    """How the model gets from a hidden state to its logits, checked against the model's own logits of one position."""
+    """How the model gets from a hidden state to its logits, checked against the model's own logits of one position.
+
+    Once for each head: reading the answer waits until the device has done all its work, and what it depends on (modules,
+    factors, forwards, hooks) is looked at in each call.
+    """
 
     def __init__(self, base: PreTrainedModel, modules: list[nn.Module], vocabulary: int) -> None:
         config: Any = base.config.get_text_config(decoder=True)
@@ -146,11 +155,19 @@ class _Head:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def check(self, hidden: Tensor, logits: Tensor) -> None:
+    def check(self, model: nn.Module, base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
         """Compare with the logits ``[N, vocabulary]`` that the model itself computed from ``hidden [N, hidden]``.
 
         Most vision-language models leave scale and cap of their text model out, and some (Gemma 4) do not.
+
+        Args:
+            model, base: the model that was called, and the transformers model inside of it.
         """
+        factors = _CHECKED.setdefault(base, {})
+        head = self._identity(model, base, hidden, logits)
+        if head in factors:
+            self.scale, self.softcap = factors[head]
+            return
         with torch.no_grad():
             if self._may_leave_out and not self._fits(hidden, logits):
                 self.scale, self.softcap = 1.0, None
@@ -159,6 +176,16 @@ class _Head:
                     "the model computes its logits from the hidden states in a way that is not known here (its own "
                     f"differ by {float((self(hidden) - logits).abs().max()):.2e}): score with its own logits instead"
                 )
+        factors[head] = self.scale, self.softcap
+
+    def _identity(self, model: nn.Module, base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Hashable:
+        """All that the answer of the check depends on."""
+        forwards = [
+            getattr(forward, "__func__", forward) for forward in (model.forward, base.forward, type(base).forward)
+        ]
+        known = tuple(map(weakref.ref, [*self.modules, *forwards]))
+        hooks = tuple(model._forward_hooks), tuple(base._forward_hooks)
+        return known, hooks, self.softcap, self.scale, self.vocabulary, logits.dtype, hidden.dtype, base.training
 
     def _fits(self, hidden: Tensor, logits: Tensor) -> bool:
         own = self(hidden)
@@ -206,7 +233,7 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
             f"{type(base).__name__} does not run its decoder and then modules that give logits: no hidden states"
         )
     hidden, head, first = taken[0][0], _Head(base, modules, logits.shape[-1]), batch.positions[:1]
-    head.check(hidden[first], logits[0] if logits.shape[1] == 1 else logits[0, first])  # xlstm keeps all
+    head.check(model, base, hidden[first], logits[0] if logits.shape[1] == 1 else logits[0, first])  # xlstm keeps all
     return hidden, head
 
 

@@ -51,7 +51,7 @@ from prefix_grouper_plugins.modeling.self_check import (
     self_check,
     why_not_yet,
 )
-from prefix_grouper_plugins.modeling.self_check.changes import forget, has_changed, is_checking, remember
+from prefix_grouper_plugins.modeling.self_check.changes import Watch, forget, is_checking, remember
 from prefix_grouper_plugins.modeling.self_check.first_batch import compare_first_batch
 from prefix_grouper_plugins.modeling.self_check.micro_batch import Compared
 from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
@@ -424,18 +424,32 @@ def _watch(anatomy: Anatomy, checks: bool, left_padding: bool) -> None:
     base = anatomy.base
     forget(base)
     remember(base, anatomy.base_modules)
-    hook = functools.partial(_check_what_has_changed, checks=checks, left_padding=left_padding)
+    hook = functools.partial(_check_what_has_changed, watch=Watch(base), checks=checks, left_padding=left_padding)
     base.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _check_what_has_changed(base: Any, args: Any, kwargs: dict[str, Any], checks: bool, left_padding: bool) -> None:
+def _check_what_has_changed(
+    base: Any, args: Any, kwargs: dict[str, Any], watch: Watch, checks: bool, left_padding: bool
+) -> None:
     """Forward pre-hook: other layers, forwards, hooks or adapters than were checked are checked too, or refused.
 
     Raises:
         UnsupportedModelError: the model that it has become cannot be shared exactly.
     """
-    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None or not has_changed(base):
+    if given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask")) is None or not watch.has_changed():
         return
+    _check_again(base, checks, left_padding)
+
+
+@torch.compiler.disable(
+    reason="the model has changed since it was checked: run one packed forward without torch.compile first"
+)
+def _check_again(base: Any, checks: bool, left_padding: bool) -> None:
+    """Outside of any graph that is being compiled, which breaks it.
+
+    Raises:
+        UnsupportedModelError: see `_check_what_has_changed`.
+    """
     anatomy = Anatomy(base)
     report = report_on(anatomy)
     reasons = [*report.reasons, *(report.left_padding_reasons if left_padding else ())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -463,6 +465,53 @@ def test_a_head_that_is_not_understood_is_refused(name, value):
     setattr(model.config, name, value)
     with pytest.raises(UnsupportedModelError, match="computes its logits from the hidden states in a way that is not"):
         prefix_grouped_logps(model, *BATCH)
+
+
+def _scales_its_config(model, monkeypatch):
+    model.config.logit_scale = 0.5
+
+
+def _has_another_forward(model, monkeypatch):
+    own = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: _doubled(own(self, *a, **k)))
+
+
+def _has_a_hook(model, monkeypatch):
+    model.register_forward_hook(lambda module, args, output: _doubled(output))
+
+
+def _doubled(output):
+    output.logits = output.logits * 2
+    return output
+
+
+@pytest.mark.parametrize("change", [_scales_its_config, _has_another_forward, _has_a_hook])
+def test_a_head_is_checked_once_and_again_when_what_it_depends_on_has_changed(change, monkeypatch):
+    """Each check reads the device, so it is no part of every micro-batch."""
+    model = enable_prefix_grouper(tiny.model(), self_check=False)
+    monkeypatch.setattr("prefix_grouper_plugins.modeling.self_check.changes.has_changed", lambda base: False)
+    compared = []
+    own = scoring._Head.__call__
+    monkeypatch.setattr(
+        scoring._Head, "__call__", lambda head, x: compared.append(torch.is_grad_enabled()) or own(head, x)
+    )
+    for checks in (1, 0):
+        compared.clear()
+        prefix_grouped_logps(model, *BATCH)
+        assert compared.count(False) == checks  # tokens are scored with gradients
+    change(model, monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=r"its own differ by \d"):
+        prefix_grouped_logps(model, *BATCH)
+
+
+def test_a_scored_model_is_not_kept_alive():
+    model = enable_prefix_grouper(tiny.model(), self_check=False)
+    prefix_grouped_logps(model, *BATCH)
+    assert model in scoring._CHECKED
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):

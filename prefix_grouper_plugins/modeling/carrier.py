@@ -14,9 +14,9 @@ long after the model's forward has returned, outside of every context that was o
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -81,22 +81,29 @@ class Call:
         self.layout = layout
 
 
-MODEL_CALL: ContextVar[Call | None] = ContextVar("prefix_grouper_model", default=None)
-LAYER_CALL: ContextVar[Call | None] = ContextVar("prefix_grouper_layer", default=None)
+class RunningCall(threading.local):
+    """The call that runs in this thread, or None. No `ContextVar`, for Dynamo reads those from torch 2.15 on only: each layer of a
+    compiled model would break its graph."""
+
+    call: Call | None = None
+
+
+MODEL_CALL = RunningCall()
+LAYER_CALL = RunningCall()
 
 
 @contextmanager
-def open_call(variable: ContextVar[Call | None], call: Call | None) -> Iterator[None]:
-    token = variable.set(call)
+def open_call(running: RunningCall, call: Call | None) -> Iterator[None]:
+    before, running.call = running.call, call
     try:
         yield
     finally:
-        variable.reset(token)
+        running.call = before
 
 
 def layout_of_layer() -> Layout | None:
     """The layout of the decoder layer whose forward is running, for attention that receives neither keyword nor mask."""
-    call = LAYER_CALL.get()
+    call = LAYER_CALL.call
     return None if call is None else call.layout
 
 
@@ -121,7 +128,7 @@ class ModelForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layout = given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask"))
-        if layout is None and (outer := MODEL_CALL.get()) is not None:
+        if layout is None and (outer := MODEL_CALL.call) is not None:
             layout = outer.layout  # an inner model, whose outer one has dropped both
         if layout is not None and self.without_mask:
             kwargs["attention_mask"] = None
@@ -143,7 +150,7 @@ class PackedLayer:
     _packed_before = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call, given = MODEL_CALL.get(), kwargs.get(LAYOUT_KWARG)
+        call, given = MODEL_CALL.call, kwargs.get(LAYOUT_KWARG)
         if call is not None:
             kwargs[LAYOUT_KWARG] = call
         elif isinstance(given, Layout):  # a model whose forward was replaced after ours

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
+from prefix_grouper_plugins import PrefixLayout, UnsupportedModelError, enable_prefix_grouper
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, LAYOUT_TAG
 from tests import tiny
@@ -55,7 +55,9 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients(model_type):
     model = enable_prefix_grouper(families.build(model_type, num_hidden_layers=2))
     eager = packed(model)
     expected = gradients(model, loss(LAYOUT.unpack(eager)))
-    compiled = packed(torch.compile(model, backend="aot_eager"))
+    # One graph, but on torch 2.8, where transformers breaks that of the ordinary model too.
+    whole = torch.__version__ >= torch.torch_version.TorchVersion("2.9")
+    compiled = packed(torch.compile(model, backend="aot_eager", fullgraph=whole))
     torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
     assert_same_gradients(gradients(model, loss(LAYOUT.unpack(compiled))), expected, 1e-12)
     # The second layout of another shape must not run with what was compiled for the first.
@@ -64,4 +66,31 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients(model_type):
     inputs = packed_inputs(layout, layout.pack(rows))
     again = torch.compile(model, backend="aot_eager")(**inputs).logits
     torch.testing.assert_close(again, model(**inputs).logits, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+
+
+def test_no_call_of_an_enabled_model_breaks_the_graph_in_this_package() -> None:
+    """Packed and ordinary ones; transformers itself breaks some."""
+    model = enable_prefix_grouper(families.build("qwen3", num_hidden_layers=1))
+    for inputs in (packed_inputs(LAYOUT, IDS), {"input_ids": IDS[None], "use_cache": False}):
+        torch._dynamo.reset()
+        reasons = torch._dynamo.explain(model)(**inputs).break_reasons
+        frames = [frame.filename for reason in reasons for frame in reason.user_stack]
+        assert not [name for name in frames if "prefix_grouper_plugins" in name], reasons
+    torch._dynamo.reset()
+
+
+def test_a_model_that_has_changed_is_checked_when_it_is_compiled() -> None:
+    """In the frame that cannot be compiled for the check; a compilation that must be one graph says what to do instead."""
+    torch._dynamo.reset()
+    model = enable_prefix_grouper(families.build("qwen3", num_hidden_layers=1))
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_hook(lambda module, args, output: (output[0].flip(1), *output[1:]))
+    with pytest.raises(Exception, match="changed since it was checked: run one packed forward without torch.compile"):
+        packed(torch.compile(model, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+    with pytest.raises(
+        UnsupportedModelError, match="has changed since it was checked, and cannot be shared any longer"
+    ):
+        packed(torch.compile(model, backend="eager"))
     torch._dynamo.reset()

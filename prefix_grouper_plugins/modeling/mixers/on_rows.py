@@ -56,11 +56,11 @@ class PackedMixer:
     """Mixed into the class of a token mixer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = LAYER_CALL.get()
+        call = LAYER_CALL.call
         run = super().forward  # type: ignore[misc]
         kwargs.pop(LAYOUT_KWARG, None)
         if call is None or call.layout is None:
-            if (model := MODEL_CALL.get()) is not None and model.layout is not None:
+            if (model := MODEL_CALL.call) is not None and model.layout is not None:
                 raise RuntimeError(f"{type(self).__name__} runs in a packed forward, but its layer lost the layout")
             return run(*args, **kwargs)
         return run_packed(self, run, call.layout, args, kwargs)  # type: ignore[arg-type]

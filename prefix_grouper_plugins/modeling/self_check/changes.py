@@ -7,6 +7,9 @@ It is code that is compared: the classes of modules, their forwards, the functio
 of adapters; and device, dtype and autocast, which choose kernels. Other values are not, as they change all the time: attributes
 of modules, what a function closes over, and which of the adapters is active, of which all kinds were looked at. Nor is code that
 only those functions call.
+
+Code that torch.compile has made is of the model as it was when it was traced, hooks included, so there it is read when it is
+traced: the answer is a constant of the graph, and no step of it.
 """
 
 from __future__ import annotations
@@ -143,9 +146,21 @@ def has_changed(base: nn.Module) -> bool:
     modules = list(base.modules())
     if fingerprint(base, modules) not in known:
         return True
-    if torch.compiler.is_compiling():  # which traces this, and would break the graph
-        return False
     return kernels(base, modules) not in _KNOWN_KERNELS[base] or codes_of_classes(modules) not in _KNOWN_CODES[base]
+
+
+class Watch:
+    """:func:`has_changed` of one model, for its hook. torch.compile takes the answer for a constant.
+
+    An object that holds the model, for Dynamo of torch 2.8 takes no modules as arguments of what it calls while it traces.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+
+    @torch.compiler.assume_constant_result
+    def has_changed(self) -> bool:
+        return has_changed(self.base)
 
 
 def is_checking() -> bool:
