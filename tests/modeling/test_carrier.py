@@ -86,7 +86,7 @@ def test_a_model_that_has_changed_is_checked_when_it_is_compiled() -> None:
     model = enable_prefix_grouper(families.build("qwen3", num_hidden_layers=1))
     attention = model.model.layers[0].self_attn
     attention.register_forward_hook(lambda module, args, output: (output[0].flip(1), *output[1:]))
-    with pytest.raises(Exception, match="changed since it was checked: run one packed forward without torch.compile"):
+    with pytest.raises(Exception, match=r"changed since it was checked: run one packed forward without torch\.compile"):
         packed(torch.compile(model, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     with pytest.raises(
