@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import verl.workers.engine.fsdp.transformer_impl as fsdp
 from tensordict import TensorDict
 from torch import nn
+from transformers import AutoModelForTokenClassification
 
 from prefix_grouper_plugins.integrations.verl.config import CRITIC_SETTINGS
 from prefix_grouper_plugins.integrations.verl.engine import PrefixGrouperEngine
@@ -43,8 +44,6 @@ class PrefixGrouperValueEngine(PrefixGrouperEngine, fsdp.FSDPEngineWithValueHead
     @property
     def _wraps_policy(self) -> bool:
         """Whether verl may take trl's wrapper around a language model, for want of a model with a head for each token."""
-        from transformers import AutoModelForTokenClassification
-
         return type(self.model_config.hf_config) not in AutoModelForTokenClassification._model_mapping
 
     def _why_not_by_this_engine(self, module: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("verl")
 
-from verl_on_cpu.run import run_training
+from verl_on_cpu.run import PRECISION, run_training
 from verl_on_cpu.tiny import make_inputs
 
 pytestmark = (
@@ -97,6 +97,23 @@ def test_a_training_on_sequence_parallel_ranks_sees_the_rewards_of_data_parallel
     """verl's own Ulysses needs flash-attn: with sdpa its log-probs are wrong by 1e-4, so it is no reference."""
     check(shared := train(*ULYSSES, *ON, workers=2))
     assert rewards(shared) == rewards(train(*DYNAMIC, *REMOVE_PADDING, *OFF, workers=2))
+
+
+@pytest.mark.exhaustive
+def test_a_critic_that_shares_learns_what_verls_own_learns(train):
+    critic = ["algorithm.adv_estimator=gae", "critic.strategy=fsdp2", "critic.fsdp.use_torch_compile=False"]
+    critic += [f"+critic.fsdp.mixed_precision={PRECISION}", "critic.model.external_lib=verl_on_cpu.critic"]
+    critic += ["critic.model.path=${actor_rollout_ref.model.path}", "critic.model.use_remove_padding=True"]
+    critic += ["+critic.ppo_infer_max_token_len_per_gpu=2000", *REMOVE_PADDING, *ON]
+    shared, verls = train(*critic, workers=1), train(*critic, "critic.fsdp.prefix_grouper=null", workers=1)
+    check(shared)
+    for step in shared:
+        assert step["critic/prefix_grouper/token_ratio"] == step["critic/prefix_grouper/values_token_ratio"] < 0.4
+        assert step["critic/prefix_grouper/fallbacks"] == 0
+    assert rewards(shared) == rewards(verls)
+    for name in ("critic/vf_loss", "critic/grad_norm", "actor/grad_norm"):
+        assert [step[name] for step in shared] == pytest.approx([step[name] for step in verls], rel=1e-4)
+    assert not [name for name in verls[0] if "critic/prefix_grouper" in name]
 
 
 @pytest.mark.exhaustive
