@@ -1,4 +1,4 @@
-"""Lets verl load a critic on a CPU: `critic.model.external_lib=verl_on_cpu.critic`.
+"""Lets verl load a critic on a CPU: `VERL_USE_EXTERNAL_MODULES=verl_on_cpu.platform,verl_on_cpu.critic`.
 
 verl 0.9.1 asks for flash-attn by name where it loads a critic, whatever the config says. Here it gets sdpa.
 """
