@@ -1,8 +1,9 @@
 """Tile sizes of the Triton kernels, and the choice among them: pinned by the user, else measured once and cached.
 
-The configurations were chosen by compiling them ahead of time for sm_80 and sm_90 with Triton 3.7: none of them spills
-registers or needs more shared memory than these GPUs have, with any feature (`tests/attention/backends/triton/test_compiles.py`).
-With Triton 3.4, and for sm_100 and sm_120, some spill up to 128 bytes of a thread. Triton's
+The configurations were chosen by compiling them ahead of time: with Triton 3.7 none spills registers on sm_80 and sm_90 or needs
+more shared memory than these GPUs have, with any feature, but two of Hopper's for head dim 256, which use wgmma. The table
+`SPILLS` in `tests/attention/backends/triton/test_compiles.py` has what spills, by release of Triton; most is that of dK and dV for
+head dim 256, 88 bytes of a thread, and 248 with Triton 3.4. Tiles of 64 rows or more use the matrix units of their GPU. Triton's
 autotuner times them at the first call of each size class with a head dim, dtype, number of query heads for a key head and
 features, and keeps the result on disk. Calls of less than `TIMED_FROM` tokens, on which all take about the same time, neither
 ask it nor decide for it. Results are the same bits in every run with the same configuration, and another configuration

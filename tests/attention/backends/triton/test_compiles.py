@@ -78,9 +78,40 @@ COVERING += [FIRST["forward", 100, 128]._replace(features=False)]
 # Bytes of a thread's registers that may spill, by release of Triton, kernel, architecture, columns of a head and tiles; 0 where
 # nothing is said. For two bytes an element, the most of those with and without features.
 SPILLS: dict[tuple[int, int], dict[tuple[str, int, int, Tiles], int]] = {
-    (3, 4): {},
-    (3, 6): {},
-    (3, 7): {("dq", 90, 256, Tiles(64, 32, 8, 2)): 24, ("dkdv", 90, 256, Tiles(32, 64, 8, 2)): 88},
+    (3, 4): {
+        ("forward", 80, 256, Tiles(64, 32, 8, 3)): 16,
+        ("forward", 80, 256, Tiles(64, 32, 8, 2)): 24,
+        ("dq", 80, 64, Tiles(128, 64, 8, 2)): 8,
+        ("dq", 90, 256, Tiles(64, 32, 8, 2)): 16,
+        ("dq", 90, 256, Tiles(32, 32, 4, 2)): 8,
+        ("dkdv", 80, 64, Tiles(64, 64, 8, 2)): 8,
+        ("dkdv", 80, 128, Tiles(64, 32, 4, 2)): 64,
+        ("dkdv", 90, 128, Tiles(64, 32, 4, 2)): 48,
+        ("dkdv", 80, 256, Tiles(64, 32, 8, 2)): 56,
+        ("dkdv", 90, 256, Tiles(64, 32, 8, 2)): 32,
+        ("dkdv", 90, 256, Tiles(32, 64, 8, 2)): 248,
+    },
+    (3, 6): {
+        ("forward", 90, 64, Tiles(128, 128, 8, 2)): 8,
+        ("forward", 100, 128, Tiles(64, 32, 4, 3)): 48,
+        ("dq", 90, 256, Tiles(64, 32, 8, 2)): 24,
+        ("dq", 100, 64, Tiles(64, 64, 8, 2)): 8,
+        ("dkdv", 80, 64, Tiles(32, 128, 8, 3)): 16,
+        ("dkdv", 90, 128, Tiles(64, 32, 4, 2)): 24,
+        ("dkdv", 90, 256, Tiles(64, 32, 8, 2)): 8,
+        ("dkdv", 90, 256, Tiles(32, 64, 8, 2)): 88,
+        ("dkdv", 100, 64, Tiles(64, 128, 8, 2)): 24,
+        ("dkdv", 100, 64, Tiles(32, 128, 8, 3)): 96,
+        ("dkdv", 100, 128, Tiles(64, 32, 4, 2)): 24,
+        ("dkdv", 100, 256, Tiles(64, 32, 8, 2)): 8,
+    },
+    (3, 7): {
+        ("dq", 90, 256, Tiles(64, 32, 8, 2)): 24,
+        ("dq", 100, 64, Tiles(64, 64, 8, 2)): 16,
+        ("dkdv", 90, 256, Tiles(32, 64, 8, 2)): 88,
+        ("dkdv", 100, 128, Tiles(64, 32, 4, 2)): 8,
+        ("dkdv", 100, 256, Tiles(64, 32, 8, 2)): 8,
+    },
 }
 
 
