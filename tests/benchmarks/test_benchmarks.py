@@ -15,9 +15,11 @@ import attention
 import flops
 import growth
 import methods
+import models
 import pairs
 import plan_check
 import plot
+import prompt_reuse
 import pytest
 import torch
 import training
@@ -399,6 +401,26 @@ def test_plan_is_compared_with_an_update(tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = read_csv(tmp_path / "check.csv")
     assert float(row["times_as_fast_estimated"]) > 1 and row["shared_peak_mib_measured"] == "1"
     assert plot.plan_table([row]).count("|") == 3 * 6
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3], ids=["the prompt stays open", "one forward", "a part of a micro-batch"])
+def test_all_ways_of_an_update_in_micro_batches_have_the_same_gradients(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_reuse, "SHAPE", models.TINY)
+    monkeypatch.setattr(prompt_reuse, "build", lambda *args: keep(models.build(*args)))
+    built: list[Any] = []
+
+    def keep(model: Any) -> Any:
+        built.append(model)
+        return model
+
+    for way in prompt_reuse.WAYS:
+        prompt_reuse.step_of(way, 20, 4, 8, rows)()
+    expected, *others = ([weight.grad for weight in model.parameters()] for model in built)
+    for found in others:
+        for mine, own in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
 
 
 def test_updates_by_the_size_of_a_micro_batch_are_drawn_and_tabulated(
