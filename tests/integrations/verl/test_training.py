@@ -35,6 +35,7 @@ REMOVE_PADDING = ["actor_rollout_ref.model.use_remove_padding=True"]
 ULYSSES = [*REMOVE_PADDING, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"]
 ULYSSES += ["actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2"]
 V0 = ["trainer.use_v1=False"]
+GAE = "algorithm.adv_estimator=gae"
 ON, OFF = ["model_engine=prefix_grouper"], ["actor_rollout_ref.actor.strategy=fsdp2"]
 FLAG = ["actor_rollout_ref.actor.use_prefix_grouper=True"]
 
@@ -58,7 +59,12 @@ def train(tmp_path_factory):
     def run(overrides: tuple[str, ...], workers: int) -> Training:
         common = [f"actor_rollout_ref.rollout.n={RESPONSES}", "data.max_response_length=12"]
         name = f"run{len(list(folder.iterdir()))}"
-        steps = run_training(folder / name, [*common, *overrides], inputs=inputs, workers=workers, steps=STEPS)
+        environment = (
+            {"VERL_USE_EXTERNAL_MODULES": "verl_on_cpu.platform,verl_on_cpu.critic"} if GAE in overrides else {}
+        )
+        steps = run_training(
+            folder / name, [*common, *overrides], environment, inputs=inputs, workers=workers, steps=STEPS
+        )
         return Training(steps, (folder / name / "log.txt").read_text(errors="replace"))
 
     return lambda *overrides, workers: run(tuple(overrides), workers)
@@ -101,8 +107,8 @@ def test_a_training_on_sequence_parallel_ranks_sees_the_rewards_of_data_parallel
 
 @pytest.mark.exhaustive
 def test_a_critic_that_shares_learns_what_verls_own_learns(train):
-    critic = ["algorithm.adv_estimator=gae", "critic.strategy=fsdp2", "critic.fsdp.use_torch_compile=False"]
-    critic += [f"+critic.fsdp.mixed_precision={PRECISION}", "critic.model.external_lib=verl_on_cpu.critic"]
+    critic = [GAE, "critic.strategy=fsdp2", "critic.fsdp.use_torch_compile=False"]
+    critic += [f"+critic.fsdp.mixed_precision={PRECISION}"]
     critic += ["critic.model.path=${actor_rollout_ref.model.path}", "critic.model.use_remove_padding=True"]
     critic += ["+critic.ppo_infer_max_token_len_per_gpu=2000", *REMOVE_PADDING, *ON]
     shared, verls = train(*critic, workers=1), train(*critic, "critic.fsdp.prefix_grouper=null", workers=1)
