@@ -30,11 +30,11 @@ WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(1997))]
 WAYS = ("stock", "update shared", "ours")
 
 
-def tokenizer() -> Any:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def tokenizer(words: Sequence[str] = WORDS) -> Any:
+    splitting = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    splitting.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=splitting, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
 
 

@@ -26,6 +26,7 @@ from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer, re
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward
 from tests import tiny
 from tests.integrations.trl import vision
+from tests.integrations.trl.sharded_training import trains_sharded
 from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
 
 MODE, EQUAL = "## mode: ", "both ranks have learned the stock weights"  # before and after what a mode writes to stderr
@@ -229,6 +230,8 @@ def main() -> None:
         say(f"{MODE}{mode}")
         if mode == "unequal parts":
             unequal_parts(path)
+        elif mode == "sharded":
+            trains_sharded(path)
         elif mode == "one process":
             nothing_to_score(path)
             falls_back_on_rank_1(path)

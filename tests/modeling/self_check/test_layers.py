@@ -78,8 +78,9 @@ def wrong(path):
     return run
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["bare", "LoRA"])
-@pytest.mark.parametrize("paths", PATHS)
+@pytest.mark.parametrize(
+    ("paths", "adapters"), [*((name, False) for name in PATHS), ("padded", True), ("behind a prompt", True)]
+)
 def test_the_layer_that_differs_on_the_shared_path_is_named(paths, adapters):
     own, other = PATHS[paths]
     model = built(layer=1)
