@@ -102,10 +102,8 @@ gpu-update: ## what does an actor update cost on this GPU, rows against ours? (b
 support-table: $(VENV)/ready ## build every model type tiny, compare and time it, then the tables of docs/models.md (about 6 minutes)
 	@$(ENVIRONMENT) $(BIN)/python -m tests.modeling.support_table
 
-trust: $(VENV)/ready ## random inputs, long runs, and trainings that are killed and resumed (long)
-	$(ENVIRONMENT) $(BIN)/python -m tests.trust.fuzz --batches 20000 --forests 2000 --plans 20000 --arguments 20000
-	$(ENVIRONMENT) $(BIN)/python -m tests.trust.long_run --steps 2000
-	$(ENVIRONMENT) $(BIN)/python -m tests.trust.kill_and_resume --kills 20
+trust: setup ## random inputs, long runs, faults, and trainings that are killed and resumed, in one table (long)
+	@$(ENVIRONMENT) $(BIN)/python -m tests.trust.summary
 
 docs: $(VENV)/ready ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

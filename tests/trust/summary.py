@@ -56,7 +56,7 @@ def killed(output: str) -> dict[str, tuple[int, int, int]]:
     return {"": (int(found[0][1]), 0, int(found[0][2]))} if found else {}
 
 
-def tested(output: str) -> dict[str, tuple[int, int, int]]:
+def of_pytest(output: str) -> dict[str, tuple[int, int, int]]:
     """The last line of pytest."""
     passed, failed = (re.findall(rf"(\d+) {word}", output) for word in ("passed", "(?:failed|errors?)"))
     return {"": (int(passed[-1]) if passed else 0, 0, sum(map(int, failed)))} if passed or failed else {}
@@ -68,7 +68,7 @@ def hostile(output: str) -> dict[str, tuple[int, int, int]]:
         len(re.findall(f" {words}$", output, re.M))
         for words in ("refused by the self-check", "caught on the first batch", "exact")
     )
-    return {"": (exact, refused + caught, tested(output).get("", (0, 0, 1))[2])} if refused else {}
+    return {"": (exact, refused + caught, of_pytest(output).get("", (0, 0, 1))[2])} if refused else {}
 
 
 def watched(output: str) -> dict[str, tuple[int, int, int]]:
@@ -83,13 +83,13 @@ PARTS = [
     Part("random inputs", f"{TRUST}fuzz {TRIALS.format(20000, 2000, 20000, 20000)}", f"{TRUST}fuzz {TRIALS.format(50, 20, 50, 50)}", fuzzed),
     Part("long runs", f"{TRUST}long_run --steps 2000", f"{TRUST}long_run --steps 100", watched),
     Part("killed and resumed, TRL", f"{TRUST}kill_and_resume --kills 20", f"{TRUST}kill_and_resume --kills 1", killed),
-    Part("verl on Ray: two nodes, workers and trainings killed", f"{PYTEST}-m exhaustive tests/integrations/verl/test_faults.py", None, tested, in_verl=True),
-    Part("verl on Ray: trainings as stock", f"{PYTEST}tests/integrations/verl/test_training.py", None, tested, in_verl=True),
-    Part("TRL in several processes", f"{PYTEST}tests/integrations/trl/test_distributed.py", None, tested),
+    Part("verl on Ray: two nodes, workers and trainings killed", f"{PYTEST}-m exhaustive tests/integrations/verl/test_faults.py", None, of_pytest, in_verl=True),
+    Part("verl on Ray: trainings as stock", f"{PYTEST}tests/integrations/verl/test_training.py", None, of_pytest, in_verl=True),
+    Part("TRL in several processes", f"{PYTEST}tests/integrations/trl/test_distributed.py", None, of_pytest),
     Part("hostile model classes", f"{PYTEST}-s tests/modeling/test_hostile_classes.py", None, hostile),
-    Part("faults, TRL", f"{PYTEST}tests/integrations/trl/test_faults.py", None, tested),
-    Part("verify, TRL", f"{PYTEST}tests/integrations/trl/test_verify.py tests/modeling/self_check/test_layers.py", None, tested),
-    Part("security", f"{PYTEST}tests/trust/test_security.py", f"{PYTEST}tests/trust/test_security.py", tested),
+    Part("faults, TRL", f"{PYTEST}tests/integrations/trl/test_faults.py", None, of_pytest),
+    Part("verify, TRL", f"{PYTEST}tests/integrations/trl/test_verify.py tests/modeling/self_check/test_layers.py", None, of_pytest),
+    Part("security", f"{PYTEST}tests/trust/test_security.py", f"{PYTEST}tests/trust/test_security.py", of_pytest),
 ]  # fmt: skip
 
 
