@@ -153,14 +153,17 @@ def cases(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((row["task"], row["dtype"]) for row in rows))
 
 
-def seeds(rows: Sequence[Row]) -> list[Any]:
-    return list(dict.fromkeys(row["seed"] for row in rows))
+def seeds(rows: Sequence[Row], task: str, dtype: str) -> list[Any]:
+    """Those that all runs of a task and dtype are there for."""
+    own = [row for row in rows if (row["task"], row["dtype"]) == (task, dtype)]
+    found = {run: {row["seed"]: None for row in own if row["run"] == run} for run in RUNS}
+    return [seed for seed in found[RUNS[0]] if all(seed in others for others in found.values())]
 
 
 def distance(rows: Sequence[Row], what: str, run: str, task: str, dtype: str) -> float:
     """Mean over steps and seeds of the absolute difference between ``run`` and the stock training of the same seed."""
     apart = []
-    for seed in seeds(rows):
+    for seed in seeds(rows, task, dtype):
         mine, stock = (curve(rows, what, task=task, dtype=dtype, seed=seed, run=name) for name in (run, "stock"))
         apart += [abs(a - b) for a, b in zip(mine, stock, strict=True)]
     return mean(apart)
@@ -171,7 +174,7 @@ def final(rows: Sequence[Row], run: str, task: str, dtype: str) -> float:
     points = LAST // EVERY
     return mean(
         value
-        for seed in seeds(rows)
+        for seed in seeds(rows, task, dtype)
         for value in curve(rows, "reward", task=task, dtype=dtype, seed=seed, run=run)[-points:]
     )
 
@@ -179,17 +182,21 @@ def final(rows: Sequence[Row], run: str, task: str, dtype: str) -> float:
 def table(rows: Sequence[Row]) -> str:
     """One line for each task and dtype."""
     lines = [
-        "| Task | dtype | First reward | Final reward: stock / shared / other order | Reward apart: shared / other order | "
+        "| Task | dtype | Seeds | First reward | Final reward: stock / shared / other order | Reward apart: shared / other order | "
         "KL apart: shared / other order |",
-        "|---" * 6 + "|",
+        "|---" * 7 + "|",
     ]
     for task, dtype in cases(rows):
-        first = mean(curve(rows, "reward", task=task, dtype=dtype, seed=s, run="stock")[0] for s in seeds(rows))
+        first = mean(
+            curve(rows, "reward", task=task, dtype=dtype, seed=s, run="stock")[0] for s in seeds(rows, task, dtype)
+        )
         finals = " / ".join(f"{final(rows, run, task, dtype):.3f}" for run in RUNS)
         apart = [
             " / ".join(f"{distance(rows, what, run, task, dtype):.4f}" for run in RUNS[1:]) for what in ("reward", "kl")
         ]
-        lines.append(f"| {task} | {dtype} | {first:.3f} | {finals} | {apart[0]} | {apart[1]} |")
+        lines.append(
+            f"| {task} | {dtype} | {len(seeds(rows, task, dtype))} | {first:.3f} | {finals} | {apart[0]} | {apart[1]} |"
+        )
     return "\n".join(lines)
 
 
@@ -199,14 +206,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, axes = new_figure(len(places), 3, 3.6, 2.4)
     for column, (task, dtype) in zip(axes.T, places, strict=True):
         for run, what in itertools.product(RUNS, ("reward", "kl")):
-            own = [curve(rows, what, task=task, dtype=dtype, seed=seed, run=run) for seed in seeds(rows)]
+            own = [curve(rows, what, task=task, dtype=dtype, seed=seed, run=run) for seed in seeds(rows, task, dtype)]
             steps = [EVERY * (i + 1) for i in range(len(own[0]))]
             ax = column[0 if what == "reward" else 1]
             for values in own:
                 ax.plot(steps, values, color=COLOURS[run], linewidth=0.6, alpha=0.5)
             ax.plot(steps, [mean(v) for v in zip(*own, strict=True)], color=COLOURS[run], linewidth=2, label=run)
             if what == "reward" and run != "stock":
-                stock = [curve(rows, what, task=task, dtype=dtype, seed=seed, run="stock") for seed in seeds(rows)]
+                stock = [
+                    curve(rows, what, task=task, dtype=dtype, seed=seed, run="stock")
+                    for seed in seeds(rows, task, dtype)
+                ]
                 for mine, other in zip(own, stock, strict=True):
                     apart = [a - b for a, b in zip(mine, other, strict=True)]
                     column[2].plot(steps, apart, color=COLOURS[run], linewidth=1)

@@ -449,3 +449,30 @@ CHECKED = read_csv(RESULTS / "plan-check-cpu.csv") if (RESULTS / "plan-check-cpu
 def test_estimates_of_plan_were_within_15_percent_of_what_was_measured(row: dict[str, str]) -> None:
     errors = {name: float(value) for name, value in row.items() if name.endswith("_error_percent")}
     assert len(errors) == 3 and max(map(abs, errors.values())) <= 15, errors
+
+
+def test_the_learning_curves_of_the_docs_are_those_of_their_file() -> None:
+    rows = read_csv(RESULTS / "learning-cpu.csv")
+    assert learning.table(rows) in (ROOT / "docs" / "trust.md").read_text()
+    for task, dtype in learning.cases(rows):  # a training that learns nothing would be equal to anything
+        first = float(rows[0]["reward"])
+        assert learning.final(rows, "stock", task, dtype) > 2 * first, (task, dtype)
+
+
+def test_a_learning_run_goes_on_where_its_file_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def train(task: str, dtype: str, seed: int, run: str, steps: int) -> list[dict[str, Any]]:
+        made.append(run)
+        head = {"task": task, "dtype": dtype, "seed": seed, "run": run}
+        return [{**head, "step": step, "reward": step / 100 + 0.1 * (run == "shared"), "kl": 0.0} for step in (5, 10)]
+
+    monkeypatch.setattr(learning, "train", train)
+    options = ["--tasks", "copy", "--dtypes", "float32", "--output", str(tmp_path / "a.csv")]
+    for seeds, runs in ((1, 3), (1, 0), (2, 3)):
+        made.clear()
+        learning.main([*options, "--seeds", str(seeds), "--picture", str(tmp_path / "a.png")])
+        assert len(made) == runs
+    rows = read_csv(tmp_path / "a.csv")
+    assert learning.distance(rows, "reward", "shared", "copy", "float32") == pytest.approx(0.1)
+    assert learning.distance(rows, "reward", "stock, other order", "copy", "float32") == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.trust import summary
-from tests.trust.summary import PARTS, Outcome, Part, fuzzed, hostile, killed, run, of_pytest, watched
+from tests.trust.summary import PARTS, Outcome, Part, fuzzed, hostile, killed, of_pytest, run, watched
 
 OUTPUTS = {
     fuzzed: (
