@@ -14,6 +14,7 @@ import actor_update
 import attention
 import flops
 import growth
+import learning
 import methods
 import models
 import pairs
@@ -34,6 +35,7 @@ SCRIPTS = (
     "attention",
     "flops",
     "growth",
+    "learning",
     "pairs",
     "plan_check",
     "plot",

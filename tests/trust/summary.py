@@ -83,6 +83,7 @@ PARTS = [
     Part("random inputs", f"{TRUST}fuzz {TRIALS.format(20000, 2000, 20000, 20000)}", f"{TRUST}fuzz {TRIALS.format(50, 20, 50, 50)}", fuzzed),
     Part("long runs", f"{TRUST}long_run --steps 2000", f"{TRUST}long_run --steps 100", watched),
     Part("killed and resumed, TRL", f"{TRUST}kill_and_resume --kills 20", f"{TRUST}kill_and_resume --kills 1", killed),
+    Part("verl on Ray: two nodes", f"{PYTEST}-m exhaustive tests/integrations/verl/test_two_nodes.py", None, of_pytest, in_verl=True),
     Part("verl on Ray: trainings as stock", f"{PYTEST}tests/integrations/verl/test_training.py", None, of_pytest, in_verl=True),
     Part("TRL in several processes", f"{PYTEST}tests/integrations/trl/test_distributed.py", None, of_pytest),
     Part("hostile model classes", f"{PYTEST}-s tests/modeling/test_hostile_classes.py", None, hostile),

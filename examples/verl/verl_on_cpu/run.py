@@ -51,15 +51,18 @@ def run_training(
     steps: int = 2,
     patience: float = PATIENCE,
     on_step: Callable[[Step], None] | None = None,
+    cluster: str | None = None,
+    resume: Path | None = None,
 ) -> list[Step]:
     """Train by GRPO and return verl's metrics of each step; `step["step"]` is its number, from 1.
 
     `inputs` is a folder that `make_inputs` has filled; without it a default one is made in `folder`. `overrides` are
     options of verl, `key=value`, that come after ours below, and `environment` is set in all processes.
-    `on_step` is called as soon as a step is logged.
+    `on_step` is called as soon as a step is logged. `cluster` is the address of a Ray cluster of two nodes, with as many
+    made-up GPUs on each as there are `workers`; by default each training starts one of its own. `resume` is a checkpoint, `.../global_step_2`, to go on from.
 
     Raises `TrainingError` if the training fails, or makes no progress for `patience` seconds: Ray runs its workers at
-    niceness 15, so with other work on the machine a training may take many times as long, with the same result.
+    niceness 15, so beside other work a training may take many times as long as alone, and is no worse for it.
     """
     folder = folder.resolve()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -73,8 +76,16 @@ def run_training(
     mark = uuid.uuid4().hex
     # Not the usual folder for temporary files: the paths of Ray's sockets may have no more than 107 characters.
     ray_folder = tempfile.mkdtemp(prefix="verl-", dir="/tmp")
-    ours = [*cpu_options(ray_folder, workers), *training_options(inputs.resolve(), steps)]
+    ours = [
+        *cpu_options(workers),
+        *ray_options(ray_folder, workers, cluster),
+        *training_options(inputs.resolve(), steps),
+    ]
     ours += folder_options(folder, steps)
+    done = 0
+    if resume is not None:
+        ours += ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={resume.resolve()}"]
+        done = step_of(resume)
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -90,22 +101,26 @@ def run_training(
     finally:
         end_all(mark)
         shutil.rmtree(ray_folder, ignore_errors=True)
-    if len(reader.steps) != steps:
-        raise failure(f"The training logged {len(reader.steps)} of {steps} steps", log)
+    if len(reader.steps) != steps - done:
+        raise failure(f"The training logged {len(reader.steps)} of {steps - done} steps", log)
     return reader.steps
 
 
 def final_weights(folder: Path) -> dict[str, Tensor]:
     """The weights that a run in `folder` ended with, in float32."""
-    (path,) = folder.glob("checkpoints/global_step_*/actor/huggingface/model.safetensors")
-    return load_file(path)
+    last = max(folder.glob("checkpoints/global_step_*"), key=step_of)
+    return load_file(last / "actor" / "huggingface" / "model.safetensors")
 
 
-def cpu_options(ray_folder: str, workers: int) -> list[str]:
-    """Where to run: on a CPU, in a Ray cluster that is small and quick to start."""
+def step_of(checkpoint: Path) -> int:
+    """The number of the step that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("global_step_"))
+
+
+def cpu_options(workers: int) -> list[str]:
+    """How to run on a CPU."""
     return [
         "trainer.device=cpu",
-        "trainer.nnodes=1",
         f"trainer.n_gpus_per_node={workers}",
         f"{ACTOR}.strategy=fsdp2",  # verl's FSDP1 does not run on a CPU
         *(f"+{part}.fsdp_config.mixed_precision={PRECISION}" for part in (ACTOR, REF)),
@@ -121,6 +136,15 @@ def cpu_options(ray_folder: str, workers: int) -> list[str]:
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         f"trainer.v1.sampler.custom_sampler.path={PACKAGE / 'replay.py'}",
         "trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer",
+    ]
+
+
+def ray_options(ray_folder: str, workers: int, cluster: str | None) -> list[str]:
+    """Where to run: in a Ray cluster that is small and quick to start, or in one of two nodes that is there."""
+    if cluster is not None:
+        return ["trainer.nnodes=2", f"+ray_kwargs.ray_init.address={cluster}"]
+    return [
+        "trainer.nnodes=1",
         # Its GPUs and most of its CPUs are made up: verl's processes reserve them.
         "+ray_kwargs.ray_init.address=local",
         f"+ray_kwargs.ray_init._temp_dir={ray_folder}",
