@@ -143,7 +143,8 @@ class _Head:
         for name in _DIVISORS:
             scaling = getattr(config, name, None) or 1.0
             self.scale *= scaling if known_of(config.model_type).logits_scaling == "multiplies" else 1.0 / scaling
-        self._may_leave_out = config is not base.config and (self.scale != 1.0 or self.softcap is not None)
+        elsewhere = config is not base.config or modules[-1] is not base.get_output_embeddings()
+        self._may_leave_out = elsewhere and (self.scale != 1.0 or self.softcap is not None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
@@ -158,7 +159,8 @@ class _Head:
     def check(self, model: nn.Module, base: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
         """Compare with the logits ``[N, vocabulary]`` that the model itself computed from ``hidden [N, hidden]``.
 
-        Most vision-language models leave scale and cap of their text model out, and some (Gemma 4) do not.
+        Scale and cap are tried, then left out: most vision-language models leave out those of their text model, and where
+        a module behind the head applies them (inkling2), it is among the modules.
 
         Args:
             model, base: the model that was called, and the transformers model inside of it.
@@ -241,14 +243,16 @@ def _leading_to(logits: Tensor, calls: list[tuple[nn.Module, Tensor, Tensor]], h
     """The modules, each called with what the one before it returned, of which the last one returned the logits.
 
     BERT-like models transform hidden states before they project them. Other modules that a model runs
-    (a value head, say) do not return its logits. ``head`` may return more of them than the model does.
+    (a value head, say) do not return its logits.
     """
     modules: list[nn.Module] = []
     wanted: Tensor | None = None
     for module, given, returned in reversed(calls):
-        if returned is wanted if modules else module is head or returned.shape == logits.shape:
+        if returned is wanted if modules else returned.shape == logits.shape:
             modules.insert(0, module)
             wanted = given
+        elif module is head:  # it returns more logits than the model, or the model has cast them
+            modules, wanted = [module], given
     return modules
 
 
