@@ -56,8 +56,11 @@ def why_not_pack(model: nn.Module, names: Sequence[str]) -> str | None:
         return f"`{videos[0]}` belongs to rows with videos, which are not packed"
     if unknown := [name for name in names if name not in IMAGE_TENSORS + TOKEN_TENSORS]:
         return f"`{unknown[0]}` is an input that packed rows of images do not know"
-    kind = transformers_model(model).config.model_type
-    if set(names) & set(IMAGE_TENSORS) and not known_of(kind).verified_with_images:
+    config = transformers_model(model).config
+    kind, is_multimodal = config.model_type, config.get_text_config(decoder=True) is not config
+    # Kinds of tokens too: a model may read text both ways by them, which the self-check, without them, does not see.
+    brings = set(names) & {*IMAGE_TENSORS, *(TOKEN_TENSORS if is_multimodal else ())}
+    if brings and not known_of(kind).verified_with_images:
         return f"images of {kind} have not been compared with single rows"
     if "image_grid_thw" in names and "mm_token_type_ids" not in names and _rope_index(model) is not None:
         return "`mm_token_type_ids` is missing, without which the positions of images are unknown"

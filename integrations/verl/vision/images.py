@@ -70,9 +70,10 @@ def why_not_share(
                 return f"`{name}` among the multimodal inputs is not known here"
         if reason := _why_not_share_tokens(row, length, model_type):
             return reason
-    if not any(map(images_of, inputs)):
+    compared = known_of(model_type).compared_in_verl
+    if compared and not any(map(images_of, inputs)):
         return None
-    if not known_of(model_type).compared_in_verl:
+    if not compared:  # kinds of tokens alone may change how text is read
         return f"images of {model_type} have not been compared with verl's own engine"
     return None if placeholders else "the model's config names no token that stands for an image"
 

@@ -225,7 +225,8 @@ def test_a_multimodal_model_that_nobody_compared_needs_the_self_check_for_text_a
     report = check_support(model)
     assert report.supported
     assert report.unverified == ("video_llava is a multimodal model that no test has compared with single rows",)
-    assert why_not_pack(model, ["pixel_values"]) == "images of video_llava have not been compared with single rows"
+    for name in ("pixel_values", "token_type_ids"):
+        assert why_not_pack(model, [name]) == "images of video_llava have not been compared with single rows"
     assert why_not_pack(model, []) is None
 
 
