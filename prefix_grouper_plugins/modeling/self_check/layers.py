@@ -94,7 +94,7 @@ class _Recorder:
         for name in ("input_ids", "attention_mask", "position_ids"):
             if isinstance(value := kwargs.get(name), Tensor):
                 self._call[name] = value
-        outer = MODEL_CALL.get()
+        outer = MODEL_CALL.call
         layout = given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask"))
         self._call["layout"] = layout if layout is not None or outer is None else outer.layout
 
