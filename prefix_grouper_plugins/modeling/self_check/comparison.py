@@ -24,7 +24,7 @@ from prefix_grouper_plugins.modeling.self_check.rows import (
     special_tokens,
     tree_of_rows,
 )
-from prefix_grouper_plugins.modeling.self_check.tolerances import CHAOS, LEAK
+from prefix_grouper_plugins.modeling.self_check.tolerances import CHAOS, LEAK, coarsest_dtype
 from prefix_grouper_plugins.modeling.support.report import numbers_padded_columns, without_router_loss
 
 LONGEST_WINDOW = 64  # longer sliding windows are not reached by the rows, so that the self-check stays cheap
@@ -90,7 +90,7 @@ class Comparison:
         self.settings |= without_router_loss(base)
         self.takes_labels = "shift_labels" in takes
         self.probe: Tensor | None = None
-        self.dtype = base.dtype
+        self.dtype = coarsest_dtype(base, self.device)
         self.has_experts = anatomy.has_experts
         self.scans = bool(anatomy.mixers)
 
@@ -364,8 +364,7 @@ class Comparison:
             logits = hidden[0] if hidden else output[0]
         if logits.shape[:2] != inputs["input_ids"].shape or not leaves:
             raise TypeError(f"{type(self.base).__name__} returns nothing that has one place for each token")
-        dtypes = self.dtype, logits.dtype, _autocast(self.device)
-        self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        self.dtype = max(self.dtype, logits.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         logits = logits.float()
         return logits.masked_fill(logits.isinf(), 0.0), leaves[0]  # -inf hides words
 
@@ -427,8 +426,3 @@ def _with_spikes(embeddings: Tensor, where: Tensor) -> Tensor:
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _autocast(device: torch.device) -> torch.dtype:
-    """The dtype of matrix products here."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float64

@@ -33,6 +33,7 @@ from prefix_grouper_plugins.modeling.self_check.measures import (
     total_difference,
 )
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_any_rank
+from prefix_grouper_plugins.modeling.self_check.tolerances import coarsest_dtype
 
 _NO_MEMORY = "memory does not suffice for this micro-batch on the ordinary path"
 _LOG_PROBS, _LOSS = "outputs (log-probs)", "outputs (loss)"
@@ -176,7 +177,7 @@ class _Paths:
         self, ordinary: Path, shared: Mapping[str, Path], leaking: Path | None, device: torch.device
     ) -> Compared:
         base = self._anatomy.base
-        dtype, scans = _coarsest(base.dtype, device), bool(self._anatomy.mixers)
+        dtype, scans = coarsest_dtype(base, device), bool(self._anatomy.mixers)
         result, differences = Compared(type(base).__name__, not_covered=_NO_MEMORY), dict[str, dict[str, float]]()
         # What runs in the paths may be collective, so every process runs all of them, and agrees on one more.
         expected = self._run_or_leave_gradients(ordinary)
@@ -284,10 +285,3 @@ def _differences(found: _Pass, expected: _Pass) -> dict[str, float]:
     apart = _apart(found, expected)
     named = {_LOG_PROBS: apart.log_probs, _LOSS: apart.loss}
     return named | parameter_differences(found.gradients, expected.gradients) | {ALL_GRADIENTS: apart.gradients}
-
-
-def _coarsest(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the forward, under autocast too."""
-    if torch.is_autocast_enabled(device.type):
-        dtype = max(dtype, torch.get_autocast_dtype(device.type), key=lambda kind: torch.finfo(kind).eps)
-    return dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 
 class Tolerance(NamedTuple):
@@ -42,3 +43,15 @@ LEAK = 1e-6  # of the largest gradient; kernels write zeros, not small numbers
 def tolerance(dtype: torch.dtype) -> Tolerance:
     """That of ``dtype``; of float16 for dtypes that are not listed (float8)."""
     return TOLERANCES.get(dtype, TOLERANCES[torch.float16])
+
+
+def coarsest_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype whose rounding a forward of ``model`` has: the coarsest of its parameters', and of autocast's here.
+
+    Adapters count. TRL gives those of a quantised model bfloat16 weights whatever the model's dtype, and PEFT computes them
+    in the dtype of their weights.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters()} & TOLERANCES.keys()
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)

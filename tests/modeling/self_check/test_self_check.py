@@ -103,6 +103,17 @@ def test_frozen_weights_and_adapters_are_checked_by_what_they_compute():
     assert self_check(enable_prefix_grouper(frozen)).gradient > 0
 
 
+def test_adapters_are_judged_by_the_dtype_that_they_compute_in():
+    """TRL gives the adapters of a quantised model bfloat16 weights, also where the model itself is in float32."""
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16() if parameter.requires_grad else parameter.data
+    assert model.dtype == torch.float32
+    result = self_check(enable_prefix_grouper(model))
+    assert result.passed
+    assert result.gradient > 1e-3  # more than float32 explains
+
+
 def test_a_model_without_a_language_head_is_checked_by_its_hidden_states():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("qwen3", **tiny.SIZES, num_labels=1))
