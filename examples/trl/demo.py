@@ -292,6 +292,7 @@ def write_results(args: argparse.Namespace, runs: dict[str, Run], difference: fl
         **describe_machine(),
         **whole,
         "difference": f"{difference:.1e}",
+        "note": "the two trainings take turns, update by update; seconds are wall time",
     }
     steps = zip(*(run.steps for run in runs.values()), strict=True)
     rows = [

@@ -163,6 +163,7 @@ def write_results(args: argparse.Namespace, runs: dict[str, Run], difference: fl
         **describe_machine(),
         **whole,
         "difference": f"{difference:.1e}",
+        "note": "the two trainings follow each other; seconds are wall time",
     }
     steps = zip(*(run.steps for run in runs.values()), strict=True)
     rows = [

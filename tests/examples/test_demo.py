@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import comparison
 import pytest
 
 pytest.importorskip("trl")
@@ -28,8 +28,7 @@ def test_the_quick_demo_shares_prompts_and_ends_with_the_stock_weights(tmp_path)
     assert logged["token_ratio"] < 0.5
     assert logged["fallbacks"] == 0
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    with (tmp_path / "demo.csv").open() as file:
-        steps = list(csv.DictReader(file))
+    steps = comparison.read(tmp_path / "demo.csv").rows
     assert len(steps) == 4
     assert all(float(step["shared_tokens"]) < 0.5 * float(step["stock_tokens"]) for step in steps)
     assert [step["shared_reward"] for step in steps] == [step["stock_reward"] for step in steps]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import comparison
 import pytest
 
 pytest.importorskip("verl")
@@ -27,7 +27,6 @@ def test_the_quick_demo_shares_prompts_and_ends_with_the_stock_weights(tmp_path)
     assert logged["token_ratio"] < 0.25
     assert logged["fallbacks"] == 0
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    with (tmp_path / "demo.csv").open() as file:
-        steps = list(csv.DictReader(file))
+    steps = comparison.read(tmp_path / "demo.csv").rows
     assert len(steps) == 2
     assert [step["shared_reward"] for step in steps] == [step["stock_reward"] for step in steps]

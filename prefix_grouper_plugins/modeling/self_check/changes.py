@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from types import CodeType, FunctionType
 from typing import Any
@@ -75,12 +75,13 @@ def codes_of_classes(modules: Iterable[nn.Module]) -> int:
     return hash(tuple(code for cls in classes for code in _codes_of_class(cls)))
 
 
-def kernels(base: nn.Module, modules: Iterable[nn.Module]) -> Kernels | None:
+def kernels(base: nn.Module, modules: Sequence[nn.Module]) -> Kernels | None:
     """What chooses the kernels of ``base``: type of the device, dtype of the weights, and of autocast where it is on.
 
-    None where weights are sharded: they are gathered and cast within forwards.
+    None where weights are sharded: they are gathered and cast within forwards. ``modules`` are all modules of ``base``.
     """
-    weight = next(base.parameters(), None)
+    weights = (weight for module in modules for weight in module._parameters.values())
+    weight = next((weight for weight in weights if weight is not None), None)  # without another walk of the tree
     if weight is None or hasattr(weight, "ds_id") or isinstance(base, FSDPModule) or isinstance(weight, DTensor):
         return None
     if any(isinstance(module, FullyShardedDataParallel) for module in modules):
