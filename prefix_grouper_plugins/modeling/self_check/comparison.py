@@ -133,7 +133,8 @@ class Comparison:
             noise: list[dict[str, float] | None] = []
             reason = self._reach_of_other_rows(packed, ordinary, noise)
         if reason is None:
-            reason = self._evaluation(noise)
+            result = self._evaluation(result)
+            reason = result.reason
         if reason is None and self.left_padding:
             with mode(self.base, training=True):
                 reason = self._padded_on_the_left(ordinary, noise)
@@ -186,17 +187,23 @@ class Comparison:
             return None
         return f"a row depends on tokens of other rows (its outputs change by {change:.1e} with them)"
 
-    def _evaluation(self, noise: list[dict[str, float] | None]) -> str | None:
+    def _evaluation(self, result: SelfCheck) -> SelfCheck:
         with mode(self.base, training=False), torch.no_grad():
-            ordinary = self._rows_alone()
+            try:
+                ordinary = self._rows_alone()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # bitsandbytes packs weights for the CPU there, and needs 64 of them in a row
+                missing = f"evaluation mode, in which the ordinary forward failed with {_named(error)}"
+                return replace(result, not_covered="; ".join(filter(None, [result.not_covered, missing])))
             try:
                 packed = Pass(self._forward_packed(self.layout)[0])
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                return f"in evaluation mode the packed forward failed with {_named(error)}"
+                return replace(result, reason=f"in evaluation mode the packed forward failed with {_named(error)}")
             reason = self._unexplained(packed, ordinary, self.layout, [])
-        return None if reason is None else f"in evaluation mode {reason}"
+        return result if reason is None else replace(result, reason=f"in evaluation mode {reason}")
 
     def _padded_on_the_left(self, alone: Pass, noise: list[dict[str, float] | None]) -> str | None:
         """The batch of a trainer that pads prompts on the left and passes no positions."""

@@ -362,6 +362,22 @@ def test_an_ordinary_forward_that_fails_shows_nothing_and_refuses_only_what_need
             assert not self_check(enable_prefix_grouper(model)).passed
 
 
+def test_an_ordinary_forward_that_fails_in_evaluation_mode_is_named_as_not_covered(monkeypatch):
+    """As that of a tiny model in 4 bits on a CPU; a trainer that never evaluates trains it all the same."""
+    model = enable_prefix_grouper(tiny.model(), self_check="later")
+    forward = type(model).forward
+
+    def fails(self, *args, **kwargs):
+        if not self.training:
+            raise RuntimeError("no kernel for that")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", fails)
+    result = self_check(model)
+    assert result.passed
+    assert "evaluation mode, in which the ordinary forward failed with RuntimeError: no kernel for that" in str(result)
+
+
 def test_a_padded_batch_of_nan_is_named():
     """transformers' eager attention in float64: from the second layer on, rows with padding in front of them are NaN."""
     model = families.build("qwen3")
