@@ -19,6 +19,7 @@ from verl.workers.utils.losses import ppo_loss, sft_loss
 
 import prefix_grouper_plugins.integrations.verl.engine as engine_module
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions
+from prefix_grouper_plugins.integrations.verl.config import SETTINGS
 from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, why_not_reuse, why_not_reuse_rows
 from prefix_grouper_plugins.sharing import SharingGate
@@ -82,7 +83,7 @@ def test_rows_without_a_response_do_not_reuse_prompts():
 
 
 def reuse_of(plan: Plan) -> PromptReuse:
-    return PromptReuse(torch.nn.Module(), plan, None, syncs_always=False)
+    return PromptReuse(torch.nn.Module(), plan, None, syncs_always=False, settings=SETTINGS)
 
 
 def test_an_update_that_leaves_a_prompt_open_stops(monkeypatch):
@@ -109,7 +110,7 @@ def test_where_prompts_are_not_reused_the_log_says_why_once_for_each_pass(monkey
     monkeypatch.setattr(engine_module, "plan_on_all_ranks", lambda *_, **__: plan)
     case = Case(dynamic=False, micro_batch_size=2, groups=1)
     attributes = {"_without_adapter": False, "ulysses_sequence_parallel_size": 1, "_placeholders": (), "_cut": set()}
-    attributes["options"] = PrefixGrouperOptions()
+    attributes |= {"options": PrefixGrouperOptions(), "use_ulysses_sp": False}
     engine = bare_engine(gate=SharingGate(), **attributes)
     for name in ("update", "update", "old_log_prob"):
         engine._pass = name
