@@ -6,10 +6,10 @@ that scores pre-shifted labels, before that the logits of the completion positio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import trl.trainer.utils as trl_utils
@@ -64,7 +64,7 @@ class Rows:
     def join(cls, parts: Sequence[Rows]) -> Rows:
         """Rows without images, one part after the other; all are equally wide."""
         ids, mask = torch.cat([part.input_ids for part in parts]), torch.cat([part.attention_mask for part in parts])
-        on_host: Blocks = tuple(map(torch.cat, zip(*(part.on_host for part in parts), strict=True)))  # type: ignore[assignment]
+        on_host = joined_blocks([part.on_host for part in parts])
         return cls(ids, mask, parts[0].num_scored, RowsOfImages({}, len(ids)), on_host)
 
     def holds(self, on_host: Blocks) -> bool:
@@ -98,6 +98,64 @@ class Rows:
     @property
     def has_completions(self) -> bool:
         return bool(self.on_host[3].any())
+
+
+def joined_blocks(parts: Sequence[Blocks]) -> Blocks:
+    """Blocks of equal widths, one part after the other."""
+    return tuple(map(torch.cat, zip(*parts, strict=True)))  # type: ignore[return-value]
+
+
+class ScoringCall(NamedTuple):
+    """A call of TRL's scoring method, ``_get_per_token_logps_and_entropies``.
+
+    Attributes:
+        model: that is forwarded.
+        input_ids, attention_mask: ``[B, P + C]``, prompts padded on the left and completions on the right.
+        logits_to_keep: ``C``.
+        batch_size: rows of a chunk; None for one chunk.
+        compute_entropy: whether entropies are returned too.
+        given: its other arguments that are not None: images, token kinds, ``compute_aux_loss``.
+    """
+
+    model: Any
+    input_ids: Tensor
+    attention_mask: Tensor
+    logits_to_keep: int
+    batch_size: int | None
+    compute_entropy: bool
+    given: dict[str, Any]
+
+    @property
+    def rows(self) -> Rows:
+        images = RowsOfImages(self.given, len(self.input_ids))
+        return Rows(self.input_ids, self.attention_mask, self.logits_to_keep, images)
+
+    @property
+    def scored_mask(self) -> Tensor:
+        """``[B, C]``: 1 on real completion tokens."""
+        return self.attention_mask[:, -self.logits_to_keep :]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether rows bring images or token kinds."""
+        return any(name != "compute_aux_loss" for name in self.given)
+
+    @property
+    def aux_loss(self) -> bool:
+        """Whether the router loss is returned too."""
+        return bool(self.given.get("compute_aux_loss"))
+
+    def run(self, stock: Callable[..., tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What ``stock``, the method of TRL, returns for it."""
+        return stock(
+            self.model,
+            self.input_ids,
+            self.attention_mask,
+            self.logits_to_keep,
+            batch_size=self.batch_size,
+            compute_entropy=self.compute_entropy,
+            **self.given,
+        )
 
 
 class PackedForward:

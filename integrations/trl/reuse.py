@@ -26,7 +26,13 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from prefix_grouper_plugins.batch import Blocks, blocks_on_host, prompt_group
-from prefix_grouper_plugins.integrations.trl.forward import HAS_FUSED_HEAD, PackedForward, Rows, Scores
+from prefix_grouper_plugins.integrations.trl.forward import (
+    HAS_FUSED_HEAD,
+    PackedForward,
+    Rows,
+    Scores,
+    joined_blocks,
+)
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.layout import PrefixLayout, on_device
@@ -36,7 +42,7 @@ from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
 from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
-from prefix_grouper_plugins.token_budget import RowTokens, forwarded_tokens, next_forward, prompts_to_share
+from prefix_grouper_plugins.token_budget import RowTokens, forwarded_tokens, next_forward
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
@@ -163,12 +169,15 @@ class PromptReuse:
         """Read the rows of a generation batch from the device, all at once, and count their tokens."""
         self._micro_batches = micro_batches
         sizes = [len(batch["prompt_ids"]) for batch in micro_batches]
-        blocks = (torch.cat(of_all) for of_all in zip(*map(_blocks_of, micro_batches), strict=True))
-        on_host = blocks_on_host(*blocks)
+        on_host = blocks_on_host(*joined_blocks(list(map(_blocks_of, micro_batches))))
         self._on_host = list(zip(*(block.split(sizes) for block in on_host), strict=True))
-        rows = iter(with_levels(tokens_of_rows(on_host), on_host, self._trainer.min_level))
-        self._tokens = [[next(rows) for _ in range(size)] for size in sizes]
+        self._tokens = self._tokens_of(on_host, sizes)
         self._say_what_is_repeated()
+
+    def _tokens_of(self, on_host: Blocks, sizes: Sequence[int]) -> list[list[RowTokens]]:
+        """What each row adds to a packed forward, by micro-batches or chunks of ``sizes`` rows."""
+        rows = iter(with_levels(tokens_of_rows(on_host), on_host, self._trainer.min_level))
+        return [[next(rows) for _ in range(size)] for size in sizes]
 
     def _say_what_is_repeated(self) -> None:
         """Once, with the first batch in which it is so: levels behind the prompt do not stay open."""
@@ -276,9 +285,7 @@ class PromptReuse:
         if len(chunks) < 2 or torch.is_grad_enabled() or self.why_not_ahead(model, update=False) is not None:
             return [None] * len(chunks)
         stays_open = self.why_not(model, update=False) is None
-        whole = Rows.join(chunks)
-        rows = iter(with_levels(tokens_of_rows(whole.on_host), whole.on_host, self._trainer.min_level))
-        tokens = [[next(rows) for _ in range(len(chunk))] for chunk in chunks]
+        tokens = self._tokens_of(joined_blocks([chunk.on_host for chunk in chunks]), [len(chunk) for chunk in chunks])
         prompts = OpenPrompts()
         found: list[tuple[Scores, list[Counts]] | None] = []
         while len(found) < len(chunks):
@@ -338,17 +345,14 @@ class PromptReuse:
     ) -> tuple[int, list[Hashable]]:
         """What the next forward takes, see `next_forward`; it holds no more than ``first``, the first of ``coming``, padded."""
         opened = {key: cache.num_tokens for key, cache in prompts.open.items()}
-        if may_join:
-            count, shared = next_forward(
-                coming,
-                first.input_ids.numel(),
-                self._trainer.num_generations,
-                opened=opened,
-                stays_open=stays_open,
-                max_scored=None if HAS_FUSED_HEAD else len(first) * first.num_scored,
-            )
-        else:
-            count, shared = 1, prompts_to_share(coming, 1, opened, stays_open)
+        count, shared = next_forward(
+            coming,
+            first.input_ids.numel(),
+            self._trainer.num_generations if may_join else 1,
+            opened=opened,
+            stays_open=stays_open,
+            max_scored=None if HAS_FUSED_HEAD else len(first) * first.num_scored,
+        )
         prompts.expect(row.prompt for rows in coming[count:] for row in rows if stays_open)
         return count, shared
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
 from prefix_grouper_plugins.integrations.trl.checkpoints import check_checkpoint
-from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows, Scores
+from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows, Scores, ScoringCall
 from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
-from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages
+from prefix_grouper_plugins.integrations.trl.images import DummyImageRow
 from prefix_grouper_plugins.integrations.trl.images import why_not_share as why_not_share_images
 from prefix_grouper_plugins.integrations.trl.losses import (
     PARTS_OF_SCORING,
@@ -35,7 +35,7 @@ from prefix_grouper_plugins.integrations.trl.losses import (
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
-from prefix_grouper_plugins.integrations.trl.verify import PROMPTS, Verification
+from prefix_grouper_plugins.integrations.trl.verify import Verification
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
 from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
 from prefix_grouper_plugins.modeling import row_limit, transformers_model, without_prefix_grouper
@@ -270,81 +270,54 @@ class PrefixGrouperMixin:
     ) -> tuple[Tensor | None, ...]:
         """Log-probs of the last ``logits_to_keep`` tokens of ``input_ids [B, P + C]``, as the stock method gives them."""
         given = {name: value for name, value in kwargs.items() if value is not None}
-        call = model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, given
+        call = ScoringCall(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, given)
         if not self.verification.runs:
-            return self._scores_with_dummy_image(*call)
-        scored = attention_mask[:, -logits_to_keep:]
+            return self._scores_with_dummy_image(call)
         return self.verification.score(
-            lambda: self._scores_with_dummy_image(*call),
-            lambda: self._zeros(model, input_ids, attention_mask, logits_to_keep, compute_entropy, given),
-            scored,
+            lambda: self._scores_with_dummy_image(call), lambda: self._zeros(call), call.scored_mask
         )
 
-    def _zeros(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, entropy: bool, given: Any
-    ) -> tuple[Tensor | None, ...]:
+    def _zeros(self, call: ScoringCall) -> tuple[Tensor | None, ...]:
         """:meth:`_scores` of rows whose completions are masked: a forward of one token, which hardly needs memory."""
-        mask = attention_mask.clone()
-        mask[:, -logits_to_keep:] = 0
-        rows = Rows(input_ids, mask, logits_to_keep, RowsOfImages(given, len(input_ids)))
-        (logps, entropies, _), _ = self._packed_forward.score(model, rows, entropy=entropy, aux_loss=False)
+        (logps, entropies, _), _ = self._packed_forward.nothing_to_score(
+            call.model, call.rows, entropy=call.compute_entropy
+        )
         return (logps, entropies, logps.sum())[: self._return_arity()]
 
-    def _scores_with_dummy_image(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None,
-        compute_entropy: bool,
-        given: dict[str, Any],
-    ) -> tuple[Tensor | None, ...]:
+    def _scores_with_dummy_image(self, call: ScoringCall) -> tuple[Tensor | None, ...]:
         """:meth:`_scores`, with one row more where the vision tower would not run on this process."""
         shares = self._shares and (self.gate.reason is None or self.verification.runs)
-        if shares and model.training and not self._makes_inputs:
-            more = self._dummy_image_row.add_to(model, input_ids, attention_mask, logits_to_keep, given)
+        if shares and call.model.training and not self._makes_inputs:
+            more = self._dummy_image_row.add_to(
+                call.model, call.input_ids, call.attention_mask, call.logits_to_keep, call.given
+            )
             if more is not None:
-                found = self._scores(model, *more[:2], logits_to_keep, None, compute_entropy, more[2])
+                ids, mask, given = more
+                found = self._scores(call._replace(input_ids=ids, attention_mask=mask, batch_size=None, given=given))
                 return tuple(None if values is None else values[:-1] for values in found)
-        return self._scores(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, given)
+        return self._scores(call)
 
-    def _scores(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None,
-        compute_entropy: bool,
-        given: dict[str, Any],
-    ) -> tuple[Tensor | None, ...]:
-        """:meth:`_get_per_token_logps_and_entropies` of rows with all their images; ``given`` are its other arguments."""
+    def _scores(self, call: ScoringCall) -> tuple[Tensor | None, ...]:
+        """:meth:`_get_per_token_logps_and_entropies` of rows with all their images."""
+        model = call.model
         if self._shares and self.gate.needs_self_check(model):  # the model was to be sharded first
             self._self_check(model)
-        reason = self._why_not_share(model, input_ids.shape[1], given)
+        reason = self._why_not_share(call)
         if self._shares and self.gate.needs_first_batch(model):
-            block = input_ids, attention_mask, logits_to_keep
-            self._compare_first_batch(model, block, batch_size, given, shares=reason is None)
+            self._compare_first_batch(call, shares=reason is None)
             reason = reason or self.gate.reason
         if reason is not None:
             if self._shares:
-                self.sharing.count_fallback(reason, attention_mask.sum(1).tolist(), during=self._pass(model))
-            return super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                **given,
-            )
-        rows = Rows(input_ids, attention_mask, logits_to_keep, RowsOfImages(given, len(input_ids)))
-        aux_loss, scores = given.get("compute_aux_loss", False), []
-        chunks = list(rows.chunks(batch_size))
-        for chunk, found in zip(chunks, self._reused(model, chunks, compute_entropy, given), strict=True):
+                lengths = call.attention_mask.sum(1).tolist()
+                self.sharing.count_fallback(reason, lengths, during=self._pass(model))
+            return call.run(super()._get_per_token_logps_and_entropies)  # type: ignore[misc]
+        scores = []
+        chunks = list(call.rows.chunks(call.batch_size))
+        for chunk, found in zip(chunks, self._reused(call, chunks), strict=True):
             if found is None:
-                score, counts = self._packed_forward.score(model, chunk, entropy=compute_entropy, aux_loss=aux_loss)
+                score, counts = self._packed_forward.score(
+                    model, chunk, entropy=call.compute_entropy, aux_loss=call.aux_loss
+                )
                 found = score, [counts]
             for counts in found[1]:
                 self.sharing.count_packed(counts, during=self._pass(model))
@@ -352,38 +325,31 @@ class PrefixGrouperMixin:
         logps, entropies, router_losses = zip(*scores, strict=True)
         result = (
             torch.cat(logps),
-            torch.cat(entropies) if compute_entropy else None,
+            torch.cat(entropies) if call.compute_entropy else None,
             torch.stack(router_losses).mean() if router_losses[0] is not None else None,
         )
         return result[: self._return_arity()]
 
-    def _compare_first_batch(
-        self, model: Any, block: tuple[Tensor, Tensor, int], batch_size: int | None, given: dict[str, Any], shares: bool
-    ) -> None:
+    def _compare_first_batch(self, call: ScoringCall, shares: bool) -> None:
         """For a model class that no test has compared: run one chunk of a batch on both paths.
 
         Every process comes here with its first batches, be they those of the old policy or of the update, also where its own
         rows take the stock path.
 
         Args:
-            model, given: as in :meth:`_scores`.
-            block: ids, mask and the number of scored tokens.
-            batch_size: rows of a chunk.
+            call: of the batch.
             shares: whether the rows of this process are shared.
         """
         stock = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
-        (ids, mask, scored), with_images = block, _has_images(given)
-        if batch_size is not None and not with_images:  # images are not cut so easily: there all chunks are compared
-            ids, mask = ids[:batch_size], mask[:batch_size]
+        call = call._replace(compute_entropy=False)
+        size = call.batch_size
+        if size is not None and not call.has_images:  # images are not cut so easily: there all chunks are compared
+            call = call._replace(input_ids=call.input_ids[:size], attention_mask=call.attention_mask[:size])
         shared: dict[str, Callable[[Any], Tensor]] = {}
         if shares:
-            rows = Rows(ids, mask, scored, RowsOfImages(given, len(ids)))
-            shared = self._shared_paths(model, list(rows.chunks(batch_size)), reuse=not with_images)
+            shared = self._shared_paths(call.model, list(call.rows.chunks(size)), reuse=not call.has_images)
         self.gate.first_batch(
-            model,
-            lambda inner: stock(inner, ids, mask, scored, batch_size=batch_size, **given)[0],
-            shared,
-            mask[:, -scored:],
+            call.model, lambda inner: call._replace(model=inner).run(stock)[0], shared, call.scored_mask
         )
 
     def _shared_paths(self, model: Any, chunks: list[Rows], reuse: bool) -> dict[str, Callable[[Any], Tensor]]:
@@ -400,14 +366,12 @@ class PrefixGrouperMixin:
             )
         return paths
 
-    def _reused(
-        self, model: Any, chunks: list[Rows], entropy: bool, given: dict[str, Any]
-    ) -> Iterable[tuple[Scores, list[Counts]] | None]:
+    def _reused(self, call: ScoringCall, chunks: list[Rows]) -> Iterable[tuple[Scores, list[Counts]] | None]:
         """Scores of those ``chunks`` that share a prompt with other chunks or micro-batches; None for the others."""
-        if _has_images(given) or given.get("compute_aux_loss"):
+        model, entropy = call.model, call.compute_entropy
+        if call.has_images or call.aux_loss:
             return [None] * len(chunks)
-        if (what := self.verification.reuses) is not None:
-            score = self._reuse.score_apart if what == PROMPTS else self._reuse.score_with_rows_ahead
+        if (score := self.verification.score_reused) is not None:
             return [(score(model, chunk, entropy=entropy), [Counts(packed=1)]) for chunk in chunks]
         if self._makes_inputs or not self.model.training:
             return self._reuse.score_chunks(model, chunks, entropy=entropy)
@@ -424,15 +388,15 @@ class PrefixGrouperMixin:
             return UPDATE
         return REF_LOG_PROB if model is self.ref_model or is_reference(model) else OLD_LOG_PROB
 
-    def _why_not_share(self, model: Any, columns: int, given: dict[str, Any]) -> str | None:
+    def _why_not_share(self, call: ScoringCall) -> str | None:
         if not self._shares:
             return "use_prefix_grouper is off"
         if self.gate.reason is not None:
             return self.gate.reason
-        limit = self._row_limit(model)
+        limit, columns = self._row_limit(call.model), call.input_ids.shape[1]
         if limit is not None and columns >= limit[0]:  # the stock path numbers padded columns too
             return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} changes the angles of the whole batch"
-        return why_not_share_images(model, given)
+        return why_not_share_images(call.model, call.given)
 
     def _row_limit(self, model: Any) -> tuple[int, str] | None:
         """`row_limit`, which walks all modules, worked out once for each model."""
@@ -474,8 +438,3 @@ def why_not_share_settings(trainer: Any) -> list[str]:
             "when they are packed: unset it"
         )
     return reasons
-
-
-def _has_images(given: dict[str, Any]) -> bool:
-    """Whether the arguments of the stock method that are not None hold images or token kinds."""
-    return any(name != "compute_aux_loss" for name in given)

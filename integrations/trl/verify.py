@@ -26,7 +26,6 @@ Scores = tuple[Tensor | None, ...]  # as TRL's method returns them
 
 _SYNC_OF_FSDP2 = "set_requires_gradient_sync"
 _ORDINARY = "the stock half of the verification"
-PROMPTS, ROWS_AHEAD = "prompts", "rows ahead"  # what micro-batches share in the update
 
 
 class Verification:
@@ -39,12 +38,13 @@ class Verification:
     Attributes:
         runs (`bool`): whether a comparison is running, whose forwards are not those of the training.
         leaks (`bool`): whether packed forwards are to leak one key: the negative control.
+        score_reused: scores rows as the update does where micro-batches share forwards; None where each has its own.
     """
 
     def __init__(self, trainer: Any, when: str) -> None:
         self._trainer, self._schedule = trainer, Schedule(when)
         self.runs = self.leaks = False
-        self._reuses: str | None = None
+        self.score_reused: Callable[..., Any] | None = None
         self._scored: list[tuple[Tensor, Tensor]] = []
         self._has_leaked = self._out_of_memory = False
 
@@ -67,9 +67,9 @@ class Verification:
         trainer, device = self._trainer, self._trainer.accelerator.device
         shared = {"packed": self._path(loss_of)}
         if trainer._reuse.why_not(trainer.model) is None:
-            shared["prompts reused"] = self._path(loss_of, reuses=PROMPTS)
+            shared["prompts reused"] = self._path(loss_of, score_reused=trainer._reuse.score_apart)
         if trainer._reuse.takes_rows_ahead(model):
-            shared["rows ahead"] = self._path(loss_of, reuses=ROWS_AHEAD)
+            shared["rows ahead"] = self._path(loss_of, score_reused=trainer._reuse.score_with_rows_ahead)
         scaler = getattr(trainer.accelerator, "scaler", None)
         with self._unseen() as meter:
             result = compare_micro_batch(
@@ -108,13 +108,6 @@ class Verification:
         self._scored.append((found[0], mask))
         return found
 
-    @property
-    def reuses(self) -> str | None:
-        """What rows are to share as in the update: `PROMPTS` that go through caches of their own, or a forward with
-        `ROWS_AHEAD`, those of the micro-batches that follow. None for nothing.
-        """
-        return self._reuses
-
     def leaked(self) -> None:
         """A packed forward has leaked a key."""
         self._has_leaked = True
@@ -124,20 +117,20 @@ class Verification:
         loss_of: Callable[[Any], Tensor],
         *,
         ordinary: bool = False,
-        reuses: str | None = None,
+        score_reused: Callable[..., Any] | None = None,
         leaks: bool = False,
     ) -> Path:
         trainer = self._trainer
 
         def path(model: Any) -> Scored:
-            self._scored, self._reuses, self.leaks, reason = [], reuses, leaks, trainer.gate.reason
+            self._scored, self.score_reused, self.leaks, reason = [], score_reused, leaks, trainer.gate.reason
             if ordinary:
                 trainer.gate.reason = _ORDINARY
             try:
                 with _attributes_kept(trainer):
                     loss = loss_of(model)
             finally:
-                self._reuses, self.leaks = None, False
+                self.score_reused, self.leaks = None, False
                 if ordinary:
                     trainer.gate.reason = reason
             scored, self._scored = self._scored, []

@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from prefix_grouper_plugins import UnsupportedModelError
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
 from prefix_grouper_plugins.integrations.trl import trainer as trainer_module
+from prefix_grouper_plugins.integrations.trl.forward import ScoringCall
 from prefix_grouper_plugins.modeling import is_enabled
 from tests import tiny
 from tests.integrations.trl.training import largest_difference, logged, make_trainer, reward, train, use_float64_head
@@ -174,7 +175,8 @@ def test_modules_are_walked_for_that_limit_once_for_each_model(monkeypatch, llam
     with torch.no_grad():
         for _ in range(3):
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
-    assert trainer._why_not_share(other, 8, {}) is None
+    call = ScoringCall(other, ids, torch.ones_like(ids), 3, None, False, {})
+    assert trainer._why_not_share(call) is None
     assert trainer.sharing.packed == 3 and len(asked) == 2 and asked[0] is trainer.model and asked[1] is other
 
 
