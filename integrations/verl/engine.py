@@ -166,9 +166,9 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         self.gate.enable([module], [*lost_attention(module), *self._why_not_by_this_engine(module)])
         for note in self.gate.reports[0].notes:
             self.gate.warn(note)
-        self._without_reference = why_no_reference(self.gate.anatomies[0]) if self.use_ulysses_sp else None
-        if self._without_reference is not None:
-            self.gate.warn(self._without_reference)
+        if self.use_ulysses_sp and (reason := why_no_reference(self.gate.anatomies[0])) is not None:
+            self.gate.warn(reason)
+            self._verify_when = Schedule("off")
         return super()._build_fsdp_module(module)
 
     def _self_check(self) -> None:
@@ -359,9 +359,12 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
 
     def _limits(self, data: TensorDict) -> Limits:
         """Of a micro-batch of this pass."""
+        return Limits.of(data, self._limited_as(data), self.ulysses_sequence_parallel_size)
+
+    def _limited_as(self, data: TensorDict) -> str:
+        """The pass whose limits hold for this one, see :meth:`Limits.of`."""
         # A reference policy that is the actor without its adapter has the limits of the actor's own log-probs.
-        options = OLD_LOG_PROB if self._without_adapter else self._pass
-        return Limits.of(data, options, self.ulysses_sequence_parallel_size)
+        return OLD_LOG_PROB if self._without_adapter else self._pass
 
     def _sizes(self, data: TensorDict) -> list[RowSize]:
         return row_sizes(data, self._placeholders, self._min_level, forward_last=self._forward_last)

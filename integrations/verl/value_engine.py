@@ -16,7 +16,6 @@ from transformers import AutoModelForTokenClassification
 
 from prefix_grouper_plugins.integrations.verl.config import CRITIC_SETTINGS
 from prefix_grouper_plugins.integrations.verl.engine import PrefixGrouperEngine
-from prefix_grouper_plugins.integrations.verl.planning import Limits
 from prefix_grouper_plugins.metrics import UPDATE, VALUES, SharingCounts
 
 
@@ -55,10 +54,9 @@ class PrefixGrouperValueEngine(PrefixGrouperEngine, fsdp.FSDPEngineWithValueHead
     def _pass_of(self, forward_only: bool) -> str:
         return VALUES if forward_only else UPDATE
 
-    def _limits(self, data: TensorDict) -> Limits:
-        options = VALUES
-        if self._pass == UPDATE:
-            # verl's V1 trainer, whose prompts are nested, gives both passes one limit.
-            is_v1 = "prompts" in data and data["prompts"].is_nested
-            options = "critic_update_v1" if is_v1 else "critic_update"
-        return Limits.of(data, options, self.ulysses_sequence_parallel_size)
+    def _limited_as(self, data: TensorDict) -> str:
+        if self._pass != UPDATE:
+            return VALUES
+        # verl's V1 trainer, whose prompts are nested, gives both passes one limit.
+        is_v1 = "prompts" in data and data["prompts"].is_nested
+        return "critic_update_v1" if is_v1 else "critic_update"

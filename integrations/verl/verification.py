@@ -77,7 +77,6 @@ class ComparesPaths:
 
     _score = "log_probs"  # the output of the model that a first batch is compared by
     _forward_last = False  # whether the model's output at the last token of a row is read
-    _without_reference: str | None = None  # why verl's own path is none
     _leaks = _leaked = False
 
     @property
@@ -103,7 +102,6 @@ class ComparesPaths:
         would use. A rank whose rows take the ordinary path runs that twice, as a sharded model needs all ranks.
         """
         micro_batch = self._one_micro_batch(data)
-        tu.assign_non_tensor(micro_batch, distillation_use_topk=False, distillation_only=False)  # by log-probs
         reason, _ = self._packed(micro_batch)
 
         def score(reason: str | None) -> Tensor:
@@ -137,14 +135,16 @@ class ComparesPaths:
         )
 
     def _one_micro_batch(self, data: TensorDict) -> TensorDict:
-        """Rows of ``data`` that the memory of one micro-batch suffices for on the ordinary path too. A collective."""
+        """Rows of ``data`` that the memory of one micro-batch suffices for on the ordinary path too, to be scored. A collective."""
         group, lengths = self.get_data_parallel_group(), data["input_ids"].offsets().diff().tolist()
         plan, limits = self._plan(data, group, self._why_not_reuse(data, None, forward_only=True)), self._limits(data)
         rows = list(range(len(lengths)))[: limits.max_rows] if plan is None else plan.micro_batches[0]
         micro_batches = [tu.index_select_tensor_dict(data, rows_within(rows, lengths, limits.max_tokens))]
         if self._waits_for_towers:
             add_dummy_images(micro_batches, self._placeholders, group)
-        return micro_batches[0]
+        micro_batch = micro_batches[0]
+        tu.assign_non_tensor(micro_batch, distillation_use_topk=False, distillation_only=False)
+        return micro_batch
 
     def _verify(self, data: TensorDict, loss_function: Callable[..., Any] | None) -> None:
         """Compare loss and gradients of this update on the ordinary path and on the shared one, and with a leak.
@@ -154,8 +154,6 @@ class ComparesPaths:
         Raises:
             RuntimeError: they differ by more than rounding explains.
         """
-        if self._without_reference is not None:
-            return
         base, start = transformers_model(self.module) or self.module, time.perf_counter()
         try:
             with untouched(base, torch.device(get_device_name())), without_dropout():
@@ -184,7 +182,6 @@ class ComparesPaths:
     def _where_it_starts(self, data: TensorDict) -> str:
         """The decoder layer in which the two paths of a micro-batch begin to differ, in words. A collective: three forwards."""
         micro_batch = self._one_micro_batch(data)
-        tu.assign_non_tensor(micro_batch, distillation_use_topk=False, distillation_only=False)
 
         def forward(reason: str | None) -> None:
             with self._comparing(reason):
