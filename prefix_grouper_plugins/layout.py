@@ -18,6 +18,7 @@ Visibility needs one integer per key: query ``q`` sees key ``k`` iff ``k <= q < 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -284,12 +285,7 @@ class PrefixLayout:
 
     def to(self, device: torch.device | str) -> PrefixLayout:
         """The same layout with its tensors on ``device`` (``segments`` and ``blocks`` stay on the CPU)."""
-        moved = object.__new__(PrefixLayout)
-        moved.row_lengths, moved.segments, moved.num_padding = self.row_lengths, self.segments, self.num_padding
-        moved.blocks, moved.blocks_cut_by_window = self.blocks, self.blocks_cut_by_window
-        moved.blocks_in_windows_only = self.blocks_in_windows_only
-        moved.num_given, moved.cache, moved._given_of_rows = self.num_given, self.cache, self._given_of_rows
-        moved._row_index_on_host = self._row_index_on_host
+        moved = copy(self)
         for name in ("position_ids", "subtree_end", "source_index", "row_index"):
             setattr(moved, name, on_device(getattr(self, name), device))
         return moved

@@ -150,6 +150,7 @@ def plan_forwards(
 ) -> Iterator[Forward]:
     """The forwards of micro-batches that lie in one optimizer step. Arguments of :func:`next_forward`."""
     opened: dict[Hashable, int] = {}
+    last = {row.prompt: number for number, rows in enumerate(micro_batches) for row in rows}
     start = 0
     while start < len(micro_batches):
         count, shared = next_forward(micro_batches[start:], budget, group, opened=opened, max_scored=max_scored)
@@ -157,5 +158,4 @@ def plan_forwards(
         yield Forward(taken, {prompt: prompt not in opened for prompt in shared}, sum(opened.values()))
         opened |= {row.prompt: row.prompt_tokens for i in taken for row in micro_batches[i] if row.prompt in shared}
         start += count
-        later = {row.prompt for rows in micro_batches[start:] for row in rows}
-        opened = {prompt: tokens for prompt, tokens in opened.items() if prompt in later}
+        opened = {prompt: tokens for prompt, tokens in opened.items() if last[prompt] >= start}

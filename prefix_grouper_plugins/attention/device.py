@@ -141,6 +141,11 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """``x`` with a dense last dimension; other strides are the kernels' business."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of softmax statistics, partial outputs and gradient sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -25,11 +25,10 @@ from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout, is_placeholder, layout_of_layer
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
-from prefix_grouper_plugins.modeling.implementations import ignored_by, window_is_in_mask
+from prefix_grouper_plugins.modeling.implementations import BY_MASK, ignored_by
 from prefix_grouper_plugins.modeling.sequence_parallel import ShardedLayout, sequence_parallel_attention
 
 _NAME = "prefix_grouper"
-_READ_NO_NAME = {"eager", "sdpa", "flex_attention"}  # implementations that are told all they need to know
 WINDOW_OF_MASK = "_window_of_mask"  # on layers whose mask has another window than their attention is called with
 
 
@@ -74,7 +73,7 @@ def _attention(
         if is_placeholder(attention_mask) and query.shape[2] > 1:
             raise RuntimeError(f"{type(module).__name__} runs in a packed forward, but the layout was lost on the way")
         own, layer = _own_attention(module, base), module
-        if base not in _READ_NO_NAME:
+        if base not in BY_MASK:
             # transformers' flash attention loads the kernel that the layer's config names, and knows none by our name.
             layer = _With(module, config=_With(module.config, _attn_implementation=base))  # type: ignore[assignment]
         return own(layer, query, key, value, attention_mask, *args, **kwargs)
@@ -152,7 +151,7 @@ def _check_packed_call(
 
 def _window(module: nn.Module, base: str, passed: int | None) -> int | None:
     """The sliding window that ``base`` applies in an ordinary forward: that of the mask, or the one that it is called with."""
-    if window_is_in_mask(base):
+    if base in BY_MASK:
         return getattr(module, WINDOW_OF_MASK, passed)
     return passed
 

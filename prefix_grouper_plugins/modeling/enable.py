@@ -69,7 +69,7 @@ def disable_prefix_grouper(model: nn.Module) -> nn.Module:
     run them again.
     """
     anatomy = Anatomy(model)
-    if has_layers_enabled(anatomy) and any(getattr(m, "gradient_checkpointing", False) for _, m in anatomy.modules):
+    if has_layers_enabled(anatomy) and any(module.gradient_checkpointing for module in anatomy.checkpointable):
         for _, module in anatomy.attention_layers:
             module.register_forward_pre_hook(_refuse_late_backward, with_kwargs=True)
     for config in anatomy.configs:

@@ -413,10 +413,7 @@ class ImageRows:
         """Keyword arguments of the packed forward of ``batch``, which was made from these rows with :attr:`keys`."""
         positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
         if self.block_ids is not None:
-            set_blocks(batch.layout, batch.pack(self.block_ids))
-            if self._blocks_in is not None:
-                in_windows = self._blocks_in == "windows"
-                batch.layout.blocks_in_windows_only = batch.layout.blocks_cut_by_window = in_windows
+            set_blocks(batch.layout, batch.pack(self.block_ids), self._blocks_in)
         return {
             **packed_inputs(batch.layout, batch.input_ids, positions),
             **{name: batch.pack(x)[None] for name, x in self.token_tensors.items()},
@@ -451,15 +448,17 @@ def _blocks_by_row(token_type_ids: Tensor, last_tokens: Tensor) -> Tensor:
     return (first.flatten().cumsum(0).view_as(image) - 1).where(image, -1)
 
 
-def set_blocks(layout: PrefixLayout, block_ids: Tensor) -> None:
+def set_blocks(layout: PrefixLayout, block_ids: Tensor, blocks_in: str | None = None) -> None:
     """Set the tokens of ``layout`` that see each other in both directions.
 
     Args:
         layout: of the packed row. Changed in place.
         block_ids: ``LongTensor[T]``, the result of :func:`image_blocks` at the tokens of the packed row.
+        blocks_in: the layers in which they do, `images_both_ways_in` of the model's type.
     """
     layout.blocks = blocks_of(block_ids, layout)
-    layout.blocks_cut_by_window = _window_cuts_blocks()
+    layout.blocks_in_windows_only = blocks_in == "windows"
+    layout.blocks_cut_by_window = _window_cuts_blocks() if blocks_in is None else blocks_in == "windows"
 
 
 def _window_cuts_blocks() -> bool:

@@ -15,7 +15,7 @@ import functools
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_BY_MASK = {"eager", "sdpa", "flex_attention"}
+BY_MASK = {"eager", "sdpa", "flex_attention"}  # which take all they need from the mask and their arguments
 # Arguments beyond queries, keys and values that sdpa may lack, and what they are in words.
 _OPTIONAL = {"softcap": "softcap", "s_aux": "attention sinks"}
 
@@ -37,7 +37,7 @@ def in_words(arguments: frozenset[str]) -> str:
 
 def window_is_in_mask(implementation: str) -> bool | None:
     """Whether ``implementation`` takes a window from the mask (True) or from its call (False); None where that is not known."""
-    if implementation in _BY_MASK:
+    if implementation in BY_MASK:
         return True
     masks = AttentionMaskInterface()
     return False if implementation in masks and masks[implementation] is flash_attention_mask else None

@@ -31,13 +31,7 @@ from torch import nn
 
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.enable import has_layers_enabled
-from prefix_grouper_plugins.modeling.self_check.changes import (
-    codes_of_classes,
-    fingerprint,
-    kernels,
-    remember,
-    while_checking,
-)
+from prefix_grouper_plugins.modeling.self_check.changes import remember, what_is_compared, while_checking
 from prefix_grouper_plugins.modeling.self_check.comparison import Comparison
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_all_ranks, on_any_rank, why_not_yet
 from prefix_grouper_plugins.modeling.support.reasons import unverified_reasons
@@ -106,9 +100,8 @@ def checked_before(anatomy: Anatomy, *, left_padding: bool = False) -> SelfCheck
 def _state(anatomy: Anatomy, before: tuple[Any, ...] = ()) -> tuple[Any, ...]:
     """What a self-check is of: the code of the model, its backends, and its kernels; those of ``before`` where it is sharded."""
     names = tuple(str(config._attn_implementation) for config in anatomy.configs)
-    found = kernels(anatomy.base, anatomy.base_modules)
-    codes = fingerprint(anatomy.base, anatomy.base_modules), codes_of_classes(anatomy.base_modules)
-    return *codes, names, before[0] if found is None and before else found
+    tree, classes, kernels = what_is_compared(anatomy.base, anatomy.base_modules)
+    return tree, classes, names, before[0] if kernels is None and before else kernels
 
 
 _Known = tuple[tuple[Any, ...], bool, SelfCheck]

@@ -35,9 +35,8 @@ _REQUIRES_GRAD = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
 Kernels = tuple[str, torch.dtype, torch.dtype | None]
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
-_KNOWN_CODES: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
-_KNOWN_KERNELS: weakref.WeakKeyDictionary[nn.Module, set[Kernels | None]] = weakref.WeakKeyDictionary()
+# Of each model all values that each part of `what_is_compared` has had.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[set[Any], ...]] = weakref.WeakKeyDictionary()
 _CHECKING: ContextVar[bool] = ContextVar("prefix_grouper_checking", default=False)
 
 
@@ -124,19 +123,22 @@ def _codes(functions: Iterable[Any]) -> list[Any]:
     return found
 
 
-def remember(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
+def what_is_compared(base: nn.Module, modules: Sequence[nn.Module]) -> tuple[int, int, Kernels | None]:
+    """The module tree, the code of its classes, and its kernels. ``modules`` are all modules of ``base``."""
+    return fingerprint(base, modules), codes_of_classes(modules), kernels(base, modules)
+
+
+def remember(base: nn.Module, modules: Sequence[nn.Module] | None = None) -> None:
     """From now on ``base`` counts as known as it is."""
-    modules = list(base.modules() if modules is None else modules)
-    _KNOWN.setdefault(base, set()).add(fingerprint(base, modules))
-    _KNOWN_CODES.setdefault(base, set()).add(codes_of_classes(modules))
-    _KNOWN_KERNELS.setdefault(base, {None}).add(kernels(base, modules))
+    modules = list(base.modules()) if modules is None else modules
+    known = _KNOWN.setdefault(base, (set(), set(), {None}))
+    for values, value in zip(known, what_is_compared(base, modules), strict=True):
+        values.add(value)
 
 
 def forget(base: nn.Module) -> None:
     """Nothing is known of ``base`` any longer."""
     _KNOWN.pop(base, None)
-    _KNOWN_CODES.pop(base, None)
-    _KNOWN_KERNELS.pop(base, None)
 
 
 def has_changed(base: nn.Module) -> bool:
@@ -144,10 +146,8 @@ def has_changed(base: nn.Module) -> bool:
     known = _KNOWN.get(base)
     if known is None or is_checking():
         return False
-    modules = list(base.modules())
-    if fingerprint(base, modules) not in known:
-        return True
-    return kernels(base, modules) not in _KNOWN_KERNELS[base] or codes_of_classes(modules) not in _KNOWN_CODES[base]
+    found = what_is_compared(base, list(base.modules()))
+    return any(value not in values for values, value in zip(known, found, strict=True))
 
 
 class Watch:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,8 +58,7 @@ Path = Callable[[Any], Scored]
 Backward = Callable[[Tensor], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Apart:
+class Apart(NamedTuple):
     """How far a path is from the ordinary one.
 
     Attributes:
@@ -108,10 +107,8 @@ class Compared(SelfCheck):
         """Differences are the largest, and those of the leak the smallest, of all processes that have any. A collective."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self
-        largest = torch.tensor([*astuple(self.apart), float(self.has_gradients)], dtype=torch.float64, device=device)
-        smallest = torch.tensor(
-            astuple(self.leak) if self.leak else (torch.inf,) * 3, dtype=torch.float64, device=device
-        )
+        largest = torch.tensor([*self.apart, float(self.has_gradients)], dtype=torch.float64, device=device)
+        smallest = torch.tensor(self.leak or (torch.inf,) * 3, dtype=torch.float64, device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         *apart, has_gradients = largest.tolist()
@@ -219,7 +216,7 @@ class _Paths:
         return "; ".join(filter(None, [str(found), where_gradients_part(self._anatomy, names)]))
 
     def _measured(self, result: Compared, expected: _Pass, found: Sequence[_Pass], leak: _Pass | None) -> Compared:
-        apart = Apart(*map(max, zip(*(astuple(_apart(one, expected)) for one in found), strict=True)))
+        apart = Apart(*map(max, zip(*(_apart(one, expected) for one in found), strict=True)))
         return replace(
             result,
             passed=True,

@@ -52,7 +52,8 @@ def _padded(query: Tensor, value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...
     head_dim = _kernel_head_dim(dim, value_dim, query.device)
     if dim == value_dim == head_dim:
         return tensors
-    return tuple(F.pad(x, (0, head_dim - x.size(-1))) for x in tensors)
+    # Padding by nothing would copy.
+    return tuple(x if x.size(-1) == head_dim else F.pad(x, (0, head_dim - x.size(-1))) for x in tensors)
 
 
 def _narrowed(x: Tensor, like: Tensor) -> Tensor:

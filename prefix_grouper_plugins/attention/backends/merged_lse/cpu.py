@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import merge
 from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import rectangles
-from prefix_grouper_plugins.attention.device import accumulation_dtype
+from prefix_grouper_plugins.attention.device import accumulation_dtype, dense_rows
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
 
 # Longer triangles are halved, by bytes of an element. Measured: 64 to 256 tokens do about equally well in float32 and
@@ -89,16 +89,11 @@ def _heads(x: Tensor, start: int, end: int) -> Tensor:
     return x[start:end].transpose(0, 1).unsqueeze(0)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """``x`` with a dense last dimension, as the kernel takes it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
     """``out [Q, H, D]`` and ``lse [H, Q]`` in float32 or float64, of ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D]``."""
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     acc, given = accumulation_dtype(q.dtype), forest.num_given
-    q, k, v = (_dense(x) for x in (q, k, v))
+    q, k, v = (dense_rows(x) for x in (q, k, v))
     k, v = _for_each_head(k, v, q.shape[1])
     out = torch.empty(q.shape, dtype=acc)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=acc)
@@ -127,7 +122,7 @@ def backward(
     """
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     given, kv_heads = forest.num_given, k.shape[1]
-    do, q, k, v, out = (_dense(x) for x in (do, q, k, v, out))
+    do, q, k, v, out = (dense_rows(x) for x in (do, q, k, v, out))
     k, v = _for_each_head(k, v, q.shape[1])
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v))
     dk[:given], dv[:given] = 0, 0  # the only rows without a triangle

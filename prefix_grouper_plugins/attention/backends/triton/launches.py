@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.triton.tables import TABLE_BLOCK, Tables, tables
-from prefix_grouper_plugins.attention.device import interpreted, stream_of
+from prefix_grouper_plugins.attention.device import dense_rows, interpreted, stream_of
 from prefix_grouper_plugins.attention.request import Options
 from prefix_grouper_plugins.forest import Forest
 
@@ -35,7 +35,7 @@ def forward(
     """
     from prefix_grouper_plugins.attention.backends.triton.forward_kernel import forward_kernel
 
-    q, k, v = (_dense_rows(x) for x in (query, key, value))
+    q, k, v = (dense_rows(x) for x in (query, key, value))
     call = _Call(q, k, v, forest, options)
     out = q.new_empty((*q.shape[:2], v.shape[2]))
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
@@ -64,7 +64,7 @@ def backward(
     """
     from prefix_grouper_plugins.attention.backends.triton.backward_kernels import dkdv_kernel, dq_kernel
 
-    q, k, v, do, out = (_dense_rows(x) for x in (query, key, value, grad_out, out))
+    q, k, v, do, out = (dense_rows(x) for x in (query, key, value, grad_out, out))
     lse = lse.contiguous()
     call = _Call(q, k, v, forest, options)
     plan = call.plan
@@ -124,11 +124,6 @@ class _Call:
 def _padded(dim: int) -> int:
     """Columns of a tile: a power of two, and at least what the matrix units take."""
     return max(16, 1 << (dim - 1).bit_length())
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """``x`` with a dense last dimension; other strides are the kernels' business."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
