@@ -1,6 +1,6 @@
 """Figures of a shared and a stock training side by side: the CSV file that both demos write, and its picture.
 
-`benchmarks/plot.py` makes the tables and pictures of the README and the docs from such files.
+`benchmarks/demos.py` makes the tables and pictures of the README and the docs from such files.
 """
 
 from __future__ import annotations
@@ -42,13 +42,28 @@ class Comparison:
 
     def first_and_last(self, run: str, few: int = 4) -> tuple[float, float]:
         """Mean reward of the first and of the last `few` batches of completions, or of fewer where there are fewer."""
-        rewards = list(self.rewards(run).values())
-        few = max(1, min(few, len(rewards) // 2))
-        return mean(rewards[:few]), mean(rewards[-few:])
+        return first_and_last(list(self.rewards(run).values()), few)
 
     def typical(self, run: str, *columns: str) -> float:
         """Median over the steps of the sum of `columns`."""
         return median(self.seconds(run, columns))
+
+
+def first_and_last(rewards: Sequence[float], few: int = 4) -> tuple[float, float]:
+    """Mean of the first and of the last `few`, or of fewer where there are fewer."""
+    few = max(1, min(few, len(rewards) // 2))
+    return mean(rewards[:few]), mean(rewards[-few:])
+
+
+def side_by_side(
+    runs: Mapping[str, Sequence[Mapping[str, object]]], columns: Mapping[str, str]
+) -> list[dict[str, object]]:
+    """The rows of a file: one for each step, with the `columns` of both runs, whose values are names in their records."""
+    return [
+        {"step": both[0]["step"]}
+        | {f"{run}_{c}": step.get(key, "") for run, step in zip(runs, both, strict=True) for c, key in columns.items()}
+        for both in zip(*runs.values(), strict=True)
+    ]
 
 
 def write(path: Path, facts: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> None:

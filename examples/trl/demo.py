@@ -238,13 +238,6 @@ def largest_difference(args: argparse.Namespace) -> float:
     return max((shared[key] - stock[key]).abs().max().item() for key in stock)
 
 
-def first_and_last(run: Run) -> tuple[float, float]:
-    """Mean reward of the first and of the last few batches of completions."""
-    rewards = list(run.rewards().values())
-    few = max(1, min(4, len(rewards) // 2))
-    return mean(rewards[:few]), mean(rewards[-few:])
-
-
 def spread(shared: Run, stock: Run, name: str) -> tuple[float, float]:
     """Smallest and largest ratio of two steps that ran one after the other."""
     ratios = [theirs[name] / ours[name] for ours, theirs in zip(shared.steps, stock.steps, strict=True)]
@@ -259,7 +252,9 @@ def print_table(shared: Run, stock: Run, difference: float) -> None:
         last = f"{b / a:.2f}" if ratio and a and b else ""
         print(f"{label:46}{cells[0]:>11}{cells[1]:>11}{last:>16}".rstrip())
 
-    (first, last), (stock_first, stock_last) = first_and_last(shared), first_and_last(stock)
+    (first, last), (stock_first, stock_last) = (
+        comparison.first_and_last(list(run.rewards().values())) for run in (shared, stock)
+    )
     print(f"\n{'':46}{'shared':>11}{'stock':>11}{'stock / shared':>16}")
     row("Reward, first batches", first, stock_first, ".3f", ratio=False)
     row("Reward, last batches", last, stock_last, ".3f", ratio=False)
@@ -294,12 +289,8 @@ def write_results(args: argparse.Namespace, runs: dict[str, Run], difference: fl
         "difference": f"{difference:.1e}",
         "note": "the two trainings take turns, update by update; seconds are wall time",
     }
-    steps = zip(*(run.steps for run in runs.values()), strict=True)
-    rows = [
-        {"step": both[0]["step"]}
-        | {f"{n}_{c}": step.get(c, "") for n, step in zip(runs, both, strict=True) for c in CSV_COLUMNS}
-        for both in steps
-    ]
+    steps = {name: run.steps for name, run in runs.items()}
+    rows = comparison.side_by_side(steps, {name: name for name in CSV_COLUMNS})
     comparison.write(args.output / "demo.csv", facts, rows)
     found = comparison.read(args.output / "demo.csv")
     comparison.draw(args.output / "demo.png", found, ["update_seconds"], "update", "an update")
@@ -311,7 +302,7 @@ def problems(runs: dict[str, Run], difference: float) -> list[str]:
     shared, stock = runs["shared"], runs["stock"]
     if len(shared.steps) >= LEAST_STEPS:
         for name, run in runs.items():
-            first, last = first_and_last(run)
+            first, last = comparison.first_and_last(list(run.rewards().values()))
             if last - first < SMALLEST_RISE:
                 found.append(
                     f"the reward of the {name} run did not rise: {first:.3f} at the start, {last:.3f} at the end"

@@ -165,12 +165,7 @@ def write_results(args: argparse.Namespace, runs: dict[str, Run], difference: fl
         "difference": f"{difference:.1e}",
         "note": "the two trainings follow each other; seconds are wall time",
     }
-    steps = zip(*(run.steps for run in runs.values()), strict=True)
-    rows = [
-        {"step": both[0]["step"]}
-        | {f"{n}_{c}": step.get(key, "") for n, step in zip(runs, both, strict=True) for c, key in CSV_COLUMNS.items()}
-        for both in steps
-    ]
+    rows = comparison.side_by_side({name: run.steps for name, run in runs.items()}, CSV_COLUMNS)
     comparison.write(args.output / "demo.csv", facts, rows)
     found = comparison.read(args.output / "demo.csv")
     columns = [f"{name}_seconds" for name in PASSES]

@@ -66,7 +66,7 @@ def hostile(output: str) -> dict[str, tuple[int, int, int]]:
     """Lines such as ``convolution      refused by the self-check``; the last line is pytest's."""
     refused, caught, exact = (
         len(re.findall(f" {words}$", output, re.M))
-        for words in ("refused by the self-check", "caught on the first batch", "exact")
+        for words in ("refused by the self-check", "caught on the first batch", "exact, as it should be")
     )
     return {"": (exact, refused + caught, of_pytest(output).get("", (0, 0, 1))[2])} if refused else {}
 

@@ -20,7 +20,7 @@ OUTPUTS = {
     of_pytest: ("..F.\n1 failed, 3 passed, 2 skipped in 3.2s\n", {"": (3, 0, 1)}),
     hostile: (
         "convolution                        refused by the self-check\n.largest token   caught on the first batch\n"
-        ".pointwise (right)                 exact\n.\n3 passed in 1.0s\n",
+        ".pointwise                         exact, as it should be\n.\n3 passed in 1.0s\n",
         {"": (1, 2, 0)},
     ),
     watched: ("            memory   objects\nqwen3       1.001     1.001     1.518     0.949\n", {"": (1, 0, 0)}),

@@ -52,14 +52,13 @@ def run_training(
     patience: float = PATIENCE,
     on_step: Callable[[Step], None] | None = None,
     cluster: str | None = None,
-    resume: Path | None = None,
 ) -> list[Step]:
     """Train by GRPO and return verl's metrics of each step; `step["step"]` is its number, from 1.
 
     `inputs` is a folder that `make_inputs` has filled; without it a default one is made in `folder`. `overrides` are
     options of verl, `key=value`, that come after ours below, and `environment` is set in all processes.
     `on_step` is called as soon as a step is logged. `cluster` is the address of a Ray cluster of two nodes, with as many
-    made-up GPUs on each as there are `workers`; by default each training starts one of its own. `resume` is a checkpoint, `.../global_step_2`, to go on from.
+    made-up GPUs on each as there are `workers`; by default each training starts one of its own.
 
     Raises `TrainingError` if the training fails, or makes no progress for `patience` seconds: Ray runs its workers at
     niceness 15, so beside other work a training may take many times as long as alone, and is no worse for it.
@@ -82,10 +81,6 @@ def run_training(
         *training_options(inputs.resolve(), steps),
     ]
     ours += folder_options(folder, steps)
-    done = 0
-    if resume is not None:
-        ours += ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={resume.resolve()}"]
-        done = step_of(resume)
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -101,20 +96,15 @@ def run_training(
     finally:
         end_all(mark)
         shutil.rmtree(ray_folder, ignore_errors=True)
-    if len(reader.steps) != steps - done:
-        raise failure(f"The training logged {len(reader.steps)} of {steps - done} steps", log)
+    if len(reader.steps) != steps:
+        raise failure(f"The training logged {len(reader.steps)} of {steps} steps", log)
     return reader.steps
 
 
 def final_weights(folder: Path) -> dict[str, Tensor]:
     """The weights that a run in `folder` ended with, in float32."""
-    last = max(folder.glob("checkpoints/global_step_*"), key=step_of)
-    return load_file(last / "actor" / "huggingface" / "model.safetensors")
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of the step that a checkpoint was saved after."""
-    return int(checkpoint.name.removeprefix("global_step_"))
+    (path,) = folder.glob("checkpoints/global_step_*/actor/huggingface/model.safetensors")
+    return load_file(path)
 
 
 def cpu_options(workers: int) -> list[str]:

@@ -8,7 +8,6 @@ All modes run in the same processes, since each process takes seconds to import 
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from tests import tiny
 from tests.integrations.trl import vision
 from tests.integrations.trl.sharded_training import trains_sharded
 from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
+from tests.logs import messages
 
 MODE, EQUAL = "## mode: ", "both ranks have learned the stock weights"  # before and after what a mode writes to stderr
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
@@ -149,31 +149,24 @@ def compares_the_first_batch_on_both_ranks(path: str) -> None:
             falls_back = self.accelerator.process_index == 1 and self.calls == 1
             return "rank 1 cannot" if falls_back else super()._why_not_share(*args)
 
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("prefix_grouper_plugins")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    for iterations in (1, 2):  # the update comes first, and the log-probs of the old policy
-        said.clear()
-        model = own.from_pretrained(path, dtype=torch.float64)
-        settings = {**SETTINGS, "num_iterations": iterations, "model_init_kwargs": None}
-        _, trainer = train(model, shared=True, trainer_class=FallsBackAtFirst, max_steps=2, **settings)
-        compared = [line for line in said if "the first batch of OwnQwen3" in line]
-        assert len(compared) == (iterations if trainer.accelerator.is_main_process else 0), said
-        assert trainer.gate.reason is None and trainer.sharing.packed > 0
-    for out_of_memory in (False, True):  # on one rank, which has to stay with the other one
-        said.clear()
-        FallsBackAtFirst.runs_out_of_memory = out_of_memory
-        train(path, shared=True, trainer_class=FallsBackAtFirst, max_steps=1, prefix_grouper_verify="1", **SETTINGS)
-        if trainer.accelerator.is_main_process:
-            expected = (
-                "could not be compared: another process could not" if out_of_memory else "prefix grouper: verified "
-            )
-            assert [expected in line for line in said if "first micro-batch of optimizer" in line] == [True], said
-    logger.removeHandler(handler)
-    logger.setLevel(logging.NOTSET)
+    with messages() as said:
+        for iterations in (1, 2):  # the update comes first, and the log-probs of the old policy
+            said.clear()
+            model = own.from_pretrained(path, dtype=torch.float64)
+            settings = {**SETTINGS, "num_iterations": iterations, "model_init_kwargs": None}
+            _, trainer = train(model, shared=True, trainer_class=FallsBackAtFirst, max_steps=2, **settings)
+            compared = [line for line in said if "the first batch of OwnQwen3" in line]
+            assert len(compared) == (iterations if trainer.accelerator.is_main_process else 0), said
+            assert trainer.gate.reason is None and trainer.sharing.packed > 0
+        for out_of_memory in (False, True):  # on one rank, which has to stay with the other one
+            said.clear()
+            FallsBackAtFirst.runs_out_of_memory = out_of_memory
+            train(path, shared=True, trainer_class=FallsBackAtFirst, max_steps=1, prefix_grouper_verify="1", **SETTINGS)
+            if trainer.accelerator.is_main_process:
+                expected = (
+                    "could not be compared: another process could not" if out_of_memory else "prefix grouper: verified "
+                )
+                assert [expected in line for line in said if "first micro-batch of optimizer" in line] == [True], said
 
 
 def count_calls(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from tests.integrations.trl.training import largest_difference, make_trainer, train, trained_weights
+from tests.logs import messages
 
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -46,22 +46,16 @@ def sharding() -> Iterator[None]:
 
 def trains_sharded(path: str) -> None:
     """LoRA, layers that run again, a reference without adapters, and `verify` before each step, which runs sharded as well."""
-    said: list[str] = []
-    logger, handler = logging.getLogger("prefix_grouper_plugins"), logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    stock, _ = train(path, shared=False, **SETTINGS)
-    with sharding():
-        trainer = make_trainer(path, shared=True, prefix_grouper_verify="1", **FSDP2, **SETTINGS)
-        torch.manual_seed(5)
-        trainer.train()
-    assert trainer.accelerator.distributed_type == DistributedType.FSDP
-    shared = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in trained_weights(trainer).items()}
-    assert largest_difference(stock, shared) <= 1e-12, largest_difference(stock, shared)
-    assert trainer.sharing.packed > 0 and not trainer.sharing.fallbacks, trainer.sharing.fallbacks
-    if trainer.accelerator.is_main_process:
-        verified = [line for line in said if "verified the first micro-batch" in line]
-        assert len(verified) == SETTINGS["max_steps"] and "not covered" not in "".join(verified), said
-    logger.removeHandler(handler)
-    logger.setLevel(logging.NOTSET)
+    with messages() as said:
+        stock, _ = train(path, shared=False, **SETTINGS)
+        with sharding():
+            trainer = make_trainer(path, shared=True, prefix_grouper_verify="1", **FSDP2, **SETTINGS)
+            torch.manual_seed(5)
+            trainer.train()
+        assert trainer.accelerator.distributed_type == DistributedType.FSDP
+        shared = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in trained_weights(trainer).items()}
+        assert largest_difference(stock, shared) <= 1e-12, largest_difference(stock, shared)
+        assert trainer.sharing.packed > 0 and not trainer.sharing.fallbacks, trainer.sharing.fallbacks
+        if trainer.accelerator.is_main_process:
+            verified = [line for line in said if "verified the first micro-batch" in line]
+            assert len(verified) == SETTINGS["max_steps"] and "not covered" not in "".join(verified), said

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.integrations.trl.training import largest_difference, logged, make_trainer, trained_weights
+from tests.integrations.trl.training import largest_difference, logged, make_trainer, train, trained_weights
 
 SIZES: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 1, "beta": 0.0}
 SAVING: dict[str, Any] = {**SIZES, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -53,10 +53,7 @@ def checkpoints(qwen, tmp_path_factory):
     found = {}
     for shared in (False, True):
         folder = tmp_path_factory.mktemp("stock" if not shared else "shared")
-        trainer = make_trainer(qwen, shared=shared, output_dir=folder, **SAVING)
-        torch.manual_seed(5)
-        trainer.train()
-        found[shared] = folder, trained_weights(trainer)
+        found[shared] = folder, train(qwen, shared=shared, output_dir=folder, **SAVING)[0]
     return found
 
 

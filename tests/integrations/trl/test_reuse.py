@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,8 +38,6 @@ from tests.integrations.trl.training import (
     trained_weights,
     use_float64_head,
 )
-
-ROOT = Path(__file__).parents[3]
 
 MODELS = {"qwen3": {}, "llama": {}, "mistral": {"sliding_window": 7}}
 # per_device_train_batch_size, gradient_accumulation_steps, num_generations; in (4, 3, 6) one holds two groups' ends
@@ -441,9 +438,8 @@ def enabled_model():
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 8), (2, 4)], ids=["an open prompt", "rows ahead"])
-def test_each_micro_batch_is_read_from_the_device_once(monkeypatch, rows, expected):
+def test_each_micro_batch_is_read_from_the_device_once(rows, expected):
     """Beside the rows of a generation batch, all at once: the loss may score other rows, so those of a call are compared."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from host_time import OnDevice, on_marked_tensors
 
     model = enabled_model()

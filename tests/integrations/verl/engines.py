@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from verl_on_cpu.run import PATIENCE, end_family, wait_for
 
 from tests.integrations.verl import flash
 from tests.integrations.verl.vision import rows as vision
+from tests.logs import messages
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -186,21 +186,6 @@ def own_class(case: Case) -> Any:
     finally:
         Leak.kind = "right"
         AutoModelForCausalLM._model_mapping._extra_content.pop(Qwen3Config)
-
-
-@contextmanager
-def messages() -> Any:
-    """What is logged in here, from INFO on."""
-    logger, found = logging.getLogger("prefix_grouper_plugins"), []
-    handler, level = logging.Handler(), logger.level
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def save_model(case: Case, path: Path) -> None:

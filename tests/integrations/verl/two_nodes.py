@@ -1,14 +1,12 @@
 """A Ray cluster of two nodes on this machine, one made-up GPU on each, until the standard input is closed.
 
-    python -m tests.integrations.verl.two_nodes FOLDER [--second-lacks-the-package]
+    python -m tests.integrations.verl.two_nodes
 
-The address is printed. With the option, Python on the second node does not find this package, as where nobody has
-installed it there. Environment variables of this process reach all processes of the cluster.
+The address is printed. Environment variables of this process reach all processes of the cluster.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import uuid
@@ -19,23 +17,14 @@ from pathlib import Path
 from verl_on_cpu.run import end_all, make_environment
 
 ROOT = Path(__file__).resolve().parents[3]
-LACKS = "--second-lacks-the-package"
 CPUS = 7  # verl's processes reserve them
-BLOCKER = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "prefix_grouper_plugins":
-            raise ModuleNotFoundError(f"No module named {name.split('.')[0]!r}", name=name)
-sys.meta_path.insert(0, Blocker())
-"""
 
 
 @contextmanager
-def two_nodes(folder: Path, *, second_lacks_the_package: bool = False) -> Iterator[str]:
+def two_nodes(folder: Path) -> Iterator[str]:
     """In here such a cluster runs, for a training in ``folder``; its address."""
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", __name__, str(folder), *[LACKS] * second_lacks_the_package]
+    command = [sys.executable, "-m", __name__]
     environment = make_environment(mark, folder / "metrics.jsonl", {})
     try:
         with (folder / "cluster.txt").open("wb") as log:
@@ -55,13 +44,8 @@ def two_nodes(folder: Path, *, second_lacks_the_package: bool = False) -> Iterat
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    folder, *options = sys.argv[1:]
     node = {"num_cpus": CPUS, "num_gpus": 1, "object_store_memory": 200_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
-    if LACKS in options:
-        (Path(folder) / "lacking").mkdir()
-        (Path(folder) / "lacking" / "sitecustomize.py").write_text(BLOCKER)
-        os.environ["PYTHONPATH"] = os.pathsep.join([f"{folder}/lacking", os.environ["PYTHONPATH"]])
     cluster.add_node(**node)
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)
