@@ -9,7 +9,7 @@ From then on the cache is appended to in place (modeling/growing_cache.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,9 @@ _REPEATABLE_LAYERS = {
     "LinearAttentionAndSlidingWindowAttentionLayer",
 }
 _ROW_INPUTS = ("input_ids", "attention_mask", "position_ids")  # [rows, ...]
+_CACHES = ("cache", "past_key_values")  # as transformers calls it from 5.24 on, and before
 _OTHER_INPUTS = (
-    "past_key_values",
+    *_CACHES,
     "use_cache",
     "return_dict",
     "cache_position",
@@ -78,10 +79,10 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
 
     def select(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         pending.clear()  # of a forward that raised
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids"), _cache_in(kwargs)
         if args or ids is None or ids.shape[0] < 2 or ids.shape[1] < 2 or not kwargs.get("use_cache", True):
             return None
-        if cache is not None and cache.get_seq_length() > 0:
+        if _holds_tokens(cache):
             return None
         first, index, prefill = _distinct_rows(ids, kwargs.get("attention_mask"))
         prefill.reason = why_not_share_prefill(base, kwargs)
@@ -97,14 +98,14 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
         if not pending:
             return None
         index, prefill, of_all_rows = pending.pop()
-        cache: Any = of_all_rows["past_key_values"]
-        if cache is None or getattr(output, "past_key_values", None) is not cache:
+        cache = _cache_in(of_all_rows)
+        if cache is None or not hasattr(output, "logits") or _cache_in(vars(output)) is not cache:
             raise RuntimeError(
                 f"{type(module).__name__} was given a cache and does not return it, so its rows cannot be repeated: "
                 "generate outside of shared_prefill (in TRL, prefix_grouper_generation=false)"
             )
-        output.past_key_values.reorder_cache(index)
-        grow_in_place(output.past_key_values)
+        cache.reorder_cache(index)
+        grow_in_place(cache)
         output.logits = output.logits[index]
         _report(on_prefill, prefill)
         return output
@@ -139,10 +140,26 @@ def why_not_share_prefill(model: nn.Module, inputs: dict[str, Any]) -> str | Non
     ]
     if extra:
         return f"`{extra[0]}` is an input of the forward that is not known here"
-    if (reason := _why_not_repeat(inputs.get("past_key_values"))) is not None:
+    if (reason := _why_not_repeat(_cache_in(inputs))) is not None:
         return reason
     mask = inputs.get("attention_mask")
     return None if mask is None or _is_of_tokens(mask) else "attention_mask is not [rows, tokens]"
+
+
+def _cache_in(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments or the outputs of a forward, or None."""
+    return next((named[name] for name in _CACHES if named.get(name) is not None), None)
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether tokens have been forwarded with ``cache``; one of recurrent layers alone has no length to tell."""
+    for layer in getattr(cache, "layers", ()):
+        states = getattr(layer, "has_previous_state", False)  # of each of its states from transformers 5.24 on
+        if any(states.values()) if isinstance(states, dict) else states:
+            return True
+        if getattr(layer, "is_initialized", False) and layer.get_seq_length() > 0:
+            return True
+    return False
 
 
 def _why_not_repeat(cache: Any) -> str | None:

@@ -39,7 +39,8 @@ from prefix_grouper_plugins.sharing import SharingGate
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch"}
 _KINDS = ("token_type_ids", "mm_token_type_ids")  # of tokens, 0 for text
 # What a forward may be asked for by its arguments or by the config, one place for each packed token.
-_OUTPUTS = {"last_hidden_state", "past_key_values"}
+_CACHES = {"cache", "past_key_values"}  # as transformers calls it from 5.24 on, and before
+_OUTPUTS = {"last_hidden_state", *_CACHES}
 _FOR_GENERATION = "rope_deltas"  # an output of vision-language models that tells where generation goes on
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -365,8 +366,8 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 def _why_not_call(config: Any, inputs: dict[str, Any]) -> str | None:
     """Why a decoder's forward with these arguments is not shared, before its rows are looked at; None if it may be."""
-    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
-        return "the forward reads or returns a cache (`past_key_values`, `use_cache=True`), as generation does"
+    if inputs.get("use_cache") or any(inputs.get(name) is not None for name in _CACHES):
+        return "the forward reads or returns a cache (`past_key_values`, `cache`, `use_cache=True`), as generation does"
     if inputs.get("input_ids") is None:
         return "the decoder is given `inputs_embeds` and no token ids, as with images and learned prompts"
     mask = inputs.get("attention_mask")
