@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
 from tests.processes import Processes
 
-COSTLY = {"processes", "results"}  # fixtures that start processes for a whole session
+COSTLY = ("processes", "results")  # fixtures that start processes for a whole session
+SECONDS_OF_A_SLOW_TEST, SECONDS_OF_ANOTHER = 15.0, 0.3  # about, to begin with the groups that take longest
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers, bring forward what one of them should keep to itself, and then what takes long.
+    """With several workers (``--dist loadgroup``), leave to one of them what shares fixtures, longest groups first.
 
-    Workers steal from the end of each other's queues. So tests that share a costly fixture stay with the worker that has
-    it, and no worker is left with a long test at the end.
+    The tests of a file are a group, as they share its fixtures, and so are all tests that share processes.
     """
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {item: _group(item) for item in items}
+    seconds: Counter[str] = Counter()
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+        seconds[group] += SECONDS_OF_A_SLOW_TEST if item.get_closest_marker("slow") else SECONDS_OF_ANOTHER
+    items.sort(key=lambda item: (-seconds[groups[item]], groups[item]))
 
-    def key(item: pytest.Item) -> tuple[bool, bool]:
-        shares = item.get_closest_marker("shares_a_fixture") or COSTLY & set(getattr(item, "fixturenames", ()))
-        return not shares, item.get_closest_marker("slow") is None
 
-    if hasattr(config, "workerinput"):
-        items.sort(key=key)
+def _group(item: pytest.Item) -> str:
+    shared = [name for name in COSTLY if name in getattr(item, "fixturenames", ())]
+    return shared[0] if shared else item.path.relative_to(item.config.rootpath).as_posix().replace("/", ".")
 
 
 def pytest_collection_finish() -> None:

@@ -9,7 +9,7 @@ from tests.integrations.trl import vision
 from tests.integrations.trl.distributed_training import EQUAL, MODE
 from tests.integrations.trl.training import run_python
 
-pytestmark = [pytest.mark.slow, pytest.mark.shares_a_fixture]
+pytestmark = pytest.mark.slow
 
 OF_TEXT = ["full", "checkpointing", "groups over several micro-batches", "rows ahead", "unequal parts"]
 MODES = [*OF_TEXT, "one process", "images", "sharded"]

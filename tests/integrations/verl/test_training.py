@@ -16,10 +16,6 @@ pytest.importorskip("verl")
 from verl_on_cpu.run import PRECISION, run_training
 from verl_on_cpu.tiny import make_inputs
 
-pytestmark = (
-    pytest.mark.shares_a_fixture
-)  # `train` remembers trainings without sharing, which several tests compare with
-
 STEPS, RESPONSES = 5, 4
 DYNAMIC = [  # a row may have 312 tokens, and its group more than the limit
     "actor_rollout_ref.actor.use_dynamic_bsz=True",
