@@ -89,7 +89,7 @@ def test_an_unmodified_script_shares_with_the_flag_behind_it(folder):
 @pytest.mark.slow
 def test_the_command_takes_the_flag_in_front_of_the_script(folder):
     cli = ["-m", "prefix_grouper_plugins.cli", "trl", "--use_prefix_grouper"]
-    assert run(folder, *cli, *script_arguments())["log"]["prefix_grouper/rows_per_group"] == 4
+    assert run(folder, *cli, *script_arguments(), in_fork=True)["log"]["prefix_grouper/rows_per_group"] == 4
 
 
 @pytest.mark.slow
@@ -145,9 +145,8 @@ def test_trls_own_script_shares(folder):
     prompts = [{"prompt": text} for text in tiny.prompts(8)["prompt"]]
     (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     own = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "rewards.reward"]
-    done = run_python(
-        folder, "-m", "prefix_grouper_plugins.cli", "trl", "grpo", *own, *ARGUMENTS, "--use_prefix_grouper"
-    )
+    command = ["-m", "prefix_grouper_plugins.cli", "trl", "grpo", *own, *ARGUMENTS, "--use_prefix_grouper"]
+    done = run_python(folder, *command, in_fork=True)
     assert "prefix_grouper/rows_per_group" in done.stdout
 
 
@@ -163,7 +162,8 @@ def test_trls_own_script_of_another_trainer_shares(folder):
     settings = {k: v for k, v in SETTINGS.items() if k not in ("num_generations", "max_completion_length")}
     own = ["--model_name_or_path", "model", "--dataset_name", "data"]
     own += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    done = run_python(folder, "-m", "prefix_grouper_plugins.cli", "trl", "dpo", *own, "--use_prefix_grouper")
+    command = ["-m", "prefix_grouper_plugins.cli", "trl", "dpo", *own, "--use_prefix_grouper"]
+    done = run_python(folder, *command, in_fork=True)
     assert "prefix grouper is on for LlamaModel" in done.stderr
     assert "'prefix_grouper/token_ratio': '0." in done.stdout
 
@@ -192,7 +192,7 @@ SFTTrainer(model="model", args=SFTConfig("out", use_cpu=True, bf16=False, report
 @pytest.mark.slow
 def test_other_trainers_are_ours_too_and_sft_says_that_it_has_nothing_to_share(folder):
     (folder / "script.py").write_text(OTHER_NAMES)
-    done = run_python(folder, *LAUNCH, "script.py", "--use_prefix_grouper")
+    done = run_python(folder, *LAUNCH, "script.py", "--use_prefix_grouper", in_fork=True)
     *names, last = done.stdout.splitlines()
     wanted = "DPOTrainer DPOConfig KTOTrainer RewardConfig DPOTrainer ORPOConfig ORPOTrainer OnlineDPOTrainer".split()
     assert names == [f"PrefixGrouper{name}" for name in wanted]
