@@ -71,14 +71,18 @@ test-matrix: $(TRL_VERSIONS:%=$(MATRIX)/trl-%/ready) ## the TRL tests on every s
 	done
 	@for version in $(TRL_VERSIONS); do echo "trl $$version: $$(tail -n 1 $(MATRIX)/trl-$$version.log)"; done; [ ! -e $(MATRIX)/failed ]
 
+# As in `test-matrix`: what cannot be installed here is said, and keeps nothing else from running.
 test-versions: ## the tests of attention and of the packed model on each torch and transformers of TORCH_VERSIONS (some GB for each)
-	@set -e; for pair in $(TORCH_VERSIONS); do \
-	  environment=.venvs/torch-$${pair%:*}; \
+	@mkdir -p .venvs; rm -f .venvs/torch-failed; for pair in $(TORCH_VERSIONS); do \
+	  environment=.venvs/torch-$${pair%:*}; log=$$environment.log; \
 	  echo "== torch $${pair%:*}, transformers $${pair#*:}"; \
-	  [ -x $$environment/bin/python ] || $(PYTHON) -m venv $$environment; \
-	  $$environment/bin/$(INSTALL) torch==$${pair%:*} transformers==$${pair#*:} peft -e '.[test]'; \
-	  $(ENVIRONMENT) $$environment/bin/python -m pytest -n $(WORKERS) $(VERSION_TESTS); \
+	  { { [ -x $$environment/bin/python ] || $(PYTHON) -m venv $$environment; } \
+	    && $$environment/bin/$(INSTALL) torch==$${pair%:*} transformers==$${pair#*:} peft -e '.[test]'; } >$$log 2>&1 \
+	    || { touch .venvs/torch-failed; tail -n 3 $$log; echo "not tested: it could not be installed, see above and $$log" | tee -a $$log; continue; }; \
+	  { $(ENVIRONMENT) $$environment/bin/python -m pytest -n $(WORKERS) $(VERSION_TESTS) || touch .venvs/torch-failed; } 2>&1 | tee $$log; \
 	done
+	@for pair in $(TORCH_VERSIONS); do echo "torch $${pair%:*}, transformers $${pair#*:}: $$(tail -n 1 .venvs/torch-$${pair%:*}.log)"; done; \
+	  [ ! -e .venvs/torch-failed ]
 
 bench: $(VENV)/ready ## the CPU benchmarks, then the pictures and tables of docs/benchmarks.md (about 20 minutes)
 	@set -e; for script in attention growth flops actor_update training pairs prompt_reuse plan_check recipes plot; do $(ENVIRONMENT) $(BIN)/python benchmarks/$$script.py; done

@@ -45,7 +45,10 @@ def base_implementation(name: str) -> str:
 def register(base: str, backend: str) -> str:
     """Make the name known to both interfaces of transformers, and return it."""
     name = f"{_NAME}:{backend}:{base}"
-    AttentionInterface.register(name, functools.partial(_attention, base=base, backend=backend))
+    # What `base` ignores is asked here and not at each call: Dynamo traces through caches, and warns of it.
+    AttentionInterface.register(
+        name, functools.partial(_attention, base=base, backend=backend, ignored=ignored_by(base))
+    )
     masks = AttentionMaskInterface()
     # A name that the mask registry does not know gets no mask at all, which would break left-padded generation. Bases
     # without a mask function of their own (kernels from the hub) keep none.
@@ -63,6 +66,7 @@ def _attention(
     *args: Any,
     base: str,
     backend: str,
+    ignored: frozenset[str],
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered function: ``query [1, H, T, D]``, ``key``/``value [1, H_kv, T, D]`` -> ``[1, T, H, D]``."""
@@ -82,12 +86,11 @@ def _attention(
             f"{type(module).__name__} got a mask of {tuple(attention_mask.shape)} of the model's own making, which the "
             "shared-prefix core does not apply"
         )
-    _check_packed_call(module, query, layout, base, args, kwargs)
+    _check_packed_call(module, query, layout, base, ignored, args, kwargs)
     packed_key, packed_value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     if isinstance(layout, PrefixLayout) and layout.cache is not None:
         packed_key, packed_value = layout.cache.join(module, packed_key, packed_value, layout)
     attention = sequence_parallel_attention if isinstance(layout, ShardedLayout) else shared_prefix_attention
-    ignored = ignored_by(base)
     output = attention(
         query[0].transpose(0, 1),
         packed_key,
@@ -118,6 +121,7 @@ def _check_packed_call(
     query: Tensor,
     layout: PrefixLayout | ShardedLayout,
     base: str,
+    ignored: frozenset[str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
@@ -143,7 +147,7 @@ def _check_packed_call(
             raise UnsupportedModelError(f"{where} passes `{name}`, which the shared-prefix core does not apply")
     if kwargs.get("output_attentions"):
         raise ValueError("attention weights are not available in a packed forward: set `output_attentions=False`")
-    if base == "sdpa" and kwargs.get("softcap") is not None and "softcap" not in ignored_by(base):
+    if base == "sdpa" and kwargs.get("softcap") is not None and "softcap" not in ignored:
         raise UnsupportedModelError(
             f'{where} has a softcap, which transformers\' sdpa refuses: load the model with `attn_implementation="eager"`'
         )
@@ -168,7 +172,6 @@ def _own_attention(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, 
     return namespace.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[base]
 
 
-@functools.lru_cache(maxsize=256)
 def _namespace(cls: type[nn.Module]) -> dict[str, Any]:
     """Globals of the file in which the attention class ``cls`` has its forward."""
     own = getattr(cls, "_prefix_grouper_base", cls)  # of a mixer that uses the interface inside

@@ -10,8 +10,6 @@ implementations:
 
 from __future__ import annotations
 
-import functools
-
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,7 +18,6 @@ BY_MASK = {"eager", "sdpa", "flex_attention"}  # which take all they need from t
 _OPTIONAL = {"softcap": "softcap", "s_aux": "attention sinks"}
 
 
-@functools.cache
 def ignored_by(implementation: str) -> frozenset[str]:
     """The arguments, of ``softcap`` and ``s_aux`` (sinks), that ``implementation`` takes and ignores."""
     if implementation != "sdpa":

@@ -69,14 +69,17 @@ def test_a_compiled_model_gives_the_same_logits_and_gradients(model_type):
     torch._dynamo.reset()
 
 
-def test_no_call_of_an_enabled_model_breaks_the_graph_in_this_package() -> None:
-    """Packed and ordinary ones; transformers itself breaks some."""
+def test_no_call_of_an_enabled_model_breaks_the_graph_in_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed and ordinary ones; transformers itself breaks some. Nor does Dynamo warn of a cache that it ignores."""
+    warnings: list[str] = []
+    monkeypatch.setattr("torch._dynamo.utils.warn_once", lambda message, *rest: warnings.append(message), raising=False)
     model = enable_prefix_grouper(families.build("qwen3", num_hidden_layers=1))
     for inputs in (packed_inputs(LAYOUT, IDS), {"input_ids": IDS[None], "use_cache": False}):
         torch._dynamo.reset()
         reasons = torch._dynamo.explain(model)(**inputs).break_reasons
         frames = [frame.filename for reason in reasons for frame in reason.user_stack]
         assert not [name for name in frames if "prefix_grouper_plugins" in name], reasons
+    assert not [message for message in warnings if "prefix_grouper_plugins" in message]
     torch._dynamo.reset()
 
 

@@ -141,6 +141,7 @@ def forget(base: nn.Module) -> None:
     _KNOWN.pop(base, None)
 
 
+@torch.compiler.disable  # where the graph breaks before the model, Dynamo would trace this walk over its modules
 def has_changed(base: nn.Module) -> bool:
     """Whether ``base`` is another than all that :func:`remember` has seen of it. Never while it is being checked."""
     known = _KNOWN.get(base)

@@ -9,8 +9,8 @@ are computed in float32, or float64 for float64.
 
 Given tokens have keys only: they have no triangle, and their keys are one rectangle with the queries that see them.
 
-`cpu` calls torch's CPU flash kernel on each triangle and rectangle, `cuda` its varlen kernels on whole levels of the tree,
-or once on gathered keys (`gathered`) where prefixes are short.
+`cpu` calls torch's CPU flash kernel on each triangle and rectangle, `cuda` its varlen kernels on whole levels of the tree. Keys
+of levels that are short are copied there instead (`gathered`).
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """The path of `merged_lse` on CUDA: one causal varlen call for all chains, and one for each inner level of the tree.
 
 A chain is a segment and its first children (`rectangles.Chains`): a prompt and its first response are one causal triangle,
-so the level's call has the other responses alone. Forests whose prefixes are short take one call over gathered keys instead
-(`gathered`); forward and backward choose apart, for both give and take the merged log-sum-exp.
+so the level's call has the other responses alone. Where segments are short, their keys are copied for the chains below them
+instead, and need no call (`gathered`). Forward and backward choose apart which levels they copy, for all ways give and take
+the merged log-sum-exp.
 
-The calls get slices of the packed row, so nothing is gathered or copied. A level that has several inner segments has
+The calls get slices of the packed row, or of the keys with their copies. A level that has several inner segments has
 tokens between them that it does not touch; *gap* entries in the cumulative lengths (queries without keys, keys without
 queries) step over them. What a kernel writes into gaps is never used: FA2 and FA3 disagree about it. One group has no
 such entry.
 
-With one inner level, which is every batch of groups, the level's partials are merged into what the causal call has
-returned, in place and in its dtype: each value is rounded once, as if there were sums in float32. Deeper trees round more
+With one level to merge, which is every batch of groups, the level's partials are merged into what the causal call has
+returned, in place and in its dtype: each value is rounded once, as if there were sums in float32. More levels round more
 often, so they keep sums in float32.
 """
 
@@ -25,19 +26,18 @@ import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.merged_lse.gathered import (
-    gathered_backward,
-    gathered_call,
-    gathered_forward,
-    gathers_backward,
-    gathers_forward,
-    unread_states,
+    NONE,
+    Levels,
+    copied_backward,
+    copied_forward,
+    copies_of,
 )
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import add, merge
 from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import (
     Rectangle,
-    chain_ends,
     chains,
-    rectangles,
+    copied_above,
+    rectangles_and_copies,
 )
 from prefix_grouper_plugins.attention.device import accumulation_dtype, stream_of, upload
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
@@ -85,37 +85,60 @@ def flash_ops() -> tuple[FlashOp, FlashOp]:
     return torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
 
 
+@lru_cache
+def unread_states(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The random state and its companion: dropout is off, so the ops never read them and still want the tensors."""
+    return torch.empty(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
-    """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward` and `gathered_forward`."""
-    op, where = flash_ops()[0], (q.device, stream_of(q.device))
-    if gathers_forward(forest, q.shape[1], k.shape[1]):
-        return gathered_forward(op, _aligned(q), _aligned(k), _aligned(v), gathered_call(forest, *where), scale)
-    return varlen_forward(op, q, k, v, varlen_calls(forest, *where), scale)
+    """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward`."""
+    copied, where = copied_forward(forest, q.shape[1], k.shape[1]), (q.device, stream_of(q.device))
+    if copied:
+        copies = copies_of(forest, copied, *where)
+        k, v = copies.of(k), copies.of(v)
+    return varlen_forward(flash_ops()[0], q, k, v, varlen_calls(forest, *where, copied), scale)
 
 
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, forest: Forest, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, see `varlen_backward` and `gathered_backward`."""
-    op, where = flash_ops()[1], (q.device, stream_of(q.device))
-    if gathers_backward(forest, q.shape[1], k.shape[1]):
-        do, q, k, v, out = (_aligned(x) for x in (do, q, k, v, out))
-        return gathered_backward(op, do, q, k, v, out, lse, gathered_call(forest, *where), scale)
-    return varlen_backward(op, do, q, k, v, out, lse, varlen_calls(forest, *where), scale)
+    """Gradients of q, k and v, see `varlen_backward`."""
+    copied, where = copied_backward(forest, q.shape[1], k.shape[1]), (q.device, stream_of(q.device))
+    calls, op = varlen_calls(forest, *where, copied), flash_ops()[1]
+    if not copied:
+        return varlen_backward(op, do, q, k, v, out, lse, calls, scale)
+    copies = copies_of(forest, copied, *where)
+    dq, dk, dv = varlen_backward(op, do, q, copies.of(k), copies.of(v), out, lse, calls, scale)
+    return dq, copies.sum(dk), copies.sum(dv)
 
 
-@lru_cache(maxsize=CACHED_LAYOUTS)
-def varlen_calls(forest: Forest, device: torch.device, stream: int = 0) -> tuple[VarlenCall, ...]:
-    """The varlen calls of a forest: one causal call for its chains, then one for each level of the tree that has rectangles."""
+@lru_cache(maxsize=2 * CACHED_LAYOUTS)
+def varlen_calls(
+    forest: Forest, device: torch.device, stream: int = 0, copied: Levels = NONE
+) -> tuple[VarlenCall, ...]:
+    """The varlen calls of a forest: one causal call for its chains, then one for each level of the tree that has rectangles.
+
+    Args:
+        forest: of the layout.
+        device, stream: where the tables go.
+        copied: levels whose segments are copied: the calls then take keys as `gathered.copies_of` puts them.
+    """
     entries = chains(forest)
-    cu_k, longest = _cumulative((entries.end - entries.start).tolist(), device)
+    q_lengths, k_lengths = entries.end - np.maximum(entries.start, forest.num_given), entries.end - entries.start
+    keys = Rows(int(entries.start[0]), forest.num_tokens, None)
+    if copied:
+        lengths = forest.end - forest.start
+        k_lengths = k_lengths + [lengths[list(above)].sum() for above in copied_above(forest, copied)]
+        keys = Rows(0, int(k_lengths.sum()), None)
+    cu_k, longest = _cumulative(k_lengths.tolist(), device)
     cu_q, longest_q = cu_k, longest
-    if entries.start[0] < forest.num_given:  # its queries see given keys of their own chain
-        cu_q, longest_q = _cumulative((entries.end - np.maximum(entries.start, forest.num_given)).tolist(), device)
-    everything = Rows(0, forest.num_queries, None), Rows(int(entries.start[0]), forest.num_tokens, None)
-    calls = [VarlenCall(cu_q, cu_k, max(longest_q, 2), longest, True, *everything)]
+    if (q_lengths != k_lengths).any():  # queries see given keys of their own chain, or copies
+        cu_q, longest_q = _cumulative(q_lengths.tolist(), device)
+    queries = Rows(0, forest.num_queries, None)
+    calls = [VarlenCall(cu_q, cu_k, max(longest_q, 2), longest, True, queries, keys)]
     levels: dict[int, list[Rectangle]] = {}
-    for rectangle in rectangles(forest, chain_ends(forest)):
+    for rectangle in rectangles_and_copies(forest, copied):
         levels.setdefault(rectangle.level, []).append(rectangle)
     calls += [_level_call(levels[level], forest.num_given, device) for level in sorted(levels)]
     return tuple(calls)

@@ -1,181 +1,178 @@
-"""One bottom-right causal varlen call over gathered keys and values, for forests whose prefixes are short.
+"""Which keys are copied for the chains below them, so that fewer partial outputs have to be merged.
 
-Each chain of segments (`rectangles.Chains`) is an entry: its queries, on the keys of all of its ancestors and its own. The
-keys of a prompt are copied for each response but the first, as rows would hold them, and nothing has to be merged. That moves
-fewer bytes than partial outputs where prefixes are short beside what lies below them; `gathers_forward` and
-`gathers_backward` count both (docs/cuda.md derives the counts). Gradients of the copies of a key are added up in float32, in
-their order.
+A chain of segments (`rectangles.Chains`) is an entry of the causal call: its queries, on its own keys. The keys of the segments
+above it are either a rectangle, a call of its own whose outputs are merged, or they are copied in front of the chain's own, as
+rows would hold them: the call is causal to the bottom right, so its queries see all of them. Copies move fewer bytes where
+a segment is short beside what lies below it, such as the prompt before long responses, or the beginning that all prompts of a
+chat template share. `copied_forward` and `copied_backward` count the bytes (docs/cuda.md derives the counts), and choose the
+levels of the tree whose segments are copied. With all of them copied nothing is merged. Gradients of the copies of a key
+are added up in float32, in their order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import sum_copies
-from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import chain_ends, chains, rectangles
-from prefix_grouper_plugins.attention.device import accumulation_dtype, upload
+from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import (
+    chains,
+    copied_above,
+    rectangles_and_copies,
+)
+from prefix_grouper_plugins.attention.device import upload
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
 
+Levels = frozenset[int]
+NONE: Levels = frozenset()
 
-class GatheredCall(NamedTuple):
-    """One causal varlen call on gathered keys.
+
+class Copies(NamedTuple):
+    """Keys of all chains, one chain behind the other, each behind the copies that are made for it.
 
     Attributes:
-        cu_q, cu_k: ``IntTensor[B + 1]``, cumulative query and key lengths of the chains that have queries.
-        max_q, max_k: the longest entry; ``max_q`` is at least 2, for FA2 takes 1 to mean decoding.
-        key_of: ``IntTensor[C]``, the key behind each gathered one.
-        copies: ``IntTensor[C]``, places among the gathered keys, ordered by the key behind them.
-        first_copy: ``IntTensor[T + 1]``, where the copies of each key begin in ``copies``.
+        key_of: ``IntTensor[C]``, the key behind each of them.
+        places: ``IntTensor[C]``, places among them, ordered by the key behind them.
+        first: ``IntTensor[T + 1]``, where the places of each key begin in ``places``.
     """
 
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
     key_of: Tensor
-    copies: Tensor
-    first_copy: Tensor
+    places: Tensor
+    first: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """``[C, ...]``, the copies of keys or values ``x [T, ...]``."""
+        return x.index_select(0, self.key_of)
+
+    def sum(self, grad: Tensor) -> Tensor:
+        """``[T, ...]``, the gradient of keys or values from that of their copies, ``grad [C, ...]``, in its dtype."""
+        return sum_copies(grad, self.key_of, self.places, self.first)
 
 
 class Traffic(NamedTuple):
-    """What the two ways differ by, in rows: how many of them the passes other than the flash kernels go over.
+    """What the ways differ by, in rows: how many of them the passes other than the flash kernels go over.
 
     Attributes:
-        tokens: keys of the forest.
+        queries, tokens: queries and keys of the forest.
         reached: queries of all rectangles.
         shared: keys of all rectangles.
-        copied: keys that gathering makes more of than there are.
+        gathered: keys and copies of keys that are put one behind the other; 0 where the keys are taken as they lie.
+        levels: levels of the tree that have rectangles, each of which is a call.
     """
 
+    queries: int
     tokens: int
     reached: int
     shared: int
-    copied: int
+    gathered: int
+    levels: int
 
-    def merged_forward(self, heads: int) -> int:
-        """Bytes of a forward that merges, for one element of a head in half precision.
+    @property
+    def copied(self) -> int:
+        """How many more keys there are with copies than without."""
+        return self.gathered - self.tokens if self.gathered else 0
+
+    def forward(self, heads: int, kv_heads: int) -> int:
+        """Bytes of a forward, for one element of a head in half precision.
 
         Per reached query and head: the level's call reads q and writes a partial output (4), the merge reads two and writes
-        one (6).
+        one (6). With more than one level, outputs are widened to float32 and narrowed again (12 per query), and a merge moves
+        10. Where keys are copied: K and V are read and written (8 per key of the copies and key head), and the flash
+        kernel reads the copies too (4).
         """
-        return 10 * heads * self.reached
+        merged = heads * (10 * self.reached if self.levels < 2 else 14 * self.reached + 12 * self.queries)
+        return merged + self._gathering(kv_heads)
 
-    def merged_backward(self, heads: int, kv_heads: int) -> int:
+    def backward(self, heads: int, kv_heads: int) -> int:
         """The same, of a backward.
 
-        Per reached query and head: the level's call reads dO and O for delta (4), clears and converts the float32 dq (10),
-        and dq is added (6). Per shared key: dk and dv of each query head, where heads are grouped, are written and read
-        again (8), their sums written (4) and added (12).
-        """
-        return 20 * heads * self.reached + (_grouped(heads, kv_heads) + 16 * kv_heads) * self.shared
-
-    def gathered_forward(self, kv_heads: int) -> int:
-        """Of a forward that gathers: K and V are read and written (8 per gathered key and key head), and the flash kernel
-        reads the copies too (4)."""
-        return kv_heads * (8 * (self.tokens + self.copied) + 4 * self.copied)
-
-    def gathered_backward(self, heads: int, kv_heads: int) -> int:
-        """Of a backward that gathers: the same again, then gradients.
-
-        Those of copies are summed over query heads (8 and 4 per copied key), then read (4 per gathered key) and their sums
+        Per reached query and head: the level's call reads dO and O for delta (4), clears and converts the float32 dq (10), and dq
+        is added (6). Per shared key: dk and dv of each query head, where heads are grouped, are written and read again
+        (8), their sums written (4) and added (12). With more than one level, dq, dk and dv are widened and narrowed again (12
+        per query and head, 24 per key and key head), and additions move 10 and 20. Where keys are copied, their gradients
+        are summed over query heads (8 and 4 per copied key), then read (4 per key of the copies) and their sums
         written (4 per key).
         """
-        sums = kv_heads * (4 * self.copied + 4 * (self.tokens + self.copied) + 4 * self.tokens)
-        return self.gathered_forward(kv_heads) + _grouped(heads, kv_heads) * self.copied + sums
+        per_head = 8 * heads if heads != kv_heads else 0
+        if self.levels < 2:
+            merged = 20 * heads * self.reached + (per_head + 16 * kv_heads) * self.shared
+        else:
+            merged = heads * (24 * self.reached + 12 * self.queries)
+            merged += (per_head + 24 * kv_heads) * self.shared + 24 * kv_heads * self.tokens
+        if not self.gathered:
+            return merged
+        sums = kv_heads * (4 * self.copied + 4 * self.gathered + 4 * self.tokens)
+        return merged + self._gathering(kv_heads) + per_head * self.copied + sums
+
+    def _gathering(self, kv_heads: int) -> int:
+        return kv_heads * (8 * self.gathered + 4 * self.copied)
 
 
-def _grouped(heads: int, kv_heads: int) -> int:
-    """Per key: dk and dv of the query heads of a key head, which FA2 writes apart and then sums."""
-    return 8 * heads if heads != kv_heads else 0
-
-
-@lru_cache(maxsize=CACHED_LAYOUTS)
-def traffic(forest: Forest) -> Traffic:
-    """The counts of a forest."""
-    found, entries = rectangles(forest, chain_ends(forest)), chains(forest)
-    reached, shared = sum(r.q1 - r.q0 for r in found), sum(r.k1 - r.k0 for r in found)
-    gathered = int((entries.depth + entries.end - entries.start).sum())
-    return Traffic(forest.num_tokens, reached, shared, gathered - forest.num_tokens)
+def traffic(forest: Forest, copied: Levels = NONE) -> Traffic:
+    """The counts of a forest where the segments of these levels are copied."""
+    found = rectangles_and_copies(forest, copied)
+    lengths = forest.end - forest.start
+    extra = sum(int(lengths[list(above)].sum()) for above in copied_above(forest, copied)) if copied else 0
+    entries = chains(forest)
+    return Traffic(
+        forest.num_queries,
+        forest.num_tokens,
+        sum(r.q1 - r.q0 for r in found),
+        sum(r.k1 - r.k0 for r in found),
+        int((entries.end - entries.start).sum()) + extra if copied else 0,
+        len({r.level for r in found}),
+    )
 
 
 @lru_cache(maxsize=2 * CACHED_LAYOUTS)
-def gathers_forward(forest: Forest, heads: int, kv_heads: int) -> bool:
-    """Whether a forward that gathers keys moves fewer bytes than one that merges partial outputs; False where nothing is shared.
+def copied_forward(forest: Forest, heads: int, kv_heads: int) -> Levels:
+    """The levels whose segments a forward copies, so that it moves the fewest bytes; none where nothing is shared.
 
-    The copies of keys and values then take at most about as much memory as the queries and outputs.
+    The copies of keys and values take at most two and a half times the memory of the output.
     """
-    counts = traffic(forest)
-    return bool(counts.reached) and counts.gathered_forward(kv_heads) < counts.merged_forward(heads)
+    most = 5 * heads * forest.num_queries // (4 * kv_heads)
+    return _cheapest(forest, lambda counts: counts.forward(heads, kv_heads), most - forest.num_tokens)
 
 
 @lru_cache(maxsize=2 * CACHED_LAYOUTS)
-def gathers_backward(forest: Forest, heads: int, kv_heads: int) -> bool:
+def copied_backward(forest: Forest, heads: int, kv_heads: int) -> Levels:
     """The same of a backward. Gradients of copies are made for each query head, so there are at most as many copies as keys."""
-    counts = traffic(forest)
-    if not counts.reached or counts.copied > counts.tokens:
-        return False
-    return counts.gathered_backward(heads, kv_heads) < counts.merged_backward(heads, kv_heads)
+    return _cheapest(forest, lambda counts: counts.backward(heads, kv_heads), forest.num_tokens)
 
 
-@lru_cache(maxsize=CACHED_LAYOUTS)
-def gathered_call(forest: Forest, device: torch.device, stream: int = 0) -> GatheredCall:
-    """The call of a forest, made and uploaded once for all layers."""
+def _cheapest(forest: Forest, cost: Callable[[Traffic], int], most: int) -> Levels:
+    """The levels to copy, of all ways that make at most ``most`` copies: none, or some from the top, or from the bottom."""
+    levels = sorted({r.level for r in rectangles_and_copies(forest, NONE)})
+    best, least = NONE, cost(traffic(forest))
+    if not levels:
+        return best
+    parts = range(1, len(levels)) if not forest.num_given else ()  # given keys are copied as a whole
+    every = range(int(forest.level.max()) + 1)
+    for way in map(frozenset, [*(levels[:n] for n in parts), *(levels[n:] for n in parts), every]):
+        counts = traffic(forest, way)
+        if counts.copied <= most and cost(counts) < least:
+            best, least = way, cost(counts)
+    return best
+
+
+@lru_cache(maxsize=2 * CACHED_LAYOUTS)
+def copies_of(forest: Forest, copied: Levels, device: torch.device, stream: int = 0) -> Copies:
+    """The copies of a forest, made and uploaded once for all layers."""
     entries = chains(forest)
     index: list[np.ndarray] = []
-    for first, end, top in zip(*(x.tolist() for x in (entries.start, entries.end, entries.top)), strict=True):
-        path = [np.arange(first, end)]
-        while (top := int(forest.parent[top])) >= 0:
-            path.append(np.arange(forest.start[top], forest.end[top]))
-        index += reversed(path)
+    for first, end, above in zip(
+        entries.start.tolist(), entries.end.tolist(), copied_above(forest, copied), strict=True
+    ):
+        index += [np.arange(forest.start[segment], forest.end[segment]) for segment in above]
+        index.append(np.arange(first, end))
     key_of = np.concatenate(index)
-    q_lengths = entries.end - np.maximum(entries.start, forest.num_given)
-    k_lengths = entries.depth + entries.end - entries.start
-    tables = [
-        np.concatenate(([0], np.cumsum(q_lengths))),
-        np.concatenate(([0], np.cumsum(k_lengths))),
-        np.concatenate(([0], np.cumsum(np.bincount(key_of, minlength=forest.num_tokens)))),
-        key_of,
-        np.argsort(key_of, kind="stable"),
-    ]
+    first_place = np.concatenate(([0], np.cumsum(np.bincount(key_of, minlength=forest.num_tokens))))
+    tables = [key_of, np.argsort(key_of, kind="stable"), first_place]
     padded = [np.pad(table, (0, -len(table) % 4)) for table in tables]  # each begins at 16 bytes
     parts = upload(np.concatenate(padded).astype(np.int32), device).split([len(table) for table in padded])
-    cu_q, cu_k, first_copy, rows, copies = (part[: len(table)] for part, table in zip(parts, tables, strict=True))
-    return GatheredCall(cu_q, cu_k, max(int(q_lengths.max()), 2), int(k_lengths.max()), rows, copies, first_copy)
-
-
-def gathered_forward(
-    op: Any, q: Tensor, k: Tensor, v: Tensor, call: GatheredCall, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``out [Q, H, D]`` and ``lse [H, Q]``; arguments as in `cuda.varlen_forward`."""
-    keys, values = (x.index_select(0, call.key_of) for x in (k, v))
-    out, lse = op(q, keys, values, *call[:4], 0.0, True, False, scale=scale)[:2]
-    return out, lse.to(accumulation_dtype(q.dtype))
-
-
-@lru_cache
-def unread_states(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The random state and its companion: dropout is off, so the ops never read them and still want the tensors."""
-    return torch.empty(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
-
-
-def gathered_backward(
-    op: Any,
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    call: GatheredCall,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their dtype; arguments as in `cuda.varlen_backward`."""
-    keys, values = (x.index_select(0, call.key_of) for x in (k, v))
-    grads = op(do, q, keys, values, out, lse, *call[:4], 0.0, True, *unread_states(q.device), scale=scale)
-    dk, dv = (sum_copies(grad, call.key_of, call.copies, call.first_copy) for grad in grads[1:3])
-    return grads[0], dk, dv
+    return Copies(*(part[: len(table)] for part, table in zip(parts, tables, strict=True)))

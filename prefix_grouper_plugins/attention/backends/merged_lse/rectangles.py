@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,51 @@ def chain_ends(forest: Forest) -> np.ndarray:
 def _is_top(forest: Forest) -> np.ndarray:
     """Whether a segment is not the first child of another, which in pre-order is the one in front of it."""
     return (forest.parent < 0) | (forest.parent != np.arange(len(forest.parent)) - 1)
+
+
+def copied_above(forest: Forest, copied: Set[int]) -> list[tuple[int, ...]]:
+    """For each chain the segments above it whose keys are copied for it, from the root down.
+
+    They end at a segment that is not copied: its rectangle has the copied keys above it too, see `rectangles_and_copies`.
+
+    Args:
+        forest: of the layout.
+        copied: levels of the tree whose segments are copied, for all that is not in their own chain. All or none of them
+            where tokens are given.
+    """
+    below: list[tuple[int, ...]] = [()] * (
+        len(forest.parent) + 1
+    )  # for what hangs on each segment; the last one for roots
+    for s, (parent, level) in enumerate(zip(forest.parent.tolist(), forest.level.tolist(), strict=True)):
+        if level in copied:
+            below[s] = (*below[parent], s)
+    return [below[parent] for parent in forest.parent[chains(forest).top].tolist()]
+
+
+def rectangles_and_copies(forest: Forest, copied: Set[int]) -> list[Rectangle]:
+    """The rectangles of all segments that are not copied; each has the copied keys above its segment too.
+
+    Keys count as they lie with copies: one chain behind the other, and each chain behind what `copied_above` says.
+    """
+    found = [r for r in rectangles(forest, chain_ends(forest)) if r.level not in copied]
+    if not copied or not found:
+        return found
+    entries = chains(forest)
+    lengths = forest.end - forest.start
+    extra = np.array([int(lengths[list(above)].sum()) for above in copied_above(forest, copied)])
+    own = np.cumsum(extra + entries.end - entries.start) - (
+        entries.end - entries.start
+    )  # the first of a chain's own keys
+    moved = []
+    for rectangle in found:
+        chain = int(np.searchsorted(entries.start, rectangle.k0, side="right")) - 1
+        segment, top = int(np.searchsorted(forest.start, rectangle.k0)), int(entries.top[chain])
+        while segment > top and int(forest.level[segment - 1]) in copied:  # its parent, in the same chain
+            segment -= 1
+        by = int(own[chain] - entries.start[chain])
+        in_front = int(extra[chain]) if segment == top else 0
+        moved.append(rectangle._replace(k0=int(forest.start[segment]) + by - in_front, k1=rectangle.k1 + by))
+    return moved
 
 
 def rectangles(forest: Forest, behind: np.ndarray | None = None) -> list[Rectangle]:

@@ -234,11 +234,12 @@ def sum_of_copies_equals_torch() -> None:
     """With a key that has no copies, and rows wider than a program."""
     layout = layout_of([(9, [(3, []), (40, [(2, []), (5, [])])]), (7, [(2, []), (8, [])])])
     for num_given in (0, 9):
-        call = gathered.gathered_call(forest_of(layout.segments, num_given), torch.device("cpu"))
-        grad = torch.randn(len(call.key_of), 3, 400)
+        forest = forest_of(layout.segments, num_given)
+        copies = gathered.copies_of(forest, frozenset(forest.level.tolist()), torch.device("cpu"))
+        grad = torch.randn(len(copies.key_of), 3, 400)
         assert merge._fused(grad, grad) is triton_merge()
-        expected = torch.zeros(layout.num_tokens, 3, 400).index_add_(0, call.key_of, grad)
-        torch.testing.assert_close(merge.sum_copies(grad, call.key_of, call.copies, call.first_copy), expected)
+        expected = torch.zeros(layout.num_tokens, 3, 400).index_add_(0, copies.key_of, grad)
+        torch.testing.assert_close(copies.sum(grad), expected)
 
 
 @needs_interpreter
