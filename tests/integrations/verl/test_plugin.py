@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,17 @@ pytest.importorskip("verl")
 
 from prefix_grouper_plugins.integrations.verl import compatibility, switch
 from prefix_grouper_plugins.integrations.verl.worker import ForwardedFlops, install_separate
+from tests.processes import run_in_fork
 
-QUIET = {"PYTHONWARNINGS": "ignore"}
 
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run ``code`` in an interpreter of its own, where verl loads its plugins afresh."""
-    variables = os.environ | QUIET | environment
+def new_interpreter(code: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"PYTHONWARNINGS": "ignore"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process that has imported what verl needs, but not verl, which so loads its plugins afresh."""
+    return run_in_fork("-c", code, cwd=Path.cwd(), env=os.environ | environment)
 
 
 REGISTERED = """
@@ -36,7 +40,7 @@ def test_importing_verl_sets_the_hooks_up_and_imports_no_engine():
         "[m for m in ('verl.workers.engine', 'verl.trainer.ppo.ray_trainer', 'transformers.modeling_utils', "
         "'prefix_grouper_plugins.integrations.verl.engine') if m in sys.modules])"
     )
-    assert python(code).stdout.strip() == "True []"
+    assert new_interpreter(code).stdout.strip() == "True []"
 
 
 def test_verl_finds_the_engine_for_every_device():
@@ -46,7 +50,7 @@ def test_verl_finds_the_engine_for_every_device():
 
 def test_the_engine_can_be_the_first_import_of_a_process():
     code = "from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, switch\nprint(switch.failures)"
-    out = python(code + REGISTERED)
+    out = new_interpreter(code + REGISTERED)
     assert out.stdout.splitlines() == ["[]", "['cpu', 'cuda', 'npu'] {'PrefixGrouperEngine'}"], out.stderr
 
 
