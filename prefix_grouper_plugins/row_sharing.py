@@ -318,6 +318,7 @@ class _DecoderHooks:
             anatomy = Anatomy(decoder)
             if not anatomy.is_sharded:  # there the hook of enabling decides, which knows no other process
                 gate.self_check(decoder, alone=True, anatomy=anatomy)
+        gate.check_changes(decoder)
         if gate.needs_first_batch(decoder):
             self._compare_first_batch(decoder, inputs, rows)
         return gate.reason

@@ -15,6 +15,7 @@ A trainer goes through a gate like this:
     if gate.needs_self_check(model):            # before a pass, when weights are loaded and sharded as they will be
         with autocast:
             gate.self_check(model, device)      # every process at the same point, with the outermost module
+    gate.check_changes(model)                   # before each pass
     if gate.reason is not None:                 # the ordinary path
         gate.meter.count_fallback(gate.reason, lengths)
     else:                                       # the packed one
@@ -51,7 +52,7 @@ from prefix_grouper_plugins.modeling.self_check import (
     self_check,
     why_not_yet,
 )
-from prefix_grouper_plugins.modeling.self_check.changes import Watch, forget, is_checking, remember
+from prefix_grouper_plugins.modeling.self_check.changes import Watch, forget, has_changed, is_checking, remember
 from prefix_grouper_plugins.modeling.self_check.first_batch import compare_first_batch
 from prefix_grouper_plugins.modeling.self_check.micro_batch import Compared
 from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
@@ -179,6 +180,38 @@ class SharingGate:
             self.refuse(reasons)
         elif self._is_main:
             logger.log(logging.INFO if result.passed else logging.WARNING, "prefix grouper: %s", result)
+
+    def check_changes(self, model: nn.Module, device: torch.device | None = None, *, alone: bool = True) -> None:
+        """Check ``model`` again if it has changed since it was checked. Where that fails, it is refused.
+
+        Call it before each pass: within a forward (see `_check_what_has_changed`) it is too late for the ordinary path.
+
+        Args:
+            model: one of :attr:`models`, as it is wrapped by now.
+            device: where collectives run.
+            alone: leave the other processes out: their forwards do not depend on whether this one shares. Otherwise it is a
+                collective.
+
+        Raises:
+            UnsupportedModelError: what it has become cannot be shared exactly, and ``on_unsupported`` is ``"error"``.
+        """
+        if self.reason is not None or self_check_pending(model):
+            return
+        base = transformers_model(model)
+        changed = has_changed(base)
+        if alone:
+            reasons = _why_not_any_longer(base, self._self_check, self._left_padding) if changed else []
+        else:
+            assert device is not None
+            if not on_any_rank(changed, device):
+                return
+            reasons = _why_not_any_longer(base, self._self_check, self._left_padding, outermost=model)
+            if on_any_rank(bool(reasons), device) and not reasons:
+                reasons = ["another process found a difference"]
+        if reasons:
+            self.refuse([_changed(base, reasons)])
+        elif changed:
+            remember(base)
 
     def needs_first_batch(self, model: nn.Module) -> bool:
         """Whether ``model`` is of a class that no test has compared, and its first batch has not been run both ways yet.
@@ -450,20 +483,38 @@ def _check_again(base: Any, checks: bool, left_padding: bool) -> None:
     Raises:
         UnsupportedModelError: see `_check_what_has_changed`.
     """
-    anatomy = Anatomy(base)
+    if reasons := _why_not_any_longer(base, checks, left_padding):
+        raise UnsupportedModelError(f"{_changed(base, reasons)}. Undo that, or call disable_prefix_grouper(model)")
+    remember(base)
+
+
+def _why_not_any_longer(
+    base: Any, checks: bool, left_padding: bool, *, outermost: nn.Module | None = None
+) -> list[str]:
+    """Why a model that has changed cannot be shared; it is self-checked where nothing else is known against it.
+
+    Args:
+        base: the transformers model.
+        checks: whether there are self-checks.
+        left_padding: as in :meth:`SharingGate.enable`.
+        outermost: as it is wrapped, where every process calls this at the same point. Forwards of a sharded model need all.
+    """
+    anatomy = Anatomy(base if outermost is None else outermost)
     report = report_on(anatomy)
     reasons = [*report.reasons, *(report.left_padding_reasons if left_padding else ())]
-    if not checks or anatomy.is_sharded:  # other processes may not be here, and forwards of a sharded model need them
-        reasons += report.unverified
-    elif not reasons:
-        result = self_check(base, left_padding=left_padding, anatomy=anatomy)
-        reasons += _why_not_after(result, report.unverified)
-    if reasons:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} has changed since it was checked, and cannot be shared any longer: "
-            f"{'; '.join(reasons)}. Undo that, or call disable_prefix_grouper(model)"
+    if not checks or (anatomy.is_sharded and outermost is None):
+        return [*reasons, *report.unverified]
+    if not reasons:
+        reasons += _why_not_after(
+            self_check(anatomy.model, left_padding=left_padding, anatomy=anatomy), report.unverified
         )
-    remember(base)
+    return reasons
+
+
+def _changed(base: Any, reasons: Sequence[str]) -> str:
+    return (
+        f"{type(base).__name__} has changed since it was checked, and cannot be shared any longer: {'; '.join(reasons)}"
+    )
 
 
 _check_what_has_changed.belongs_to_enabling = True  # type: ignore[attr-defined]

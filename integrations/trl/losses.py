@@ -32,6 +32,8 @@ _PARTS_OF_THE_LOSS = (
     "get_off_policy_mask",
     "get_gamma_weights",
 )
+_STEPS_IN_BACKWARD = {"lomo", "adalomo"}
+_MACHINERY = ("torch.distributed.", "accelerate.", "deepspeed.")  # whose hooks reduce gradients over processes
 _HOMES = {_GRPO, _RLOO, _GMPO, "transformers.trainer"}
 # Methods of TRL are wrapped in decorators of its own, of torch and of transformers.
 _ROOTS = tuple(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (trl, torch, transformers))
@@ -54,6 +56,9 @@ def why_rows_stay(trainer: Any) -> str | None:
 
     ``trainer.loss_is_sum_over_rows`` answers for code that is not TRL's.
     """
+    optimizer = getattr(trainer.args, "optim", None)
+    if (name := getattr(optimizer, "value", optimizer)) in _STEPS_IN_BACKWARD:
+        return f"optim={name!r} makes an optimizer step in the backward of each micro-batch"
     if getattr(trainer, "aux_loss_enabled", False):
         return "the router loss is made of means over a micro-batch"
     if trainer.loss_is_sum_over_rows:
@@ -64,6 +69,8 @@ def why_rows_stay(trainer: Any) -> str | None:
                 f"{owner} is not TRL's own and may compute something from the whole micro-batch; set "
                 "loss_is_sum_over_rows = True on the class if it does not"
             )
+    if (reason := _why_gradients_depend(trainer.model)) is not None:
+        return reason
     home = next(_home(function) for _, function in _definitions(trainer, "_compute_loss"))
     if home == _RLOO:
         return None
@@ -89,6 +96,24 @@ def who_stands_in_front(trainer: Any, ours: type, name: str) -> str | None:
         return f"{type(trainer).__name__} object"
     mro = type(trainer).__mro__
     return next((cls.__name__ for cls in mro[: mro.index(ours)] if name in vars(cls)), None)
+
+
+def _why_gradients_depend(model: Any) -> str | None:
+    """A hook may do anything with the gradient of one backward: clip it, or let an optimizer step."""
+    for name, parameter in model.named_parameters():
+        after = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        hooks = [hook for known in (parameter._backward_hooks, after) for hook in (known or {}).values()]
+        if parameter.requires_grad and any(not _module_of(hook).startswith(_MACHINERY) for hook in hooks):
+            return (
+                f"a hook on {name} gets the gradient of each micro-batch; set loss_is_sum_over_rows = True on the class if it "
+                "only multiplies by what is the same for all of them"
+            )
+    return None
+
+
+def _module_of(function: Any) -> str:
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__module__", None) or type(inner).__module__
 
 
 def _why_entropy_depends(settings: Any) -> str | None:

@@ -39,6 +39,7 @@ from prefix_grouper_plugins.layout import PrefixLayout, on_device
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
+from prefix_grouper_plugins.modeling.model_state import ModelState
 from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
 from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
@@ -46,6 +47,9 @@ from prefix_grouper_plugins.token_budget import RowTokens, forwarded_tokens, nex
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
+
+
+_REMEDY = "prefix_grouper_regroup='none'"
 
 
 def tokens_of_rows(on_host: Blocks) -> list[RowTokens]:
@@ -94,6 +98,10 @@ class PromptReuse:
         self._trainer, self._forward = trainer, forward
         self._prompts = OpenPrompts()
         self._ahead: ScoresAhead | None = None
+        self._ahead_end = 0  # the number of the micro-batch behind those of which it has scores
+        # The model that forwards which are not finished have run, and the models that later micro-batches have met.
+        self._model_state: ModelState | None = None
+        self._later_states: list[ModelState] = []
         self._micro_batches: list[MicroBatch] = []  # of the generation batch
         self._on_host: list[Blocks] = []  # their rows
         self._tokens: list[list[RowTokens]] = []
@@ -151,8 +159,15 @@ class PromptReuse:
         Args:
             micro_batches: of the generation batch.
             number: of the micro-batch among them.
+
+        Raises:
+            RuntimeError: a forward of earlier micro-batches lacks its gradient.
         """
         self._coming = range(0)
+        if (ahead := self._ahead) is not None:
+            is_known = micro_batches is self._micro_batches
+            if not is_known or number not in range(self._ahead_end - ahead.num_left, self._ahead_end):
+                self.check_finished()
         if self._shares is None:
             self._shares = self.why_not_ahead(self._trainer.model) is None
         if not self._shares:
@@ -213,7 +228,21 @@ class PromptReuse:
             return
         ahead, self._ahead = self._ahead, None
         unfinished = int(ahead is not None and not ahead.is_closed)
-        self._prompts.leave(step_ends=step_ends, remedy="Set prefix_grouper_regroup='none'", unfinished=unfinished)
+        self._prompts.leave(step_ends=step_ends, remedy=f"Set {_REMEDY}", unfinished=unfinished)
+        if not self._prompts.open:
+            self._check_model(ends=True)
+
+    def check_finished(self) -> None:
+        """An optimizer step must not follow before all that micro-batches share has got its gradient.
+
+        Raises:
+            RuntimeError: a micro-batch has failed, or was left out, so that :meth:`leave` was not called for it.
+        """
+        if self._is_open:
+            raise RuntimeError(
+                "a forward that micro-batches share has not got its gradient, since one of them has failed or was not scored: "
+                f"set {_REMEDY}"
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -232,8 +261,9 @@ class PromptReuse:
         if number == self._scored:  # a loss that scores its rows twice
             return None
         self._scored = number
+        self._check_model()
         if self._ahead is not None:
-            return self._from_ahead(self._ahead, model, rows)
+            return self._from_ahead(self._ahead, number, model, rows)
         if self._stays_open is None:
             self._stays_open = self.why_not(model) is None
         first, *later = self._coming
@@ -243,10 +273,52 @@ class PromptReuse:
         may_join = is_known and not self._leaves_experts_out(model)
         count, shared = self._plan(coming, rows, self._prompts, self._stays_open, may_join=may_join)
         if count == 1:
-            return self._score(model, rows, tokens, shared, self._prompts, entropy)
-        joint = [rows, *map(self._rows_of, later[: count - 1])]
-        self._ahead, counts = self._score_joint(model, joint, coming[:count], shared, self._prompts, entropy)
-        return (*self._ahead.take(), None), counts
+            found = self._score(model, rows, tokens, shared, self._prompts, entropy)
+        else:
+            joint = [rows, *map(self._rows_of, later[: count - 1])]
+            self._ahead, counts = self._score_joint(model, joint, coming[:count], shared, self._prompts, entropy)
+            self._ahead_end = number + count
+            found = (*self._ahead.take(), None), counts
+        if self._is_open and self._model_state is None:
+            self._model_state = ModelState(self._trainer.model)
+        return found
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether forwards of this optimizer step have not got their gradient, since other micro-batches share them."""
+        return self._ahead is not None or bool(self._prompts.open)
+
+    def stop_sharing(self, reason: str) -> None:
+        """Micro-batches take the ordinary path from here on.
+
+        Raises:
+            RuntimeError: earlier ones of this optimizer step wait for them.
+        """
+        if self._is_open:
+            raise RuntimeError(
+                f"micro-batches of an optimizer step share forwards, and after some of them sharing has become impossible: {reason}. "
+                f"Make such changes between optimizer steps, or set {_REMEDY}"
+            )
+
+    def _check_model(self, *, ends: bool = False) -> None:
+        """See whether the model is the one that open forwards have run; with ``ends``, as they are finished, read values too.
+
+        Raises:
+            RuntimeError: it has changed, so scores or gradients are those of another model.
+        """
+        if (first := self._model_state) is None:
+            return
+        now = ModelState(self._trainer.model)
+        self._later_states.append(now)
+        reason = first.what_differs(now)
+        if ends:
+            reason = reason or next(filter(None, map(first.other_weights, self._later_states)), None)
+            self._model_state, self._later_states = None, []
+        if reason is not None:
+            raise RuntimeError(
+                f"micro-batches of an optimizer step share forwards, and between them {reason}: make such changes between "
+                f"optimizer steps, or set {_REMEDY}"
+            )
 
     def _anatomy(self, model: Any) -> Anatomy | None:
         """What enabling has found, since finding it walks the whole model."""
@@ -261,13 +333,14 @@ class PromptReuse:
     def _rows_of(self, number: int) -> Rows:
         return Rows.of_blocks(_blocks_of(self._micro_batches[number]), self._on_host[number])
 
-    def _from_ahead(self, ahead: ScoresAhead, model: Any, rows: Rows) -> tuple[Scores, list[Counts]]:
-        """Scores of a micro-batch whose rows were forwarded with those of an earlier one."""
-        if not rows.holds(self._on_host[self._coming[0]]):
+    def _from_ahead(self, ahead: ScoresAhead, number: int, model: Any, rows: Rows) -> tuple[Scores, list[Counts]]:
+        """Scores of micro-batch ``number``, whose rows were forwarded with those of an earlier one."""
+        if not rows.holds(self._on_host[number]):
             raise RuntimeError(
                 "the loss scores other rows than those of its micro-batch, which were forwarded with an earlier one: set "
-                "prefix_grouper_regroup='none'"
+                f"{_REMEDY}"
             )
+        ahead.skip(number - self._ahead_end + ahead.num_left)
         accelerator = self._trainer.accelerator
         logps, entropies = ahead.take(last=accelerator.sync_gradients)
         if not accelerator.sync_gradients or accelerator.num_processes == 1:

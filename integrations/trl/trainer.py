@@ -98,6 +98,7 @@ class PrefixGrouperMixin:
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
         )
         self.generation = SharedGeneration(warn=self.accelerator.is_main_process)
+        self._regrouped_over = 1  # micro-batches of the present generation batch, that have exchanged rows
         self._makes_inputs = False  # the old-policy and reference passes run while TRL makes the inputs of the update
         self._row_limits: dict[Any, tuple[int, str] | None] = {}  # what enabling fixed, so it stays
         if self._shares:
@@ -212,7 +213,8 @@ class PrefixGrouperMixin:
     @_buffered_inputs.setter
     def _buffered_inputs(self, micro_batches: list[MicroBatch] | None) -> None:
         if micro_batches is not None and self._shares and self.gate.reason is None:
-            micro_batches = regroup(micro_batches, self._window(), self._option("prefix_grouper_share"))
+            self._regrouped_over = self._window()
+            micro_batches = regroup(micro_batches, self._regrouped_over, self._option("prefix_grouper_share"))
             self._dummy_image_row.choose(self.model, micro_batches)
         self._regrouped_inputs = micro_batches
 
@@ -224,8 +226,29 @@ class PrefixGrouperMixin:
         finally:
             self._makes_inputs = False
         if self._shares and self.gate.reason is None and self.model.training and self._buffered_inputs is not None:
+            self._check_window()
             self._reuse.enter(self._buffered_inputs, self._step % self.args.steps_per_generation)
         return inputs
+
+    def _check_window(self) -> None:
+        """Rows that were regrouped for settings that no longer hold may have been moved to another optimizer step.
+
+        Raises:
+            ValueError: they have changed in the middle of a generation batch.
+        """
+        if self._step % self._regrouped_over == 0 and (window := self._window()) % self._regrouped_over:
+            raise ValueError(
+                f"rows were regrouped over {self._regrouped_over} micro-batches, and may exchange them only over {window} now "
+                f"({why_rows_stay(self) or f'gradient_accumulation_steps={self.args.gradient_accumulation_steps}'}): change "
+                "settings when a generation batch ends, or set prefix_grouper_regroup='none'"
+            )
+
+    def check_gradients(self) -> None:
+        """
+        Raises:
+            RuntimeError: micro-batches of this optimizer step share a forward that has not got its gradient.
+        """
+        self._reuse.check_finished()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Stock training. A checkpoint that was not written to its end is an error that names one that was."""
@@ -302,12 +325,16 @@ class PrefixGrouperMixin:
         model = call.model
         if self._shares and self.gate.needs_self_check(model):  # the model was to be sharded first
             self._self_check(model)
+        if self._shares:
+            with self.accelerator.autocast():  # which is a part of what was checked
+                self.gate.check_changes(model)
         reason = self._why_not_share(call)
         if self._shares and self.gate.needs_first_batch(model):
             self._compare_first_batch(call, shares=reason is None)
             reason = reason or self.gate.reason
         if reason is not None:
             if self._shares:
+                self._reuse.stop_sharing(reason)
                 lengths = call.attention_mask.sum(1).tolist()
                 self.sharing.count_fallback(reason, lengths, during=self._pass(model))
             return call.run(super()._get_per_token_logps_and_entropies)  # type: ignore[misc]

@@ -39,6 +39,10 @@ class SharingWatch(TrainerCallback):
         line = trainer.gate.announce(trainer.expected_sharing(), limits)
         state.log_history.append({"prefix_grouper": line, "epoch": state.epoch or 0.0, "step": state.global_step})
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No gradient may be missing."""
+        self._trainer.check_gradients()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
         trainer = self._trainer

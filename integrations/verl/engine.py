@@ -171,11 +171,16 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
             self._verify_when = Schedule("off")
         return super()._build_fsdp_module(module)
 
-    def _self_check(self) -> None:
-        """Before the first batch, on all ranks, as FSDP demands, and under autocast, as verl's forwards are."""
+    def _check_model(self) -> None:
+        """Before the first batch, and again where the model has changed.
+
+        On all ranks, as FSDP demands, and under autocast, as verl's forwards are.
+        """
         device = torch.device(get_device_name())
         with autocast(device, self._autocast_dtype), numbered_rows(self.module):
-            self.gate.self_check(self.module, device)
+            if self.gate.needs_self_check(self.module):
+                self.gate.self_check(self.module, device)
+            self.gate.check_changes(self.module, device, alone=False)
 
     def _announce(self, data: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool) -> None:
         """One line with the first batch, the actor's first update, that says what this engine shares."""
@@ -240,8 +245,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
 
         Adds ``prefix_grouper/*`` to the metrics.
         """
-        if self.gate.needs_self_check(self.module):
-            self._self_check()
+        self._check_model()
         self._name_sharding(loss_function)
         self._pass = self._pass_of(forward_only)
         mend_positions(data)

@@ -61,6 +61,10 @@ class ScoresAhead:
         """Whether the gradients of all micro-batches have been handed on, or there are none."""
         return self._is_closed
 
+    def skip(self, count: int) -> None:
+        """Leave out the next ``count`` micro-batches, whose losses have not asked for scores: their rows get no gradient."""
+        del self._left[:count]
+
     def take(self, *, last: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies of the next micro-batch.
 

@@ -52,7 +52,7 @@ def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
         parts.append(_without_fsdp(cls))
         if "forward" in own:
             parts += _codes([own["forward"]])
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             if own.get(name):
                 parts += _codes(own[name].values())
         adapters = own.get("peft_config")

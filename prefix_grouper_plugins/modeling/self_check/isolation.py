@@ -28,6 +28,9 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
 
     Hooks that have come since go, together with the attributes that may say so: a first forward of transformers puts hooks on
     that record hidden states, and a note on the model that they are there.
+
+    Hooks on the gradients of weights are not called meanwhile: what they do (clip, say) to that of each backward need not be
+    the same for packed rows as for rows one by one.
     """
     modules = list(base.modules())
     modes = [module.training for module in modules]
@@ -41,12 +44,17 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
     plain = [module for module in modules if not isinstance(module, FullyShardedDataParallel)]
     attributes = [plain_attributes(module) for module in plain]
     hooks = [{name: set(vars(module)[name]) for name in _HOOKS if name in vars(module)} for module in plain]
+    weights = {weight: weight._backward_hooks for weight in base.parameters() if weight._backward_hooks}
     devices = [device] if device.type == "cuda" else []
     try:
+        for weight in weights:
+            weight._backward_hooks = None
         with torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(0)
             yield
     finally:
+        for weight, gradient_hooks in weights.items():
+            weight._backward_hooks = gradient_hooks
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
         for module, values, known in zip(plain, attributes, hooks, strict=True):
