@@ -18,6 +18,8 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
+from prefix_grouper_plugins.modeling.anatomy import transformers_model
+from prefix_grouper_plugins.modeling.self_check.changes import remember
 from tests import tiny
 from tests.processes import run_in_fork
 
@@ -101,6 +103,8 @@ def make_trainer(
         if model is not None:
             model.to(dtype)
             tiny.compute_norms_in_input_dtype(model)
+            if shared:
+                remember(transformers_model(model))  # or it would be checked again, as one that has changed
     return trainer
 
 
