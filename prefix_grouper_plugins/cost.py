@@ -1,9 +1,9 @@
 """What a layout costs: FLOPs, memory and the speed-up to expect, against forwarding each row on its own.
 
-The model is that of Prefix Grouper (arXiv 2506.05433, section 3), which counts matrix products only, made exact for any
-forest: linear layers cost by token, attention by visible pair of query and key, the language-model head by scored
-position. A multiplication and an addition are two FLOPs. The backward of a matrix product is two products; a flash
-backward has five products where its forward has two. So a training step costs
+Only matrix products are counted, and those of any forest are counted exactly: linear layers cost by token, attention by
+visible pair of query and key, the language-model head by scored position. A multiplication and an addition are two FLOPs.
+The backward of a matrix product is two products; a flash backward has five products where its forward has two. So a
+training step costs
 
     3 * linear + 3.5 * attention + 3 * head
 

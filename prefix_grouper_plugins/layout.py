@@ -2,7 +2,7 @@
 
 A trainer holds *rows* (prompt and response, one after the other). Rows that begin alike are laid out as a forest of
 *segments* in depth-first pre-order, and every segment is forwarded once. The idea is Prefix Grouper's (arXiv
-2506.05433, section 3), carried from one prompt and its responses to prefix trees of any depth.
+2506.05433), carried from one prompt and its responses to prefix trees of any depth.
 
 The branch rule: a row of ``L`` tokens has ``L - 1`` *transitions* (a token and the one that follows it), and a packed
 position is one distinct transition: rows share it when they agree up to and including its second token. Seen as tokens,
