@@ -13,7 +13,7 @@ TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) --dist lo
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The lowest that is supported, the one that many machines have, and the newest: torch:transformers.
 TORCH_VERSIONS ?= 2.8.0:5.5.0 2.11.0:5.17.0 2.15.0:5.24.0
-VERSION_TESTS := tests/attention $(addprefix tests/modeling/test_,attention.py carrier.py enable.py inputs.py) tests/test_scoring.py
+VERSION_TESTS := tests/attention $(addprefix tests/modeling/test_,attention.py carrier.py enable.py inputs.py) tests/test_scoring.py tests/test_scoring_published.py
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help

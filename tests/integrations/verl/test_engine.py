@@ -19,7 +19,7 @@ from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine
 from prefix_grouper_plugins.integrations.verl.micro_batch import mend_positions
 from prefix_grouper_plugins.modeling.self_check.schedule import Schedule
 from prefix_grouper_plugins.sharing import SharingGate
-from tests.integrations.verl.engines import Case, make_batch, make_rows
+from tests.integrations.verl.cases import Case, make_batch, make_rows
 from tests.integrations.verl.test_equality import assert_equal
 
 

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("verl")
 
-from tests.integrations.verl.engines import Case, make_rows
+from tests.integrations.verl.cases import Case, make_rows
 
 BUCKETS = {"pad_to_length": True, "pad_to_length_bucket": 64}
 CHUNKED = {"entropy_from_logits_with_chunking": True, "entropy_from_logits_chunk_size": 16}

@@ -8,7 +8,7 @@ pytest.importorskip("verl")
 
 from prefix_grouper_plugins.integrations.verl.planning import Limits, rows_together, rows_within
 from prefix_grouper_plugins.micro_batches import RowSize
-from tests.integrations.verl.engines import Case
+from tests.integrations.verl.cases import Case
 from tests.integrations.verl.test_equality import assert_equal
 
 FALLBACK = {"on_unsupported": "fallback"}

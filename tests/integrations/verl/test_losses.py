@@ -20,7 +20,7 @@ from prefix_grouper_plugins.integrations.verl.losses import (
     why_aggregation_keeps_rows,
     why_rows_stay,
 )
-from tests.integrations.verl.engines import Case
+from tests.integrations.verl.cases import Case
 from tests.integrations.verl.test_equality import assert_equal
 
 NORM = "seq-mean-token-sum-norm"

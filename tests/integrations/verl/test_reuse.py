@@ -24,7 +24,7 @@ from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, why_not_reuse, why_not_reuse_rows
 from prefix_grouper_plugins.sharing import SharingGate
 from tests import tiny
-from tests.integrations.verl.engines import Case, make_batch, make_rows
+from tests.integrations.verl.cases import Case, make_batch, make_rows
 from tests.integrations.verl.test_engine import bare_engine
 
 

@@ -18,7 +18,7 @@ from verl.utils import tensordict_utils as tu
 from prefix_grouper_plugins.integrations.verl.micro_batch import row_sizes
 from prefix_grouper_plugins.integrations.verl.switch import ASK_WORKERS
 from prefix_grouper_plugins.integrations.verl.worker import WholeGroups, _shuffle_whole_groups
-from tests.integrations.verl.engines import Case, make_batch, make_rows
+from tests.integrations.verl.cases import Case, make_batch, make_rows
 
 
 def test_a_shuffle_of_whole_groups_has_every_row_once_and_another_order_each_time():

@@ -24,7 +24,7 @@ from prefix_grouper_plugins.integrations.verl import PrefixGrouperEngine, Prefix
 from prefix_grouper_plugins.integrations.verl.engine import gate_of
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, row_sizes
 from prefix_grouper_plugins.integrations.verl.vision import images, model_patches
-from tests.integrations.verl.engines import Case, make_batch, make_rows
+from tests.integrations.verl.cases import Case, make_batch, make_rows
 from tests.integrations.verl.test_equality import BUCKETS, assert_equal
 from tests.integrations.verl.vision.rows import IMAGE, make_model, patched_classes
 
