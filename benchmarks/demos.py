@@ -48,6 +48,8 @@ def verl_table(found: Comparison) -> str:
     lines = ["| The demo, two ranks on 2 CPU cores | shared | stock | |", "|---|---|---|---|"]
     lines.append(_seconds("Seconds for an update", found, VERL_UPDATE))
     lines.append(_seconds("Seconds for old and reference log-probs", found, VERL_LOG_PROBS))
+    if "shared_step_seconds" in found.rows[0]:
+        lines.append(_seconds("Seconds for a whole step, sampling included", found, ("step_seconds",)))
     ratios = found.values("shared", "token_ratio")
     lines.append(f"| Tokens forwarded | {100 * sum(ratios) / len(ratios):.1f} % | 100 % | |")
     lines.append(_rewards("Reward, first and last step", found, 1))

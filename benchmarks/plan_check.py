@@ -3,9 +3,11 @@
     python benchmarks/plan_check.py               CPU, one thread: six updates of a small Qwen2 model
     python benchmarks/plan_check.py --device cuda
 
-Each case is the update of one group, stock and shared in turns (`prefix_grouper_plugins.update_bench`). Estimated and
-measured are the speed-up of the update, and the peak memory of the process with weights, gradients and activations, without
-an optimizer (CPU: of a fresh process for each way, above what Python and torch hold before there is a model).
+Each case is the update of one group, stock and shared in turns (`prefix_grouper_plugins.update_bench`), scored by the fused
+head that TRL puts on its models. Estimated and measured are the token ratio (counted by the input embedding), the speed-up of
+the update (CPU: in seconds of the process), and the peak memory of the process with weights, gradients and activations, without an optimizer (CPU: of a fresh process for each
+way, above what Python and torch hold before there is a model). On a CPU that head works on every position, prompts and padding
+included, and in torch operations; the estimates are told so. On a GPU it scores completions alone.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from harness import RESULTS, in_a_fresh_process, number, peak_mib, use, write_csv
 from models import build
-from torch import nn
+from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
 
 from prefix_grouper_plugins import enable_prefix_grouper
-from prefix_grouper_plugins.bench import take_turns, times_as_fast
+from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
 from prefix_grouper_plugins.cost import ModelShape
+from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.plan.estimate import Training
 from prefix_grouper_plugins.plan.schedule import Prompts, Schedule, TRLSizes, trl_schedule
-from prefix_grouper_plugins.update_bench import SHARED, STOCK, Update, steps_of
+from prefix_grouper_plugins.update_bench import IGNORED, SHARED, STOCK, Update, steps_of
 
 SHAPE = ModelShape(512, 2, 8, 2, 64, 1536, 8192, tied_head=True)
 TINY = ModelShape(64, 2, 4, 2, 16, 128, 256, tied_head=True)
@@ -75,12 +79,21 @@ def make_model(case: Case, device: str) -> nn.Module:
     model: Any = build(shape_of(case), device, dtype_of(device))
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))  # as GRPOTrainer does
     enable_prefix_grouper(model, self_check=False)
     if case.lora:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model
+
+
+def fused_head(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    return model(**inputs, shift_labels=labels, fused_lm_head=True).log_probs[labels != IGNORED]
+
+
+def steps(model: nn.Module, case: Case, device: str, **options: Any) -> dict[str, Step]:
+    return steps_of(model, update_of(case, device), head=fused_head, **options)
 
 
 def update_of(case: Case, device: str) -> Update:
@@ -100,6 +113,7 @@ def estimated(case: Case, device: str) -> tuple[Training, Schedule]:
         lora_rank=16 if case.lora else None,
         checkpointing=case.checkpointing,
         optimizer_size=0,
+        on_cpu=device == "cpu",
     )
     return training, trl_schedule(prompts, case.responses, sizes)
 
@@ -108,21 +122,32 @@ def memory(case: Case, way: str, device: str) -> float:
     """MiB at the peak of one update, the model included."""
     if device == "cpu":
         return float(in_a_fresh_process(["plan_check.py", "--memory-of", case.name, way], FREED_AT_ONCE))
-    return peak_mib(lambda: steps_of(make_model(case, device), update_of(case, device))[way], device)
+    return peak_mib(lambda: steps(make_model(case, device), case, device)[way], device)
 
 
 def warm(device: str) -> None:
     """Load what torch loads at the first update, so that it is not counted as the update's."""
     case = CASES["tiny"]
-    for step in steps_of(make_model(case, device), update_of(case, device)).values():
+    for step in steps(make_model(case, device), case, device).values():
         step()
+
+
+def token_ratio(model: nn.Module, case: Case, device: str) -> float:
+    """Tokens that pass the input embedding in a shared update, divided by those of the rows without padding."""
+    passed: list[int] = []
+    embedding: Any = transformers_model(model).get_input_embeddings()  # type: ignore[operator]
+    hook = embedding.register_forward_pre_hook(lambda module, inputs: passed.append(inputs[0].numel()))
+    steps(model, case, device)[SHARED]()
+    hook.remove()
+    return sum(passed) / sum(case.prompt + response for response in case.responses)
 
 
 def measure(case: Case, repeats: int, device: str) -> dict[str, Any]:
     """A row of the table."""
     training, schedule = estimated(case, device)
     model = make_model(case, device)
-    timings = take_turns(steps_of(model, update_of(case, device)), repeats=repeats, device=device)
+    ratio = token_ratio(model, case, device)
+    timings = take_turns(steps(model, case, device), repeats=repeats, device=device)
     faster = times_as_fast(timings[SHARED], timings[STOCK])
     expected = training.update_flops(schedule.stock) / training.update_flops(schedule.shared)
     row: dict[str, Any] = {
@@ -131,6 +156,8 @@ def measure(case: Case, repeats: int, device: str) -> dict[str, Any]:
         "responses": sum(case.responses),
         "group": len(case.responses),
         "rows": case.rows,
+        "token_ratio_estimated": number(schedule.token_ratio, 6),
+        "token_ratio_measured": number(ratio, 6),
         "times_as_fast_estimated": number(expected, 3),
         "times_as_fast_measured": number(faster, 3),
         "speed_error_percent": number(100 * (expected / faster - 1), 2),
@@ -159,12 +186,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.memory_of:
         name, way = args.memory_of
         warm(args.device)
-        make = lambda: steps_of(make_model(CASES[name], args.device), update_of(CASES[name], args.device))[way]  # noqa: E731
-        print(json.dumps(peak_mib(make, args.device)))
+        case = CASES[name]
+        print(json.dumps(peak_mib(lambda: steps(make_model(case, args.device), case, args.device)[way], args.device)))
         return
-    rows = [measure(CASES[name], args.repeats, args.device) for name in args.cases]
     note = "peak memory with weights and gradients, without an optimizer; errors: estimated / measured - 1"
-    write_csv(args.output or RESULTS / f"plan-check-{args.device}.csv", rows, args.device, note)
+    rows = []
+    for name in args.cases:
+        rows.append(measure(CASES[name], args.repeats, args.device))
+        write_csv(args.output or RESULTS / f"plan-check-{args.device}.csv", rows, args.device, note, quiet=True)
 
 
 if __name__ == "__main__":

@@ -274,11 +274,12 @@ def plan_table(rows: list[Row]) -> str:
         return f"{estimated} / {measured}{unit} ({float(row[error]):+.0f} %)"
 
     lines = [
-        "| Update | Prompt, responses in all, G, rows | Times as fast: estimated / measured | Peak memory of stock | Of shared |",
-        "|---" * 5 + "|",
+        "| Update | Prompt, responses in all, G, rows | Token ratio | Times as fast: estimated / measured | Peak memory of stock | Of shared |",
+        "|---" * 6 + "|",
     ]
     lines += [
         f"| {r['case']} | {r['prompt']}, {r['responses']}, {r['group']}, {r['rows']} | "
+        f"{float(r['token_ratio_estimated']):.3f} / {float(r['token_ratio_measured']):.3f} | "
         f"{both(r, 'times_as_fast', '', 'speed_error_percent')} | "
         f"{both(r, 'stock_peak_mib', ' MiB', 'stock_memory_error_percent')} | "
         f"{both(r, 'shared_peak_mib', ' MiB', 'shared_memory_error_percent')} |"

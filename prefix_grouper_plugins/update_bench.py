@@ -2,8 +2,8 @@
 
 An update is forward and backward of a policy-gradient loss, in micro-batches of so many rows, without the optimizer.
 Stock forwards padded rows, as TRL does it; shared forwards packed rows, as many micro-batches at a time as hold no more
-tokens than one of stock, and where the group is larger than that, each forward reuses the prompt of the first. Both score completion tokens alone and in chunks,
-as TRL's fused head and :func:`~prefix_grouper_plugins.prefix_grouped_logps` do.
+tokens than one of stock, and where the group is larger than that, each forward reuses the prompt of the first. Both score
+completion tokens alone and in chunks, as :func:`~prefix_grouper_plugins.prefix_grouped_logps` does; another head can be given.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from prefix_grouper_plugins.scoring import CHUNK_SIZE
 from prefix_grouper_plugins.token_budget import RowTokens, plan_forwards
 
 STOCK, SHARED = "stock", "shared"
+IGNORED = -100  # label of a position that is not scored
+
+# From the model, its inputs and next-token labels [B, L], -100 where nothing is scored, to log-probs [N] of the others.
+Head = Callable[[nn.Module, dict[str, Any], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,20 +82,29 @@ class Update:
         return {STOCK: group * (prompt + width), SHARED: prompt - 1 + int(self.completion_mask.sum())}
 
 
-def steps_of(model: nn.Module, update: Update, *, zero_grad: bool = True) -> dict[str, Step]:
+def chunked_head(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    """Log-probs ``[N]``, from logits of :data:`~prefix_grouper_plugins.scoring.CHUNK_SIZE` positions at a time."""
+    hidden = decoder(model)(**inputs).last_hidden_state[labels != IGNORED]
+    head: Any = transformers_model(model).get_output_embeddings()  # type: ignore[operator]
+    parts = zip(hidden.split(CHUNK_SIZE), labels[labels != IGNORED].split(CHUNK_SIZE), strict=True)
+    return torch.cat([checkpoint(_logps, head, x, y, use_reentrant=False) for x, y in parts])
+
+
+def steps_of(model: nn.Module, update: Update, *, zero_grad: bool = True, head: Head = chunked_head) -> dict[str, Step]:
     """The update in both ways, by name.
 
     Args:
         model: a causal LM in training mode that has been through ``enable_prefix_grouper``.
         update: the group.
         zero_grad: whether a step lets go of its gradients at the end.
+        head: what forwards the model and scores.
     """
-    ways: dict[str, Callable[[nn.Module, Update], None]] = {STOCK: _stock, SHARED: _shared}
+    ways: dict[str, Callable[[nn.Module, Update, Head], None]] = {STOCK: _stock, SHARED: _shared}
 
-    def step_of(way: Callable[[nn.Module, Update], None]) -> Step:
+    def step_of(way: Callable[[nn.Module, Update, Head], None]) -> Step:
         def step() -> None:
             try:
-                way(model, update)
+                way(model, update, head)
             finally:  # out of memory too
                 if zero_grad:
                     model.zero_grad(set_to_none=True)
@@ -101,16 +114,16 @@ def steps_of(model: nn.Module, update: Update, *, zero_grad: bool = True) -> dic
     return {name: step_of(way) for name, way in ways.items()}
 
 
-def _stock(model: nn.Module, update: Update) -> None:
+def _stock(model: nn.Module, update: Update, head: Head) -> None:
     with without_prefix_grouper(model):  # the backward inside, since checkpointed layers look the name up again
         for prompt_ids, prompt_mask, completion_ids, mask in update.micro_batches:
             ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
-            hidden = decoder(model)(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-            scored = hidden[:, prompt_ids.shape[1] - 1 : -1]
-            _backward(model, scored[mask.bool()], completion_ids[mask.bool()])
+            labels = torch.full_like(ids, IGNORED)
+            labels[:, prompt_ids.shape[1] - 1 : -1] = completion_ids.masked_fill(mask == 0, IGNORED)
+            _backward(head(model, {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}, labels))
 
 
-def _shared(model: nn.Module, update: Update) -> None:
+def _shared(model: nn.Module, update: Update, head: Head) -> None:
     batches = [GroupedBatch(*blocks) for blocks in update.forwards]
     cache = PromptCache()
     if len(batches) > 1:
@@ -120,16 +133,13 @@ def _shared(model: nn.Module, update: Update) -> None:
     for number, batch in enumerate(batches, 1):
         if len(batches) > 1:
             cache.prepare(batch.layout, last=number == len(batches))
-        inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
-        hidden = decoder(model)(**inputs).last_hidden_state
-        _backward(model, hidden[0, batch.positions], batch.labels[batch.positions])
+        labels = torch.full_like(batch.labels, IGNORED)
+        labels[batch.positions] = batch.labels[batch.positions]
+        _backward(head(model, packed_inputs(batch.layout, batch.input_ids, batch.position_ids), labels[None]))
 
 
-def _backward(model: nn.Module, hidden: Tensor, labels: Tensor) -> None:
-    """Backward of a loss in which each token has an advantage of its own: ``hidden [N, H]``, ``labels [N]``."""
-    head: Any = transformers_model(model).get_output_embeddings()  # type: ignore[operator]
-    parts = zip(hidden.split(CHUNK_SIZE), labels.split(CHUNK_SIZE), strict=True)
-    logps = torch.cat([checkpoint(_logps, head, x, y, use_reentrant=False) for x, y in parts])
+def _backward(logps: Tensor) -> None:
+    """Backward of a loss in which each of the tokens ``[N]`` has an advantage of its own."""
     (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
 
 

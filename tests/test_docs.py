@@ -44,6 +44,7 @@ from prefix_grouper_plugins.plan.estimate import Training
 from prefix_grouper_plugins.plan.schedule import Prompts, TRLSizes, trl_schedule
 from prefix_grouper_plugins.settings import TRL_OPTIONS
 from tests import tiny
+from tests.processes import run_in_fork
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,6 +68,11 @@ MY_REWARDS = """
 def different_words(completions, **kwargs):
     return [float(len(set(text.split()))) for text in completions]
 """
+
+
+CONSOLE_SCRIPT = (
+    "import sys; from prefix_grouper_plugins.cli import main; sys.exit(main())"  # tests/test_cli.py runs the real one
+)
 
 
 class Block(NamedTuple):
@@ -130,18 +136,25 @@ class Page:
         commands = [command for command in commands if command]
         for command in commands:
             self.unused_files -= {word for word in command if (self.folder / word).is_file()}
-        to_run = [shlex.join(on_cpu(command)) for command in commands if not self.checked(command)]
-        if not to_run:
-            return
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            **{"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
-        }
-        script = "\n".join(to_run)
-        ran = subprocess.run(
-            ["bash", "-e"], input=script, cwd=self.folder, env=environment, capture_output=True, text=True
-        )
+        to_run = [on_cpu(command) for command in commands if not self.checked(command)]
+        if all(command[0] == "prefix-grouper" for command in to_run):
+            for command in to_run:
+                self.shell(shlex.join(command), run_in_fork("-c", CONSOLE_SCRIPT, *command[1:], **self.place))
+        else:  # lines that depend on each other
+            script = "\n".join(map(shlex.join, to_run))
+            self.shell(
+                script, subprocess.run(["bash", "-e"], input=script, capture_output=True, text=True, **self.place)
+            )
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where commands run, as arguments of `subprocess.run`."""
+        ours = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {"cwd": self.folder, "env": {**os.environ, **ours, "PATH": path}}
+
+    def shell(self, script: str, ran: subprocess.CompletedProcess[str]) -> None:
+        """Look at what a command has printed."""
         assert ran.returncode == 0, f"{script}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
         self.output += ran.stdout
         if "--use_prefix_grouper" in script or "--config" in script:

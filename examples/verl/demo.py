@@ -6,15 +6,18 @@ Both runs are `python -m verl.trainer.main_ppo` with the same options, seed and 
     shared    model_engine=prefix_grouper
     stock     verl's own engine
 
-It takes four to five minutes on two CPU cores, half of it the start of Ray and verl, and needs no download. The table is
-printed; demo.png, demo.csv and a folder for each run with its log are in the output folder. The exit code is 0 if all
+They take turns, one step of each at a time, so that a machine that is busy for a while slows both. It takes about
+five minutes on two CPU cores, half of it the start of Ray and verl, needs some 8 GB of memory and no download. The table is printed; demo.png, demo.csv and a folder for each run with its log are in the output folder. The exit code is 0 if all
 went as it should: the reward rose, prompts were shared, and both runs ended with the same weights.
 """
 
 import argparse
 import importlib.util
+import shutil
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -22,6 +25,7 @@ from statistics import mean, median
 from tqdm import tqdm
 from verl_on_cpu.run import Step, TrainingError, final_weights, run_training
 from verl_on_cpu.tiny import make_inputs
+from verl_on_cpu.turns import Turns
 
 from prefix_grouper_plugins.bench import describe_machine
 
@@ -34,16 +38,21 @@ PROMPTS = 8  # in a step
 TOLERANCE = 1e-3  # of a weight, after all steps, in float32
 SMALLEST_RISE = 0.3  # of the reward, judged in runs of at least LEAST_STEPS steps
 LEAST_STEPS = 8
-BAR = "{desc}{bar:30} {n_fmt} of {total_fmt} steps, {elapsed}{postfix}"
+BAR = "{bar:30} {n_fmt} of {total_fmt} steps, {elapsed}{postfix}"
 PASSES = {  # verl's name of a pass: what the reader calls it
     "update_actor": "Seconds for the update (forward and backward)",
     "old_log_prob": "Seconds for the old policy's log-probs",
     "ref": "Seconds for the reference's log-probs",
 }
+OUTSIDE = (
+    "update_weights",
+    "save_checkpoint",
+)  # of verl's step: the first holds the time of waiting for the other training
 SHARING = ("token_ratio", "rows_per_group", "fallbacks")
 CSV_COLUMNS = {
     "reward": "critic/rewards/mean",
     **{f"{name}_seconds": f"timing_s/{name}" for name in PASSES},
+    "step_seconds": "step_seconds",
     "tokens": "perf/total_num_tokens",
     "token_ratio": "prefix_grouper/token_ratio",
     "grad_norm": "actor/grad_norm",
@@ -53,10 +62,10 @@ CSV_COLUMNS = {
 
 @dataclass
 class Run:
-    """What verl logged in one run."""
+    """What verl logged in one run, and how long it took until the training began."""
 
     steps: list[Step] = field(default_factory=list)
-    seconds: float = 0.0
+    setup_seconds: float = 0.0
 
     def values(self, name: str) -> list[float]:
         """A figure of each step that has it."""
@@ -65,9 +74,11 @@ class Run:
     def rewards(self) -> list[float]:
         return self.values("critic/rewards/mean")
 
-    def pass_seconds(self) -> list[float]:
-        """Seconds of each step in the passes that can share prompts."""
-        return [sum(step[f"timing_s/{name}"] for name in PASSES) for step in self.steps]
+    def add(self, step: Step) -> None:
+        """Take in a step, with the seconds of the passes that can share prompts, and of all but waiting and saving."""
+        step["pass_seconds"] = sum(step[f"timing_s/{name}"] for name in PASSES)
+        step["step_seconds"] = step["timing_s/step"] - sum(step.get(f"timing_s/{name}", 0.0) for name in OUTSIDE)
+        self.steps.append(step)
 
     def sharing(self, name: str) -> float | None:
         """Mean of a number of prefix grouper's, None where it was not logged."""
@@ -81,13 +92,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="training steps of each run (default: 10)")
     parser.add_argument("--output", type=Path, help="folder for inputs, logs and results (default: demo/verl)")
     parser.add_argument("--quick", action="store_true", help="2 steps, to see that it works: about two minutes")
+    parser.add_argument("--recipe", action="store_true", help="4 steps with the options of verl's run_qwen3_4b_fsdp.sh")
     args = parser.parse_args()
-    args.steps = args.steps or (2 if args.quick else 10)
-    args.output = args.output or Path("demo/verl-quick" if args.quick else "demo/verl")
+    args.steps = args.steps or (2 if args.quick else 4 if args.recipe else 10)
+    folder = "verl-quick" if args.quick else "verl-recipe" if args.recipe else "verl"
+    args.output = args.output or Path("demo") / folder
     return args
 
 
-def overrides() -> list[str]:
+def demo_options() -> list[str]:
     """Options of verl that both runs have, besides those that a CPU needs."""
     return [
         f"data.train_batch_size={PROMPTS}",
@@ -104,25 +117,75 @@ def overrides() -> list[str]:
     ]
 
 
-def train(args: argparse.Namespace, name: str, bar: tqdm) -> Run:
-    """Run one training and move the bar along."""
-    run, started = Run(), time.perf_counter()
+def recipe_options() -> list[str]:
+    """What verl's examples/grpo_trainer/run_qwen3_4b_fsdp.sh sets, without its vLLM, and with smaller batches and lengths."""
+    return [
+        f"data.train_batch_size={PROMPTS}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 2}",
+        "actor_rollout_ref.rollout.n=5",
+        "data.max_prompt_length=600",
+        "data.max_response_length=32",
+        "data.filter_overlong_prompts=True",
+        "data.truncation=error",
+        "algorithm.use_kl_in_reward=False",
+        "actor_rollout_ref.model.use_remove_padding=True",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=True",
+        "actor_rollout_ref.actor.optim.lr=1e-3",  # of which a few steps make weights that can be compared; 1e-6 there
+        "actor_rollout_ref.actor.kl_loss_coef=0.001",
+        "actor_rollout_ref.actor.kl_loss_type=low_var_kl",
+        "actor_rollout_ref.actor.entropy_coeff=0",
+        "actor_rollout_ref.actor.fsdp_config.param_offload=False",
+        "actor_rollout_ref.actor.fsdp_config.optimizer_offload=False",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=3000",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=4096",
+        "actor_rollout_ref.ref.fsdp_config.param_offload=True",
+        "actor_rollout_ref.ref.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=8192",
+        "trainer.critic_warmup=0",
+    ]
+
+
+def train(args: argparse.Namespace, bar: tqdm) -> dict[str, Run]:
+    """Run both trainings, in turns. Where one of them fails, the other ends too."""
+    turns = args.output / "turns"
+    shutil.rmtree(turns, ignore_errors=True)
+    turns.mkdir(parents=True)
+    stop = threading.Event()
+    bar.set_postfix_str("Ray and verl start, most of a minute")
+    with ThreadPoolExecutor(len(RUNS)) as pool:
+        trainings = {name: pool.submit(train_one, args, name, turns, bar, stop) for name in RUNS}
+        try:
+            for training in as_completed(trainings.values()):
+                training.result()
+        finally:
+            stop.set()
+    return {name: training.result() for name, training in trainings.items()}
+
+
+def train_one(args: argparse.Namespace, name: str, folder: Path, bar: tqdm, stop: threading.Event) -> Run:
+    """Run one of the trainings, a step whenever it is its turn, and move the bar along."""
+    run, started = Run(), time.time()
+    (other,) = RUNS.keys() - {name}
+    turns = Turns(str(folder.resolve()), name, other, is_first=name == next(iter(RUNS)), steps=args.steps)
 
     def on_step(step: Step) -> None:
+        run.add(step)
         bar.update()
         bar.set_postfix_str(f"reward {step['critic/rewards/mean']:.2f}")
 
-    bar.set_description(f"{name:6}")
-    bar.set_postfix_str("Ray and verl start, most of a minute")
-    run.steps = run_training(
+    run_training(
         args.output / name,
-        overrides() + RUNS[name],
+        (recipe_options() if args.recipe else demo_options()) + RUNS[name],
+        turns.environment,
         inputs=args.output / "inputs",
         workers=2,
         steps=args.steps,
         on_step=on_step,
+        stop=stop,
     )
-    run.seconds = time.perf_counter() - started
+    run.setup_seconds = turns.mark(name, 0).stat().st_mtime - started
     return run
 
 
@@ -145,8 +208,20 @@ def print_table(shared: Run, stock: Run, difference: float) -> None:
     row("Reward, last step", shared.rewards()[-1], stock.rewards()[-1], ".3f", ratio=False)
     for name, label in PASSES.items():
         row(label, *(median(run.values(f"timing_s/{name}")) for run in (shared, stock)), ".2f")
-    row("Seconds for the three passes", *(median(run.pass_seconds()) for run in (shared, stock)), ".2f")
-    row("Seconds in all, start of Ray and verl included", shared.seconds, stock.seconds, ".0f")
+    for label, name in (
+        ("Seconds for the three passes", "pass_seconds"),
+        ("Seconds for a whole step, sampling included", "step_seconds"),
+    ):
+        row(label, *(median(run.values(name)) for run in (shared, stock)), ".2f")
+        ratios = [b / a for a, b in zip(shared.values(name), stock.values(name), strict=True)]
+        print(f"{'  from step to step':52}{'':>22}{f'{min(ratios):.2f} to {max(ratios):.2f}':>16}")
+    row(
+        "Seconds of set-up (Ray, verl, model), side by side",
+        shared.setup_seconds,
+        stock.setup_seconds,
+        ".0f",
+        ratio=False,
+    )
     for name in SHARING:
         row(f"Logged: prefix_grouper/{name}", shared.sharing(name), stock.sharing(name), ".3f", ratio=False)
     name = "training/rollout_probs_diff_max"
@@ -157,13 +232,13 @@ def print_table(shared: Run, stock: Run, difference: float) -> None:
 
 def write_results(args: argparse.Namespace, runs: dict[str, Run], difference: float) -> None:
     """Write the figures of every step, both runs side by side, and draw them."""
-    whole = {f"{name}_seconds": f"{run.seconds:.0f}" for name, run in runs.items()}
+    whole = {f"{name}_setup_seconds": f"{run.setup_seconds:.0f}" for name, run in runs.items()}
     facts = {
         "command": " ".join(["python", *sys.argv]),
         **describe_machine(),
         **whole,
         "difference": f"{difference:.1e}",
-        "note": "the two trainings follow each other; seconds are wall time",
+        "note": "the two trainings take turns, step by step; seconds are wall time",
     }
     rows = comparison.side_by_side({name: run.steps for name, run in runs.items()}, CSV_COLUMNS)
     comparison.write(args.output / "demo.csv", facts, rows)
@@ -191,14 +266,14 @@ def problems(runs: dict[str, Run], difference: float) -> list[str]:
 
 
 def main() -> None:
-    """Make model and data, train twice, compare."""
+    """Make model and data, run both trainings, compare."""
     args = parse_arguments()
     if importlib.util.find_spec("verl") is None:
         raise SystemExit("verl is not installed in this Python environment: `make demo-verl` sets one up.")
     make_inputs(args.output / "inputs", prompts=PROMPTS * args.steps)
     try:
         with tqdm(total=len(RUNS) * args.steps, bar_format=BAR) as bar:
-            runs = {name: train(args, name, bar) for name in RUNS}
+            runs = train(args, bar)
     except TrainingError as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:

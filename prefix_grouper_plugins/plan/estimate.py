@@ -2,8 +2,10 @@
 
 The speed-up is the ratio of FLOPs, as in :mod:`prefix_grouper_plugins.cost`, of what each way really runs: the stock
 trainer's padding, and the masked halves of its attention, included. Peak memory is weights, gradients and optimizer states,
-what autograd keeps of the largest micro-batch, and the buffers of the step in which the backward begins. How far both are
-from measurements is in docs/benchmarks.md (``benchmarks/plan_check.py``).
+what autograd keeps of the largest micro-batch, and the buffers of the step in which the backward begins. Those are mostly the
+language-model head's: verl keeps the logits of all positions, and TRL's fused head (1.15 and newer) computes a tile at a time,
+so that they do not grow with the micro-batch. How far both estimates are from measurements is in docs/benchmarks.md
+(``benchmarks/plan_check.py``).
 """
 
 from __future__ import annotations
@@ -13,9 +15,15 @@ from dataclasses import dataclass
 
 from prefix_grouper_plugins.cost import Cost, ModelShape, cost_of
 from prefix_grouper_plugins.plan.schedule import Load
-from prefix_grouper_plugins.scoring import CHUNK_SIZE
 
 SHARES_OUTSIDE = (0.25, 0.5, 0.75)  # of a stock step: generation, rewards, optimizer
+TILE_TOKENS, TILE_WIDTH = (
+    4096,
+    32768,
+)  # positions and entries of the vocabulary that TRL's fused head computes at a time
+# Without Triton, TRL turns a tile of logits into its gradient by torch operations, which hold so many tiles in float32 at
+# once, besides the tile: scaled twice, log-prob, prob, gradient, and three temporaries, one of them boolean.
+TILES_IN_TORCH = 7.25
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class Training:
         element_size: bytes of a weight, a gradient and an activation.
         lora_rank: None where all weights are trained.
         checkpointing: gradient checkpointing of every layer.
-        full_logits: the head's output exists for all scored positions at once (verl), instead of in chunks.
+        full_logits: the head's output exists for all scored positions at once (verl), instead of in tiles (TRL).
+        on_cpu: without Triton, TRL's head works in torch operations, and on prompts and padding as well.
         forward_passes: passes without gradients in a step: old-policy and reference log-probs.
         optimizer_size: bytes of a trained weight's optimizer states, and of a master copy where there is one.
         shards: processes over which weights, gradients and optimizer states are cut (FSDP).
@@ -40,6 +49,7 @@ class Training:
     lora_rank: int | None = None
     checkpointing: bool = False
     full_logits: bool = False
+    on_cpu: bool = False
     forward_passes: int = 0
     optimizer_size: int = 4
     shards: int = 1
@@ -65,9 +75,12 @@ class Training:
     # ----------------------------------------------------------------------------------------------------------- FLOPs
 
     def cost(self, load: Load) -> Cost:
-        return cost_of(
-            self.shape, load.tokens, (load.pairs, load.windowed_pairs), load.scored, element_size=self.element_size
-        )
+        pairs = load.pairs, load.windowed_pairs
+        return cost_of(self.shape, load.tokens, pairs, self._scored(load), element_size=self.element_size)
+
+    def _scored(self, load: Load) -> int:
+        """Positions that go through the head; a prompt that is forwarded for several micro-batches has none of them."""
+        return load.tokens - (load.cached_tokens - load.open_tokens) if self.on_cpu else load.scored
 
     def update_flops(self, loads: Iterable[Load]) -> int:
         """Forward and backward. Frozen weights need no gradient of their own: LoRA does two thirds of the products."""
@@ -76,7 +89,7 @@ class Training:
     def _update_flops(self, cost: Cost) -> int:
         products = 3 if self.lora_rank is None else 2
         again = cost.linear + cost.attention if self.checkpointing else 0
-        head = (products if self.full_logits else products + 1) * cost.head  # a chunked head runs again in the backward
+        head = (products if self.full_logits else products + 1) * cost.head  # tiles are computed again in the backward
         return products * cost.linear + 7 * cost.attention // 2 + again + head
 
     def step_flops(self, loads: Sequence[Load]) -> int:
@@ -106,11 +119,17 @@ class Training:
         return masked + cached + max(before + norm + self._head(load), in_layer + self._mlp(load))
 
     def _head(self, load: Load) -> int:
-        """Logits with their gradient, in float32 where they come in chunks."""
+        """Logits with their gradient: of all positions, or one tile, and the sums of gradients, which are in float32."""
+        shape, size, scored = self.shape, self.element_size, self._scored(load)
         if self.full_logits:
-            return 2 * load.scored * self.shape.vocab_size * self.element_size
-        chunk = min(load.scored, CHUNK_SIZE) * self.shape.vocab_size
-        return chunk * (3 * 4 if self.element_size == 4 else 3 * 4 + 2 * self.element_size)
+            return 2 * scored * shape.vocab_size * size
+        tile = min(scored, TILE_TOKENS) * min(shape.vocab_size, TILE_WIDTH)
+        rounded = size if size < 4 else 0  # a float32 sum is returned as it is
+        weight = shape.vocab_size * shape.hidden_size * (4 + rounded) if self.lora_rank is None else 0
+        states = (
+            scored * shape.hidden_size * (4 + rounded + (0 if self.on_cpu else size))
+        )  # on a GPU they are picked out
+        return tile * size + (round(tile * 4 * TILES_IN_TORCH) if self.on_cpu else 0) + weight + states
 
     def _mlp(self, load: Load) -> int:
         """Gradients inside one MLP: three of its width, where its own last input is freed before."""

@@ -24,6 +24,7 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
 from verl_on_cpu.sampling import Response, sample_group
+from verl_on_cpu.turns import Turns
 
 NAME = "hf_cpu"
 
@@ -36,6 +37,7 @@ class Server:
         self.base = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.end_id = AutoTokenizer.from_pretrained(model_path).eos_token_id
         self.group_size, self.max_tokens, self.seed = group_size, max_tokens, seed
+        self.turns = Turns.of_this_process()
         self.step = 0
         self.requests: Counter[tuple] = Counter()
         self.groups: dict[tuple, asyncio.Future[list[Response]]] = {}
@@ -76,7 +78,12 @@ class Server:
         )
 
     async def load_weights(self, weights: dict[str, Tensor], step: int, adapter_scale: float | None) -> None:
-        """Take the weights of a step, or those of a LoRA adapter and its scale, and start counting requests anew."""
+        """Take the weights of a step, or those of a LoRA adapter and its scale, and start counting requests anew.
+
+        Where two trainings run in turns, this is the end of the step, and the other one's turn.
+        """
+        if self.turns is not None:
+            await self.turns.end_step(step)
         if adapter_scale is not None:
             weights = self.base | merged_layers(self.base, weights, adapter_scale)
         await asyncio.get_running_loop().run_in_executor(self.worker, self.replace_weights, weights)

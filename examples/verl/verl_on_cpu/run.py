@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -52,6 +53,7 @@ def run_training(
     patience: float = PATIENCE,
     on_step: Callable[[Step], None] | None = None,
     cluster: str | None = None,
+    stop: threading.Event | None = None,
 ) -> list[Step]:
     """Train by GRPO and return verl's metrics of each step; `step["step"]` is its number, from 1.
 
@@ -60,8 +62,7 @@ def run_training(
     `on_step` is called as soon as a step is logged. `cluster` is the address of a Ray cluster of two nodes, with as many
     made-up GPUs on each as there are `workers`; by default each training starts one of its own.
 
-    Raises `TrainingError` if the training fails, or makes no progress for `patience` seconds: Ray runs its workers at
-    niceness 15, so beside other work a training may take many times as long as alone, and is no worse for it.
+    Raises `TrainingError` if the training fails, makes no progress for `patience` seconds, or is to `stop`.
     """
     folder = folder.resolve()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -91,7 +92,7 @@ def run_training(
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        wait_for(process, log, patience, also=reader.read)
+        wait_for(process, log, patience, also=reader.read, stop=stop)
         reader.read()
     finally:
         end_all(mark)
@@ -208,6 +209,7 @@ def make_environment(mark: str, metrics: Path, extra: Mapping[str, str]) -> dict
         "RAY_AUTH_MODE": "disabled",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # at its usual 15, a training beside other work takes many times as long as alone
         "RAY_enable_worker_prestart": "0",  # else as many idle Python processes as there are CPUs
         "RAY_prestart_worker_first_driver": "0",
         **extra,
@@ -257,11 +259,17 @@ class LogReader:
         return bool(kinds)
 
 
-def wait_for(process: subprocess.Popen, log: Path, patience: float, also: Callable[[], bool] = bool) -> None:
+def wait_for(
+    process: subprocess.Popen,
+    log: Path,
+    patience: float,
+    also: Callable[[], bool] = bool,
+    stop: threading.Event | None = None,
+) -> None:
     """Wait until a process is over that writes to `log`.
 
-    `also` tells of progress that is not in the log. Raises `TrainingError` if the process fails, or if there is no
-    progress for `patience` seconds.
+    `also` tells of progress that is not in the log. Raises `TrainingError` if the process fails, if there is no
+    progress for `patience` seconds, or as soon as `stop` is set.
     """
     lines, moved = LogReader(log), time.monotonic()
     while process.poll() is None:
@@ -269,6 +277,8 @@ def wait_for(process: subprocess.Popen, log: Path, patience: float, also: Callab
             moved = time.monotonic()
         elif time.monotonic() - moved > patience:
             raise failure(f"There was no progress for {patience:.0f} s", log)
+        if stop is not None and stop.is_set():
+            raise TrainingError("stopped")
         time.sleep(0.2)
     if process.returncode:
         raise failure(f"It stopped with exit code {process.returncode}", log)
