@@ -25,13 +25,12 @@ def test_logits_in_tiles_do_not_grow_with_what_is_scored_and_those_of_verl_do() 
 
 
 def test_the_head_of_a_gpu_holds_one_tile_and_the_gradient_of_a_trained_head() -> None:
-    few = WHOLE._replace(scored=0)
     states = WHOLE.scored * SHAPE.hidden_size * (4 + 2 + 2)
-    added = training(lora_rank=1).peak_bytes([WHOLE]) - training(lora_rank=1).peak_bytes([few])
-    assert added == TILE_TOKENS * TILE_WIDTH * 2 + states
+    tiles, full = (training(lora_rank=1, full_logits=full).peak_bytes([WHOLE]) for full in (False, True))
+    assert full - tiles == 2 * WHOLE.scored * SHAPE.vocab_size * 2 - (TILE_TOKENS * TILE_WIDTH * 2 + states)
     trained, adapted = (training(lora_rank=rank) for rank in (None, 1))
-    heads = [own.peak_bytes([WHOLE]) - own.static_bytes for own in (trained, adapted)]
-    assert heads[0] - heads[1] == SHAPE.vocab_size * SHAPE.hidden_size * (4 + 2)
+    above = [own.peak_bytes([WHOLE]) - own.static_bytes for own in (trained, adapted)]
+    assert above[0] - above[1] == SHAPE.vocab_size * SHAPE.hidden_size * (4 + 2)
 
 
 def test_on_a_cpu_every_position_goes_through_the_head_but_those_of_a_prompt_forwarded_apart() -> None:
