@@ -25,6 +25,7 @@ class PaddedRows:
         position_ids: ``[B, W]`` or ``[1, W]``; None where the model numbers tokens itself.
         padded_positions: without ``position_ids``, the model numbers padded columns, not each row's real tokens.
         min_level: share levels of the trie of at least this many tokens.
+        beginnings: ``LongTensor[B, W]`` on the CPU, what tokens are compared by in place of ``input_ids``.
 
     Attributes:
         layout (`PrefixLayout`): on the device of ``input_ids``. Its rows have one token before those of the batch, so
@@ -45,6 +46,7 @@ class PaddedRows:
         *,
         padded_positions: bool = False,
         min_level: int = 1,
+        beginnings: Tensor | None = None,
     ) -> None:
         device, self._shape = input_ids.device, tuple(input_ids.shape)
         ids = input_ids.cpu().long()
@@ -55,7 +57,8 @@ class PaddedRows:
         starts, self.lengths = _first_real(real).tolist(), real.sum(1).tolist()
         kept = [row for row, length in enumerate(self.lengths) if length]
         spans = [slice(starts[row], starts[row] + self.lengths[row]) for row in kept]
-        own = [ids[row, span] for row, span in zip(kept, spans, strict=True)]
+        compared = ids if beginnings is None else beginnings
+        own = [compared[row, span] for row, span in zip(kept, spans, strict=True)]
         if positions is not None:
             numbers = [positions[row, span] for row, span in zip(kept, spans, strict=True)]
         else:
@@ -68,7 +71,11 @@ class PaddedRows:
         )
         self.layout = layout.to(device)
         self.num_roots = int((layout.segments[:, 2] < 0).sum())
-        self.input_ids = layout.pack([torch.cat([row, token]) for row in own]).to(device)
+        places = torch.arange(ids.numel()).view(self._shape)
+        self._places = layout.pack(
+            [torch.cat([places[row, span], token]) for row, span in zip(kept, spans, strict=True)]
+        )
+        self.input_ids = self.pack(ids).to(device)
         self.position_ids = layout.pack([torch.cat([n, token]) for n in numbers]).to(device)
         source = torch.full(self._shape, layout.num_tokens)  # padding takes the zeros that unpack appends
         source[real] = layout.row_index
@@ -83,6 +90,10 @@ class PaddedRows:
     def has_something_in_common(self) -> bool:
         """Whether any two rows share a token."""
         return self.layout.num_tokens < self.num_row_tokens
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Values of the padded batch, ``[B, W, ...]``, to packed ``[T, ...]``; shared positions take the first row's."""
+        return values.flatten(0, 1)[self._places.to(values.device)]
 
     def unpack(self, values: Tensor) -> Tensor:
         """Packed ``[T, ...]`` to the padded batch, ``[B, W, ...]``, zeros at padding. Differentiable.

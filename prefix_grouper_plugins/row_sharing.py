@@ -5,8 +5,8 @@ alike with and calls it with one packed row; the one after it gives every real t
 Whatever calls the decoder (a language-model head, a fused head, a score head, a trainer's loss) stays as it is. Hidden states
 at padding are zeros there, where an ordinary forward leaves values without meaning.
 
-In a vision-language model they are on the part that takes token ids and images: batches of text are shared, batches with
-images are not.
+In a vision-language model they are on the part that takes token ids and images, and equal images of rows that begin alike go
+through the vision tower once (modeling/padded_images.py).
 
 What cannot be shared exactly takes the ordinary path: counted, and its reason logged once.
 """
@@ -29,6 +29,7 @@ from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
 from prefix_grouper_plugins.modeling.enable import disable_prefix_grouper, has_layers_enabled
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs, row_positions
+from prefix_grouper_plugins.modeling.padded_images import PaddedImages, image_arguments, why_not_images
 from prefix_grouper_plugins.modeling.self_check import why_not_yet
 from prefix_grouper_plugins.modeling.self_check.changes import is_checking
 from prefix_grouper_plugins.modeling.support.report import SupportReport, numbers_padded_columns, report_on
@@ -38,9 +39,11 @@ from prefix_grouper_plugins.sharing import SharingGate
 # Arguments of a decoder that say nothing about rows, or that the packed call sets itself.
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch"}
 _KINDS = ("token_type_ids", "mm_token_type_ids")  # of tokens, 0 for text
+_OF_TOWERS = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")  # alike for all images
 # What a forward may be asked for by its arguments or by the config, one place for each packed token.
 _CACHES = {"cache", "past_key_values"}  # as transformers calls it from 5.24 on, and before
 _OUTPUTS = {"last_hidden_state", *_CACHES}
+_IMAGE_OUTPUTS = ("image_outputs", "image_hidden_states")  # of the images that the tower has seen, equal ones once
 _FOR_GENERATION = "rope_deltas"  # an output of vision-language models that tells where generation goes on
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -216,6 +219,20 @@ class _NoCache:
         )
 
 
+class _NoImageOutputs:
+    """Stands for what an ordinary forward returns of its images."""
+
+    def to_tuple(self) -> _NoImageOutputs:
+        """Asked for by outputs that are read by number, such as the hidden states at 0."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            "this forward shared the rows of its batch and encoded equal images once, so there is no output for each image: "
+            "call the model outside of share_rows"
+        )
+
+
 class _DecoderHooks:
     """In front of and behind the forward of one decoder."""
 
@@ -239,9 +256,9 @@ class _DecoderHooks:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if given_layout(inputs.get(LAYOUT_KWARG), inputs.get("attention_mask")) is not None:
             return None  # packed by somebody else
-        rows, reason = self._read(decoder, inputs)
+        rows, images, reason = self._read(decoder, inputs)
         if rows is not None and reason is None:
-            reason = self._checked(decoder, inputs, rows)
+            reason = self._checked(decoder, inputs, rows, images)
         meter, during = self._sharing.meter, self._sharing.pass_of(self._model)
         if rows is None or reason is not None:
             meter.count_fallback(reason or "", _lengths(inputs), during=during)
@@ -261,7 +278,7 @@ class _DecoderHooks:
         )
         wants_cache = inputs.get("use_cache") is None and getattr(decoder.config, "use_cache", False)
         self._running.rows, self._running.wants_cache = rows, wants_cache
-        return (), self._packed(decoder, inputs, rows)
+        return (), self._packed(decoder, inputs, rows, images)
 
     def unpack(self, decoder: Any, args: Any, output: Any) -> Any:
         """Forward hook: hidden states of the rows in place of the packed ones."""
@@ -271,8 +288,11 @@ class _DecoderHooks:
         self._running.rows = None
         if getattr(output, _FOR_GENERATION, None) is not None:
             setattr(output, _FOR_GENERATION, None)
+        for name in _IMAGE_OUTPUTS:
+            if isinstance(output, dict) and output.get(name) is not None:
+                output[name] = _NoImageOutputs()
         if isinstance(output, dict) and (
-            extra := [k for k, v in output.items() if k not in _OUTPUTS and v is not None]
+            extra := [k for k, v in output.items() if k not in {*_OUTPUTS, *_IMAGE_OUTPUTS} and v is not None]
         ):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} returns `{extra[0]}` with its hidden states, which is not brought back to rows: "
@@ -286,30 +306,47 @@ class _DecoderHooks:
             output.past_key_values = cache
         return output
 
-    def _read(self, decoder: Any, inputs: dict[str, Any]) -> tuple[PaddedRows | None, str | None]:
-        """The rows of a call, or the reason why it is not shared."""
-        if (reason := self._sharing.gate.reason) is not None:
-            return None, reason
-        if (reason := _why_not_call(decoder.config, inputs)) is not None:
-            return None, reason
+    def _read(self, decoder: Any, inputs: dict[str, Any]) -> tuple[PaddedRows | None, PaddedImages | None, str | None]:
+        """The rows of a call and their images, if it has any, or the reason why it is not shared."""
+        reason = self._sharing.gate.reason or _why_not_call(decoder.config, inputs)
+        if reason is not None:
+            return None, None, reason
         ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
         here = ids.cpu()
         real = torch.ones_like(here, dtype=torch.bool) if mask is None else mask.cpu() != 0
         numbers = None if positions is None else positions.cpu().expand(here.shape)
         if (reason := why_not_rows(here, real, numbers)) is not None:
-            return None, reason
+            return None, None, reason
         limit = self._anatomy.row_limit
         if limit is not None and here.shape[1] + 1 >= limit.length:
-            return None, (
-                f"the rows have {here.shape[1]} columns, and from {limit.length} on rope_type {limit.kind!r} changes the "
-                "angles of the whole batch"
+            return (
+                None,
+                None,
+                (
+                    f"the rows have {here.shape[1]} columns, and from {limit.length} on rope_type {limit.kind!r} changes the "
+                    "angles of the whole batch"
+                ),
             )
         if self._left_padding_reasons and not bool(real[:, 0].all()):
-            return None, self._left_padding_reasons[0]
-        min_level = self._sharing.min_level(ids.device)
-        return PaddedRows(ids, mask, positions, padded_positions=self._numbers_columns, min_level=min_level), None
+            return None, None, self._left_padding_reasons[0]
+        images = None
+        if image_arguments(inputs):
+            if (reason := why_not_images(decoder, inputs, real)) is not None:
+                return None, None, reason
+            images = PaddedImages(decoder, inputs)
+        rows = PaddedRows(
+            ids,
+            mask,
+            positions,
+            padded_positions=self._numbers_columns and (images is None or images.positions is None),
+            min_level=self._sharing.min_level(ids.device),
+            beginnings=None if images is None else images.beginnings,
+        )
+        return rows, images, None
 
-    def _checked(self, decoder: Any, inputs: dict[str, Any], rows: PaddedRows) -> str | None:
+    def _checked(
+        self, decoder: Any, inputs: dict[str, Any], rows: PaddedRows, images: PaddedImages | None
+    ) -> str | None:
         """The checks that are due before a packed forward; the reason why there must be none."""
         gate = self._sharing.gate
         if not rows.has_something_in_common:
@@ -320,10 +357,12 @@ class _DecoderHooks:
                 gate.self_check(decoder, alone=True, anatomy=anatomy)
         gate.check_changes(decoder)
         if gate.needs_first_batch(decoder):
-            self._compare_first_batch(decoder, inputs, rows)
+            self._compare_first_batch(decoder, inputs, rows, images)
         return gate.reason
 
-    def _compare_first_batch(self, decoder: Any, inputs: dict[str, Any], rows: PaddedRows) -> None:
+    def _compare_first_batch(
+        self, decoder: Any, inputs: dict[str, Any], rows: PaddedRows, images: PaddedImages | None
+    ) -> None:
         probe: list[Tensor] = []
 
         def scores(hidden: Tensor) -> Tensor:
@@ -333,7 +372,7 @@ class _DecoderHooks:
                 probe.append(torch.randn(hidden.shape[-1], generator=generator).to(hidden.device))
             return hidden.float() @ probe[0] / hidden.shape[-1] ** 0.5
 
-        packed = self._packed(decoder, inputs, rows)
+        packed = self._packed(decoder, inputs, rows, images)
         mask = rows.unpack(torch.ones_like(rows.input_ids))
         self._sharing.gate.first_batch(
             decoder,
@@ -343,7 +382,9 @@ class _DecoderHooks:
             alone=True,
         )
 
-    def _packed(self, decoder: Any, inputs: dict[str, Any], rows: PaddedRows) -> dict[str, Any]:
+    def _packed(
+        self, decoder: Any, inputs: dict[str, Any], rows: PaddedRows, images: PaddedImages | None
+    ) -> dict[str, Any]:
         positions = rows.position_ids
         if inputs.get("position_ids") is None and self._anatomy.numbers_positions is not None:
             positions = row_positions(decoder, rows.layout, rows.input_ids)
@@ -351,7 +392,7 @@ class _DecoderHooks:
         if not self._takes_positions:
             del packed["position_ids"]
         packed |= {name: torch.zeros_like(packed["input_ids"]) for name in _KINDS if inputs.get(name) is not None}
-        return inputs | packed
+        return inputs | packed | ({} if images is None else images.packed(rows))
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -382,14 +423,14 @@ def _why_not_call(config: Any, inputs: dict[str, Any]) -> str | None:
         wanted = inputs.get(name)
         if wanted or (wanted is None and getattr(config, name, False)):
             return f"{name}=True asks for one entry for each token of each row"
-    if images := [name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None]:
-        return f"the batch has images (`{images[0]}`)"
-    if kinds := [name for name in _KINDS if inputs.get(name) is not None and bool(inputs[name].any())]:
-        return f"`{kinds[0]}` marks tokens that are not text"
+    images = image_arguments(inputs)
+    marked = (name for name in _KINDS if inputs.get(name) is not None and bool(inputs[name].any()))
+    if not images and (kind := next(marked, None)) is not None:
+        return f"`{kind}` marks tokens that are not text"
     for name, value in inputs.items():
         # Models hand on arguments of their heads, too: `logits_to_keep=0` asks for nothing.
         given = value is not None and not (isinstance(value, int) and not value)
-        if given and name not in _KNOWN | set(_EXTRA_OUTPUTS) | set(_KINDS):
+        if given and name not in {*_KNOWN, *_EXTRA_OUTPUTS, *_KINDS, *images, *_OF_TOWERS}:
             return f"`{name}` is an argument of the forward that is not known here"
     return None
 

@@ -21,12 +21,14 @@ class RowTokens(NamedTuple):
         prompt_tokens: tokens of the prompt that are forwarded once for all rows, ``P - 1``.
         completion_tokens: tokens of the completion.
         levels: name and tokens of what its completion has in common with others of its prompt, where that is shared.
+        images: of the prompt, which a vision tower encodes once for all rows.
     """
 
     prompt: Hashable
     prompt_tokens: int
     completion_tokens: int
     levels: tuple[tuple[Hashable, int], ...] = ()
+    images: int = 0
 
     @classmethod
     def of(cls, prompt: Hashable, prompt_length: int, completion_length: int) -> RowTokens:
@@ -91,6 +93,7 @@ def next_forward(
     opened: Mapping[Hashable, int] | None = None,
     stays_open: bool = True,
     max_scored: int | None = None,
+    max_images: int | None = None,
 ) -> tuple[int, list[Hashable]]:
     """What the forward of the first of ``coming`` takes: micro-batches until it has as many rows as a group, if they fit.
 
@@ -101,6 +104,7 @@ def next_forward(
         opened: tokens of each prompt that an earlier forward has left open.
         stays_open: whether prompts may stay open for later forwards.
         max_scored: completion tokens that a forward may score, where the logits of all are kept; None for no limit.
+        max_images: images that may be in memory, those of open prompts included; None for no limit.
 
     Returns:
         how many micro-batches, and those prompts of their rows that other forwards hold too.
@@ -111,6 +115,10 @@ def next_forward(
     if max_scored is not None:
         scored = [[row._replace(prompt_tokens=0, levels=()) for row in rows] for rows in may_join]
         count = min(count, num_that_fit(scored, max_scored))
+    if max_images is not None:
+        shown = [[RowTokens(row.prompt, row.images, 0) for row in rows] for rows in may_join]
+        held = {row.prompt: row.images for rows in coming for row in rows if row.prompt in opened}
+        count = min(count, num_that_fit(shown, max_images, held=sum(held.values()), opened=opened))
     return count, prompts_to_share(coming, count, opened, stays_open)
 
 

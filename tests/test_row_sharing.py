@@ -215,19 +215,98 @@ def test_batches_of_text_are_shared_in_each_vision_language_model(model_type, le
     assert_text_is_shared(model_type, left, 1e-5)
 
 
-def test_batches_with_images_run_as_ever_and_say_so():
+def images_of(model_type: str, side: str) -> tuple[list[Any], Tensor, Tensor, dict[str, Any]]:
+    """Rows with images, two of each prompt, and the arguments of an ordinary forward of all."""
+    made, family = multimodal_families.rows(model_type), multimodal_families.FAMILIES[model_type]
+    ids = pad_sequence([row.ids for row in made], batch_first=True, padding_side=side)
+    inputs: dict[str, Any] = family.row_tensors([image for row in made for image in row.images])
+    if family.token_tensor:
+        inputs[family.token_tensor] = (ids == multimodal_families.IMAGE).int()
+    return made, ids, (ids != 0).long(), inputs
+
+
+def size_of_trie(made: list[Any]) -> int:
+    """Of the rows' tokens, where placeholders are told apart by their images."""
+    rows = []
+    for row in made:
+        shown = iter([id(image) for image in row.images for _ in range(image.tokens)])
+        rows.append([next(shown) if token == multimodal_families.IMAGE else token for token in row.ids.tolist()])
+    return len({tuple(row[: end + 1]) for row in rows for end in range(len(row))})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "side"), [("llava", "right"), ("qwen2_vl", "left"), ("qwen2_5_vl", "right"), ("qwen3_vl", "left")]
+)
+def test_equal_images_of_rows_that_begin_alike_are_seen_once(monkeypatch, model_type, side):
+    model = multimodal_families.build(model_type)
+    tiny.compute_norms_in_input_dtype(model)
+    multimodal_families.compute_vision_rotary_in_input_dtype(monkeypatch, model)
+    made, ids, mask, inputs = images_of(model_type, side)
+    expected = logits_of(model, ids, mask, **inputs)
+    expected_gradients = gradients(model, loss(expected))
+    sizes = []
+    with share_rows(model, share="tree") as sharing:
+        tower = next(m for name, m in model.named_modules() if name.endswith(("visual", "vision_tower")))
+        tower.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+        got = logits_of(model, ids, mask, **inputs)
+        got_gradients = gradients(model, loss(got))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    largest = max(float(g.abs().max()) for g in expected_gradients.values())
+    assert got_gradients.keys() == expected_gradients.keys()
+    for name, wanted in expected_gradients.items():
+        assert (got_gradients[name] - wanted).abs().max() <= 1e-10 * largest, name
+    assert dict(sharing.meter.fallbacks) == {}
+    assert sharing.meter.tokens_forwarded == size_of_trie(made)
+    assert sizes == [len(inputs["pixel_values"]) // 2]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "reason"),
+    [
+        ("llava_next", {}, "images whose `image_sizes` does not say how many tokens stand for each"),
+        ("gemma3", {}, "the tokens of an image see each other in both directions"),
+        ("qwen2_vl", {"mm_token_type_ids": None}, "`mm_token_type_ids` is missing"),
+        ("qwen2_vl", {"pixel_values_videos": torch.zeros(1)}, "belongs to rows with videos"),
+    ],
+)
+def test_batches_with_images_that_cannot_be_shared_say_why(model_type, change, reason):
+    model = multimodal_families.build(model_type)
+    _, ids, mask, inputs = images_of(model_type, "left")
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **inputs, **change}
+    expected = _result(model, inputs)
+    with share_rows(model, self_check=False) as sharing:
+        assert _same(_result(model, inputs), expected)
+    (counted,) = sharing.meter.fallbacks
+    assert reason in counted
+
+
+def test_the_features_of_each_image_are_not_kept():
     model = multimodal_families.build("llava")
-    (row,) = [row for row in multimodal_families.rows("llava") if row.images][:1]
-    pixels = torch.cat([image.tensors["pixel_values"] for image in row.images])
-    inputs = {"input_ids": row.ids.repeat(2, 1), "pixel_values": pixels.repeat(2, 1, 1, 1), "use_cache": False}
-    expected = model(**inputs).logits
-    with share_rows(model) as sharing:
-        assert torch.equal(model(**inputs).logits, expected)
-        assert list(sharing.meter.fallbacks) == ["the batch has images (`pixel_values`)"]
-        kinds = torch.zeros_like(inputs["input_ids"])
-        model(input_ids=inputs["input_ids"], token_type_ids=kinds, use_cache=False)
+    _, ids, mask, inputs = images_of("llava", "right")
+    with share_rows(model, self_check=False) as sharing:
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
         assert sharing.meter.packed == 1
-        model(input_ids=inputs["input_ids"], token_type_ids=kinds + 1, use_cache=False)
+        with pytest.raises(AttributeError, match="encoded equal images once"):
+            _ = output.image_outputs.pooler_output
+        model.model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=False, **inputs)
+        assert list(sharing.meter.fallbacks) == ["return_dict=False asks for the features of all images in a tuple"]
+
+
+def test_placeholders_and_images_of_a_batch_have_to_fit():
+    model = multimodal_families.build("llava")
+    _, ids, mask, inputs = images_of("llava", "right")
+    moved = ids.clone()  # from one row to another, so that the totals fit
+    moved[0, int((ids[0] == multimodal_families.IMAGE).nonzero()[0])] = 20
+    moved[1, -1] = multimodal_families.IMAGE
+    mask = torch.ones_like(mask)
+    expected = model(input_ids=moved, attention_mask=mask, **inputs, use_cache=False).logits
+    with share_rows(model, self_check=False) as sharing:
+        assert torch.equal(model(input_ids=moved, attention_mask=mask, **inputs, use_cache=False).logits, expected)
+        assert list(sharing.meter.fallbacks) == ["the placeholders of a row do not fit its images"]
+        kinds = torch.zeros_like(ids)
+        model(input_ids=ids[3:4].repeat(2, 1), token_type_ids=kinds[:2], use_cache=False)
+        assert sharing.meter.packed == 1
+        model(input_ids=ids[3:4].repeat(2, 1), token_type_ids=kinds[:2] + 1, use_cache=False)
         assert "`token_type_ids` marks tokens that are not text" in sharing.meter.fallbacks
 
 

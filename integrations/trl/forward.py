@@ -54,27 +54,27 @@ class Rows:
         return self._select(rows, rows, self.images[rows])
 
     @classmethod
-    def of_blocks(cls, blocks: Blocks, on_host: Blocks) -> Rows:
-        """Rows without images."""
+    def of_blocks(cls, blocks: Blocks, on_host: Blocks, images: RowsOfImages | None = None) -> Rows:
+        """Rows by their prompts and completions; without ``images`` they have none."""
         prompts, prompt_mask, completions, completion_mask = blocks
         ids, mask = torch.cat([prompts, completions], dim=1), torch.cat([prompt_mask, completion_mask], dim=1)
-        return cls(ids, mask, completions.shape[1], RowsOfImages({}, len(ids)), on_host)
+        return cls(ids, mask, completions.shape[1], images or RowsOfImages({}, len(ids)), on_host)
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
-        """Rows without images, one part after the other; all are equally wide."""
+        """The rows of ``parts``, which are equally wide, one part after the other."""
         ids, mask = torch.cat([part.input_ids for part in parts]), torch.cat([part.attention_mask for part in parts])
         on_host = joined_blocks([part.on_host for part in parts])
-        return cls(ids, mask, parts[0].num_scored, RowsOfImages({}, len(ids)), on_host)
+        return cls(ids, mask, parts[0].num_scored, RowsOfImages.join([part.images for part in parts]), on_host)
 
-    def holds(self, on_host: Blocks) -> bool:
-        """Whether these are the rows of ``on_host``, by their tokens; images are not looked at."""
-        return all(map(torch.equal, self.on_host, on_host))
+    def holds(self, on_host: Blocks, images: RowsOfImages) -> bool:
+        """Whether these are the rows of ``on_host`` and ``images``."""
+        return all(map(torch.equal, self.on_host, on_host)) and self.images.equal(images)
 
     def take(self, rows: list[int]) -> Rows:
-        """Rows without images, by number."""
+        """Rows by number."""
         places = torch.tensor(rows)
-        return self._select(on_device(places, self.input_ids.device), places, RowsOfImages({}, len(rows)))
+        return self._select(on_device(places, self.input_ids.device), places, self.images.take(rows))
 
     def _select(self, rows: slice | Tensor, rows_on_host: slice | Tensor, images: RowsOfImages) -> Rows:
         on_host: Blocks = tuple(block[rows_on_host] for block in self.on_host)  # type: ignore[assignment]
@@ -181,8 +181,9 @@ class PackedForward:
             return self.nothing_to_score(model, rows, entropy=entropy)
         images = rows.images.image_rows(model, rows.blocks)
         batch = self._batch(model, rows.blocks, rows.on_host, images, forward_last=aux_loss)
+        inputs = _packed_inputs(batch, images)
         with capture_router_logits(model, enabled=aux_loss) as router_logits:
-            logps, entropies = self._forward(model, batch, images, entropy)
+            logps, entropies = self._forward(model, batch, inputs, entropy)
         loss = load_balancing_loss(model, router_logits, batch.layout.rows_per_position) if aux_loss else None
         counts = Counts(
             tokens_forwarded=batch.layout.num_tokens,
@@ -198,28 +199,37 @@ class PackedForward:
         """:meth:`score` of rows of one prompt, against the prompt in ``cache``.
 
         Args:
-            model, rows, entropy: as in :meth:`score`; each row has a completion, none has images.
+            model, rows, entropy: as in :meth:`score`; each row has a completion.
             cache: of the prompt; None where it has to be forwarded first.
             is_last: whether these are the prompt's last rows, so that their backward goes on through it.
 
         Returns:
             log-probs and entropies ``[B, C]``, what was forwarded, and the prompt's cache.
         """
-        whole = self._batch(model, rows.blocks, rows.on_host, None, forward_last=False)
-        part = whole.behind_prompt()
+        images = rows.images.image_rows(model, rows.blocks)
+        whole = self._batch(model, rows.blocks, rows.on_host, images, forward_last=False)
+        part, positions, kinds = whole.behind_prompt(), whole.position_ids, {}
+        if images is not None:
+            positions, kinds = images.of_tokens(whole)
         given = part.layout.num_given
         counts = Counts(
             part.layout.num_queries, part.num_row_tokens, rows=part.num_rows, shared_1=given * part.num_rows
         )
         counts += Counts.of_levels(part.layout.shared_by_level)
         if cache is None:
-            cache, length = PromptCache(), part.layout.num_given
-            prompt = PrefixLayout.from_groups([length], [[1]], device=part.input_ids.device)
+            cache = PromptCache()
+            prompt = PrefixLayout.from_groups([given], [[1]], device=part.input_ids.device)
+            more = {name: kind[:, :given] for name, kind in kinds.items()}
+            if images is not None:
+                images.set_blocks(prompt, whole)
+                more |= images.shown(whole)
             with self._trainer.accelerator.autocast():
-                cache.run(model, prompt, whole.input_ids[:length], whole.position_ids[:length])
-            counts += Counts(tokens_forwarded=length, groups=1, shared_1=-length)
+                cache.run(model, prompt, whole.input_ids[:given], positions[..., :given], more)
+            counts += Counts(tokens_forwarded=given, groups=1, shared_1=-given)
         cache.prepare(part.layout, last=is_last)
-        logps, entropies = self._forward(model, part, None, entropy)
+        inputs = packed_inputs(part.layout, part.input_ids, positions[..., given:])
+        inputs |= {name: kind[:, given:] for name, kind in kinds.items()}
+        logps, entropies = self._forward(model, part, inputs, entropy)
         return (part.scatter(logps), None if entropies is None else part.scatter(entropies)), counts, cache
 
     def nothing_to_score(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, Counts]:
@@ -233,7 +243,7 @@ class PackedForward:
         first = number or 0
         images = rows.images[first : first + 1].image_rows(model, blocks)
         batch = self._batch(model, blocks, on_host, images, forward_last=False)
-        logps, _ = self._forward(model, batch, images, False)
+        logps, _ = self._forward(model, batch, _packed_inputs(batch, images), False)
         zeros = (logps.sum() * 0).expand(len(rows), rows.num_scored)
         row_tokens = sum(int(mask.sum()) for mask in (rows.on_host[1], rows.on_host[3]))
         counts = Counts(tokens_forwarded=batch.layout.num_tokens, row_tokens=row_tokens)
@@ -257,14 +267,10 @@ class PackedForward:
         return batch
 
     def _forward(
-        self, model: Any, batch: GroupedBatch, images: ImageRows | None, entropy: bool
+        self, model: Any, batch: GroupedBatch, inputs: dict[str, Any], entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies ``[N]`` of the completion tokens, by the head that the installed TRL uses."""
         trainer = self._trainer
-        if images is None:
-            inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
-        else:
-            inputs = images.packed_inputs(batch)
         if hasattr(trainer.accelerator.unwrap_model(model).config.get_text_config(), "output_router_logits"):
             inputs["output_router_logits"] = False  # else the model's config could ask for a loss over packed tokens
         if HAS_FUSED_HEAD:
@@ -278,6 +284,12 @@ class PackedForward:
             return logps, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and getattr(trainer, "_entropy_bonus_enabled", False)):
             return logps, trl_utils.entropy_from_logits(logits)
+
+
+def _packed_inputs(batch: GroupedBatch, images: ImageRows | None) -> dict[str, Any]:
+    if images is None:
+        return packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
+    return images.packed_inputs(batch)
 
 
 def _row_with_images(rows: Rows) -> int | None:

@@ -6,13 +6,15 @@ numbers of images and tiles of each row, and splits them where it splits the row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prefix_grouper_plugins.batch import Blocks
+from prefix_grouper_plugins.layout import on_device
 from prefix_grouper_plugins.metrics import logger
 from prefix_grouper_plugins.modeling.images import (
     IMAGE_TENSORS,
@@ -21,11 +23,14 @@ from prefix_grouper_plugins.modeling.images import (
     RowTensors,
     image_token_id,
     merge_images,
+    same_images,
+    sharing_keys,
     split_images,
     why_not_pack,
 )
 
 _COUNTS = ("num_images", "num_tiles")
+_NAMES_OF_IMAGES = ("pixel", "image", "video", "spatial_shapes")  # parts of the names of what belongs to images
 
 
 def why_not_share(model: Any, given: dict[str, Any]) -> str | None:
@@ -36,6 +41,16 @@ def why_not_share(model: Any, given: dict[str, Any]) -> str | None:
     if "pixel_values" in names and "num_images" not in given:
         return "`pixel_values` came without `num_images`, so it is not known which row an image belongs to"
     return why_not_pack(model, names)
+
+
+def given_of(micro_batch: dict[str, Any]) -> dict[str, Any]:
+    """The arguments about images that TRL hands to the stock method from a micro-batch that it has buffered."""
+    known = (*_COUNTS, *TOKEN_TENSORS)
+    return {
+        name: value
+        for name, value in micro_batch.items()
+        if value is not None and (name in known or any(part in name for part in _NAMES_OF_IMAGES))
+    }
 
 
 class RowsOfImages:
@@ -60,6 +75,70 @@ class RowsOfImages:
         part.token_tensors = {name: tensor[rows] for name, tensor in self.token_tensors.items()}
         part.images = self.images[rows]
         return part
+
+    @classmethod
+    def join(cls, parts: Sequence[RowsOfImages]) -> RowsOfImages:
+        """The rows of ``parts``, which bring the same arguments and are equally wide, one part after the other."""
+        joined = object.__new__(cls)
+        first = parts[0]
+        joined.counts = {name: [n for part in parts for n in part.counts[name]] for name in first.counts}
+        joined.token_tensors = {
+            name: torch.cat([part.token_tensors[name] for part in parts]) for name in first.token_tensors
+        }
+        joined.images = [row for part in parts for row in part.images]
+        return joined
+
+    def take(self, rows: Sequence[int]) -> RowsOfImages:
+        """Rows by number."""
+        part, places = object.__new__(RowsOfImages), torch.tensor(rows)
+        part.counts = {name: [counts[row] for row in rows] for name, counts in self.counts.items()}
+        part.token_tensors = {
+            name: tensor[on_device(places, tensor.device)] for name, tensor in self.token_tensors.items()
+        }
+        part.images = [self.images[row] for row in rows]
+        return part
+
+    def equal(self, other: RowsOfImages) -> bool:
+        """Whether these rows show the same."""
+        return (
+            self.counts == other.counts
+            and same_images(self.token_tensors, other.token_tensors)
+            and len(self) == len(other)
+            and all(map(same_images, self.images, other.images))
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_images(self) -> list[int]:
+        """Of each row."""
+        return list(self.counts.get("num_images", [0] * len(self)))
+
+    def keys(self, model: Any, on_host: Blocks) -> list[Hashable]:
+        """One for each row, equal for rows with equal prompts only if their images and token kinds are equal too.
+
+        Rows whose images keep them from sharing have keys of their own, see `sharing_keys`.
+
+        Args:
+            model: the vision-language model.
+            on_host: ids and masks of the rows as `blocks_on_host` returns them.
+        """
+        if not self.token_tensors and not any(self.images):
+            return [None] * len(self.images)
+        prompts, mask, completions, completion_mask = on_host
+        kinds = [tensor[:, : prompts.shape[1]].cpu() for tensor in self.token_tensors.values()]
+        along = [
+            tuple(of_all[row][mask[row]].numpy().tobytes() for of_all in kinds) if shown else ()
+            for row, shown in enumerate(self.images)
+        ]
+        rows = [
+            torch.cat([ids[own], more[scored]])
+            for ids, own, more, scored in zip(prompts, mask, completions, completion_mask, strict=True)
+        ]
+        token = image_token_id(model)
+        placeholders = () if token is None else (token,)
+        return list(sharing_keys(along, rows, mask.sum(1).tolist(), self.images, placeholders))
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the stock method."""

@@ -33,6 +33,7 @@ from prefix_grouper_plugins.integrations.trl.forward import (
     Scores,
     joined_blocks,
 )
+from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_share
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.layout import PrefixLayout, on_device
@@ -52,17 +53,24 @@ _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_C
 _REMEDY = "prefix_grouper_regroup='none'"
 
 
-def tokens_of_rows(on_host: Blocks) -> list[RowTokens]:
-    """What each row adds to a packed forward. Rows have a prompt in common where it is equal, padding included.
+def tokens_of_rows(model: Any, on_host: Blocks, images: RowsOfImages) -> list[RowTokens]:
+    """What each row adds to a packed forward.
+
+    Rows have a prompt in common where it is equal, padding and images included.
 
     Args:
+        model: that takes the rows.
         on_host: ids and masks as `blocks_on_host` returns them.
+        images: those of the rows.
     """
     prompt_ids, prompt_mask, _, completion_mask = on_host
     ids = prompt_ids.masked_fill(~prompt_mask, -1)
     prompts, completions = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
-    rows = zip(ids, prompts, completions, strict=True)
-    return [RowTokens.of(prompt_group(None, row), prompt, completion) for row, prompt, completion in rows]
+    rows = zip(images.keys(model, on_host), ids, prompts, completions, images.num_images, strict=True)
+    return [
+        RowTokens.of(prompt_group(key, row), prompt, completion)._replace(images=shown)
+        for key, row, prompt, completion, shown in rows
+    ]
 
 
 def with_levels(rows: Sequence[RowTokens], on_host: Blocks, min_level: int | None) -> list[RowTokens]:
@@ -104,6 +112,7 @@ class PromptReuse:
         self._later_states: list[ModelState] = []
         self._micro_batches: list[MicroBatch] = []  # of the generation batch
         self._on_host: list[Blocks] = []  # their rows
+        self._images: list[RowsOfImages] = []
         self._tokens: list[list[RowTokens]] = []
         # The micro-batch that was entered, and those that certainly follow in its optimizer step.
         self._coming = range(0)
@@ -132,8 +141,8 @@ class PromptReuse:
             kind = trainer.accelerator.distributed_type.value
             return f"under {kind} every process has to make the same number of forwards"
         config = transformers_model(model).config
-        if config.get_text_config(decoder=True) is not config:
-            return "the model takes images"
+        if config.get_text_config(decoder=True) is not config and trainer.accelerator.num_processes > 1:
+            return "with several processes each runs the vision tower in every micro-batch"
         if update and trainer._option("prefix_grouper_regroup") == "none":
             return "prefix_grouper_regroup='none' leaves TRL's shuffle alone"
         if update and (reason := why_rows_stay(trainer)) is not None:
@@ -174,6 +183,8 @@ class PromptReuse:
             return
         if micro_batches is not self._micro_batches:
             self._count_rows(micro_batches)
+        if not self._tokens:
+            return
         window = self.window()
         end = number - number % window + window
         if self._trainer.accelerator.sync_gradients:  # the optimizer steps after this one, whatever comes
@@ -182,17 +193,22 @@ class PromptReuse:
 
     def _count_rows(self, micro_batches: list[MicroBatch]) -> None:
         """Read the rows of a generation batch from the device, all at once, and count their tokens."""
-        self._micro_batches = micro_batches
+        self._micro_batches, self._tokens = micro_batches, []
+        given = list(map(given_of, micro_batches))
+        if not all(own.keys() == given[0].keys() and why_not_share(self._trainer.model, own) is None for own in given):
+            return  # each is forwarded by itself, or by the stock trainer, which is where the reason is said
         sizes = [len(batch["prompt_ids"]) for batch in micro_batches]
         on_host = blocks_on_host(*joined_blocks(list(map(_blocks_of, micro_batches))))
         self._on_host = list(zip(*(block.split(sizes) for block in on_host), strict=True))
-        self._tokens = self._tokens_of(on_host, sizes)
+        self._images = list(map(RowsOfImages, given, sizes))
+        self._tokens = self._tokens_of(self._trainer.model, on_host, self._images)
         self._say_what_is_repeated()
 
-    def _tokens_of(self, on_host: Blocks, sizes: Sequence[int]) -> list[list[RowTokens]]:
-        """What each row adds to a packed forward, by micro-batches or chunks of ``sizes`` rows."""
-        rows = iter(with_levels(tokens_of_rows(on_host), on_host, self._trainer.min_level))
-        return [[next(rows) for _ in range(size)] for size in sizes]
+    def _tokens_of(self, model: Any, on_host: Blocks, images: Sequence[RowsOfImages]) -> list[list[RowTokens]]:
+        """What each row adds to a packed forward, by micro-batches or chunks with the rows of ``images``."""
+        tokens = tokens_of_rows(model, on_host, RowsOfImages.join(images))
+        rows = iter(with_levels(tokens, on_host, self._trainer.min_level))
+        return [[next(rows) for _ in range(len(part))] for part in images]
 
     def _say_what_is_repeated(self) -> None:
         """Once, with the first batch in which it is so: levels behind the prompt do not stay open."""
@@ -267,8 +283,8 @@ class PromptReuse:
         if self._stays_open is None:
             self._stays_open = self.why_not(model) is None
         first, *later = self._coming
-        is_known = rows.holds(self._on_host[first])  # a loss of the user's own may score other rows
-        tokens = self._tokens[first] if is_known else tokens_of_rows(rows.on_host)
+        is_known = self._are_of(rows, first)  # a loss of the user's own may score other rows
+        tokens = self._tokens[first] if is_known else _tokens_of_unknown(model, rows)
         coming = [tokens, *(self._tokens[number] for number in later)]
         may_join = is_known and not self._leaves_experts_out(model)
         count, shared = self._plan(coming, rows, self._prompts, self._stays_open, may_join=may_join)
@@ -331,11 +347,15 @@ class PromptReuse:
         return bool(getattr(model, "find_unused_parameters", False)) and (anatomy is None or anatomy.has_experts)
 
     def _rows_of(self, number: int) -> Rows:
-        return Rows.of_blocks(_blocks_of(self._micro_batches[number]), self._on_host[number])
+        return Rows.of_blocks(_blocks_of(self._micro_batches[number]), self._on_host[number], self._images[number])
+
+    def _are_of(self, rows: Rows, number: int) -> bool:
+        """Whether ``rows`` are those of a micro-batch, by its number."""
+        return rows.holds(self._on_host[number], self._images[number])
 
     def _from_ahead(self, ahead: ScoresAhead, number: int, model: Any, rows: Rows) -> tuple[Scores, list[Counts]]:
         """Scores of micro-batch ``number``, whose rows were forwarded with those of an earlier one."""
-        if not rows.holds(self._on_host[number]):
+        if not self._are_of(rows, number):
             raise RuntimeError(
                 "the loss scores other rows than those of its micro-batch, which were forwarded with an earlier one: set "
                 f"{_REMEDY}"
@@ -358,7 +378,8 @@ class PromptReuse:
         if len(chunks) < 2 or torch.is_grad_enabled() or self.why_not_ahead(model, update=False) is not None:
             return [None] * len(chunks)
         stays_open = self.why_not(model, update=False) is None
-        tokens = self._tokens_of(joined_blocks([chunk.on_host for chunk in chunks]), [len(chunk) for chunk in chunks])
+        on_host, images = joined_blocks([chunk.on_host for chunk in chunks]), [chunk.images for chunk in chunks]
+        tokens = self._tokens_of(model, on_host, images)
         prompts = OpenPrompts()
         found: list[tuple[Scores, list[Counts]] | None] = []
         while len(found) < len(chunks):
@@ -377,7 +398,7 @@ class PromptReuse:
 
         For comparisons. No prompt stays open, and one backward goes through prompts and completions.
         """
-        tokens = tokens_of_rows(rows.on_host)
+        tokens = tokens_of_rows(model, rows.on_host, rows.images)
         prompts = dict.fromkeys(row.prompt for row in tokens)
         own: list[Hashable] = [key for key in prompts if isinstance(key, tuple)]
         found = self._score(model, rows, tokens, own, OpenPrompts(), entropy)
@@ -394,7 +415,7 @@ class PromptReuse:
         For comparisons. Nothing is kept for the later ones, and a backward goes through the whole forward at once.
         """
         joint = [rows]
-        if self._paused and rows.holds(self._on_host[self._paused[0]]):
+        if self._paused and self._are_of(rows, self._paused[0]):
             count, _ = self._plan([self._tokens[number] for number in self._paused], rows, OpenPrompts(), False)
             joint += map(self._rows_of, self._paused[1:count])
         logps, entropies, aux = self._forward.score(model, Rows.join(joint), entropy=entropy, aux_loss=False)[0]
@@ -425,6 +446,7 @@ class PromptReuse:
             opened=opened,
             stays_open=stays_open,
             max_scored=None if HAS_FUSED_HEAD else len(first) * first.num_scored,
+            max_images=sum(first.images.num_images),
         )
         prompts.expect(row.prompt for rows in coming[count:] for row in rows if stays_open)
         return count, shared
@@ -486,6 +508,12 @@ class PromptReuse:
         pieces = [([row for row, own in enumerate(keys) if own == key], key) for key in shared]
         others = [row for row, own in enumerate(keys) if own is not None and own not in shared]
         return [*pieces, (others, None)] if others else pieces  # type: ignore[list-item]
+
+
+def _tokens_of_unknown(model: Any, rows: Rows) -> list[RowTokens]:
+    """Those of rows that are in no micro-batch: text may have a prompt that is open, images are not compared with such."""
+    tokens = tokens_of_rows(model, rows.on_host, rows.images)
+    return [row._replace(prompt=object()) if row.images and row.prompt is not None else row for row in tokens]
 
 
 def _blocks_of(micro_batch: MicroBatch) -> Blocks:

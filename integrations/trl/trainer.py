@@ -374,12 +374,12 @@ class PrefixGrouperMixin:
             call = call._replace(input_ids=call.input_ids[:size], attention_mask=call.attention_mask[:size])
         shared: dict[str, Callable[[Any], Tensor]] = {}
         if shares:
-            shared = self._shared_paths(call.model, list(call.rows.chunks(size)), reuse=not call.has_images)
+            shared = self._shared_paths(call.model, list(call.rows.chunks(size)))
         self.gate.first_batch(
             call.model, lambda inner: call._replace(model=inner).run(stock)[0], shared, call.scored_mask
         )
 
-    def _shared_paths(self, model: Any, chunks: list[Rows], reuse: bool) -> dict[str, Callable[[Any], Tensor]]:
+    def _shared_paths(self, model: Any, chunks: list[Rows]) -> dict[str, Callable[[Any], Tensor]]:
         """The ways in which rows of this trainer are forwarded, by name; each returns log-probs ``[B, C]``."""
 
         def packed(inner: Any) -> Tensor:
@@ -387,7 +387,7 @@ class PrefixGrouperMixin:
             return torch.cat([logps for logps, *_ in scores])
 
         paths: dict[str, Callable[[Any], Tensor]] = {"packed": packed}
-        if reuse and self._reuse.why_not(model, update=torch.is_grad_enabled()) is None:
+        if self._reuse.why_not(model, update=torch.is_grad_enabled()) is None:
             paths["prompts reused"] = lambda inner: torch.cat(
                 [self._reuse.score_apart(inner, chunk, entropy=False)[0] for chunk in chunks]
             )
@@ -396,7 +396,7 @@ class PrefixGrouperMixin:
     def _reused(self, call: ScoringCall, chunks: list[Rows]) -> Iterable[tuple[Scores, list[Counts]] | None]:
         """Scores of those ``chunks`` that share a prompt with other chunks or micro-batches; None for the others."""
         model, entropy = call.model, call.compute_entropy
-        if call.has_images or call.aux_loss:
+        if call.aux_loss:
             return [None] * len(chunks)
         if (score := self.verification.score_reused) is not None:
             return [(score(model, chunk, entropy=entropy), [Counts(packed=1)]) for chunk in chunks]

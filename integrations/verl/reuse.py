@@ -21,7 +21,7 @@ from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatc
 from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
-from prefix_grouper_plugins.modeling import prompt_cache
+from prefix_grouper_plugins.modeling import prompt_cache, transformers_model
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.prompt_reuse import MatchedForwards, OpenPrompts
 
@@ -44,6 +44,9 @@ def why_not_reuse(engine: Any, loss_function: Any, *, gradients: bool) -> str | 
         return reason
     if unverified := engine.gate.reports[0].unverified:
         return "; ".join(unverified)
+    config = transformers_model(engine.module).config
+    if config.get_text_config(decoder=True) is not config:
+        return "the model takes images"
     with torch.set_grad_enabled(gradients):
         return prompt_cache.why_not_reuse(engine.module, engine.gate.anatomies[0])
 

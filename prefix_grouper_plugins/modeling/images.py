@@ -131,17 +131,24 @@ def first_alike(images: Sequence[RowTensors], among: Sequence[Hashable]) -> list
             found.append(None)
             continue
         others = distinct.setdefault(key, [])
-        first = next((j for j in others if _equal(row, images[j])), i)
+        first = next((j for j in others if same_images(row, images[j])), i)
         if first == i:
             others.append(i)
         found.append(first)
     return found
 
 
-def _equal(one: RowTensors, other: RowTensors) -> bool:
-    return one.keys() == other.keys() and all(
-        x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items()
-    )
+def same_images(one: RowTensors, other: RowTensors) -> bool:
+    """Whether two rows have equal image tensors."""
+    return one.keys() == other.keys() and all(_equal(x, other[name]) for name, x in one.items())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # The same memory need not be read, for which a GPU would be waited for.
+    is_same = (one.data_ptr(), one.stride(), one.device) == (other.data_ptr(), other.stride(), other.device)
+    return is_same or torch.equal(one, other)
 
 
 def sharing_keys(
@@ -281,7 +288,8 @@ def multimodal_positions(
     return positions
 
 
-def _merge_size(model: nn.Module) -> int | None:
+def merge_size(model: nn.Module) -> int | None:
+    """Side of the square of patches that makes one feature; None for models without grids."""
     vision = getattr(transformers_model(model).config, "vision_config", None)
     return getattr(vision, "spatial_merge_size", None)
 
@@ -292,6 +300,11 @@ def _kinds_read_by(model: nn.Module) -> dict[str, bool]:
     if (kind := _kind_of_blocks(model)) is not None:
         read[kind] = True
     return read
+
+
+def reads_images_both_ways(model: nn.Module) -> bool:
+    """Whether the tokens of an image see all others of their image."""
+    return _kind_of_blocks(model) is not None
 
 
 def _kind_of_blocks(model: nn.Module) -> str | None:
@@ -357,7 +370,7 @@ class ImageRows:
         token = image_token_id(model)
         if token is not None and any(self.images):
             real = [row[own != 0].cpu() for row, own in zip(input_ids, mask, strict=True)]
-            check_placeholders(real, self.images, {token}, _merge_size(model))
+            check_placeholders(real, self.images, {token}, merge_size(model))
             self._check_kinds(model, (input_ids == token) & (mask != 0))
         self.positions = multimodal_positions(
             model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
@@ -411,14 +424,28 @@ class ImageRows:
 
     def packed_inputs(self, batch: GroupedBatch) -> dict[str, Any]:
         """Keyword arguments of the packed forward of ``batch``, which was made from these rows with :attr:`keys`."""
+        self.set_blocks(batch.layout, batch)
+        positions, kinds = self.of_tokens(batch)
+        return {**packed_inputs(batch.layout, batch.input_ids, positions), **kinds, **self.shown(batch)}
+
+    def of_tokens(self, batch: GroupedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Positions, ``LongTensor[T]`` or ``[3, T]``, and token kinds, each ``[1, T]``, of the packed row of ``batch``."""
         positions = batch.position_ids if self.positions is None else batch.pack(self.positions.movedim(0, -1)).T
+        return positions, {name: batch.pack(x)[None] for name, x in self.token_tensors.items()}
+
+    def shown(self, batch: GroupedBatch) -> dict[str, Tensor]:
+        """The image tensors that the placeholders in the packed row of ``batch`` stand for."""
+        return merge_images([self.images[batch.kept[row]] for row in first_rows(batch.layout)])
+
+    def set_blocks(self, layout: PrefixLayout, batch: GroupedBatch) -> None:
+        """Let the tokens of each image see each other, where the model reads images both ways.
+
+        Args:
+            layout: of the first tokens in the packed row of ``batch``, at least all of those of images. Changed in place.
+            batch: made from these rows.
+        """
         if self.block_ids is not None:
-            set_blocks(batch.layout, batch.pack(self.block_ids), self._blocks_in)
-        return {
-            **packed_inputs(batch.layout, batch.input_ids, positions),
-            **{name: batch.pack(x)[None] for name, x in self.token_tensors.items()},
-            **merge_images([self.images[batch.kept[row]] for row in first_rows(batch.layout)]),
-        }
+            set_blocks(layout, batch.pack(self.block_ids)[: layout.num_tokens], self._blocks_in)
 
 
 def image_blocks(model_type: str, token_type_ids: Tensor | None, last_tokens: Tensor) -> Tensor | None:

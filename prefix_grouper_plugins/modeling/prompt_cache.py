@@ -27,7 +27,7 @@ the last part's values send it a gradient of zero (:meth:`PromptCache.attach`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -164,14 +164,22 @@ class PromptCache:
         self._output: Tensor | None = None
 
     def run(
-        self, model: nn.Module, layout: PrefixLayout, input_ids: Tensor, position_ids: Tensor | None = None
+        self,
+        model: nn.Module,
+        layout: PrefixLayout,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        images: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Forward the prompt through the decoder of ``model``, without its head. Its graph is kept where gradients are on.
+
+        The prompt's images go through the vision tower here, and their gradients back through it with the last part.
 
         Args:
             model: as for :func:`why_not_reuse`, which has no objection.
             layout: one row of ``P`` tokens, of which ``P - 1`` are forwarded.
             input_ids, position_ids: ``LongTensor[P - 1]``, see :func:`packed_inputs`.
+            images: the prompt's image tensors and token kinds, as the model takes them.
 
         Raises:
             UnsupportedModelError: a layer runs twice in one forward, so that its keys would be taken for one another.
@@ -180,7 +188,8 @@ class PromptCache:
         layout.cache = self
         self._num_tokens, self._runs = layout.num_tokens, True
         try:
-            output = _run_decoder(model, packed_inputs(layout, input_ids, position_ids)).last_hidden_state
+            inputs = {**packed_inputs(layout, input_ids, position_ids), **(images or {})}
+            output = _run_decoder(model, inputs).last_hidden_state
         finally:
             self._runs = False
         if isinstance(model, FSDPModule) and output.requires_grad:
@@ -307,7 +316,7 @@ class PromptCache:
                 f"{type(module).__name__} has no state of the prompt: it did not run in PromptCache.run()"
             )
         state = self._states[module, name]
-        if not (torch.is_grad_enabled() and requires_grad):
+        if not (torch.is_grad_enabled() and (requires_grad or state.live.requires_grad)):
             return state.live.detach()
         _check_graph(module, state.live)
         return state.for_part(self._is_last, functools.partial(self._waiting.discard, (module, name)))
@@ -323,9 +332,11 @@ class PromptCache:
 
     def _join(self, module: nn.Module, index: int, new: Tensor) -> Tensor:
         given = self._layers[module][index]
-        if not (torch.is_grad_enabled() and new.requires_grad):
+        if not (torch.is_grad_enabled() and (new.requires_grad or given.live.requires_grad)):
             return given.in_front_of(new)
         _check_graph(module, given.live)
+        if not new.requires_grad:  # where the vision tower learns alone
+            new = new.detach().requires_grad_()
         sent = functools.partial(self._waiting.discard, (module, index))
         return _Concatenate.apply(given.live if self._is_last else None, new, given, sent)  # type: ignore[no-any-return]
 
@@ -367,9 +378,6 @@ def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | Non
         model: the model, bare or wrapped.
         anatomy: its parts, where the caller knows them already: finding them walks the whole module tree.
     """
-    config = transformers_model(model).config
-    if config.get_text_config(decoder=True) is not config:
-        return "the model takes images"
     anatomy = Anatomy(model) if anatomy is None else anatomy
     for _, mixer in anatomy.mixers:
         if (reason := why_on_rows(mixer)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -377,6 +378,19 @@ def build(model_type: str, **text: Any) -> PreTrainedModel:
             if weight.dim() > 1:
                 weight.normal_(0, 0.3, generator=generator)
     return model.double().eval()
+
+
+def compute_vision_rotary_in_input_dtype(monkeypatch: Any, model: PreTrainedModel) -> None:
+    """transformers' vision towers rotate queries and keys in float32; let those of a float64 model compute in float64."""
+    code: Any = sys.modules[type(model).__module__]
+    if not hasattr(code, "apply_rotary_pos_emb_vision"):
+        return
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return q * cos + code.rotate_half(q) * sin, k * cos + code.rotate_half(k) * sin
+
+    monkeypatch.setattr(code, "apply_rotary_pos_emb_vision", rotate)
 
 
 @dataclass

@@ -62,7 +62,9 @@ def untouched(base: nn.Module, device: torch.device) -> Iterator[None]:
             _remove_hooks_but(known, module)
         with torch.no_grad():
             for module, name, buffer, content in buffers:
-                module._buffers[name] = buffer.copy_(content)
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, content):  # a write, even of the same, spoils the graph of an open prompt
+                    buffer.copy_(content)
         # Weights that autocast has cast under `no_grad` would be used again, without a gradient, by forwards that follow.
         torch.clear_autocast_cache()
 

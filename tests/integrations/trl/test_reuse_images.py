@@ -1,0 +1,152 @@
+"""Groups with images that are larger than a micro-batch: the prompt and the vision tower once, and the stock gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trl.trainer.utils as trl_utils
+
+from prefix_grouper_plugins import enable_prefix_grouper
+from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
+from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of
+from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, _blocks_of
+from prefix_grouper_plugins.metrics import Counts
+from prefix_grouper_plugins.modeling.images import TOKEN_TENSORS
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MULTIMODAL_TYPES
+from tests import tiny
+from tests.integrations.trl import vision
+from tests.integrations.trl.test_images import compare, settings
+from tests.integrations.trl.test_reuse import stub_trainer
+from tests.integrations.trl.training import logged, use_float64_head
+from tests.modeling import multimodal_families as families
+from tests.modeling.test_images import gradients, vision_calls
+
+
+def micro_batches_of(model_type, made):
+    """As TRL buffers them: one row each."""
+    blocks, tensors, counts, tiles = families.batch_inputs(model_type, made)
+    kind = families.FAMILIES[model_type].token_tensor
+    if kind:
+        tensors[kind] = torch.nn.functional.pad(tensors[kind], (0, blocks[2].shape[1]))
+    more = {} if tiles is None else {"num_tiles": tiles}
+    whole = RowsOfImages({**tensors, "num_images": counts, **more}, len(made))
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    found = []
+    for i, row in enumerate(made):
+        own = {name: block[i : i + 1] for name, block in zip(names, blocks, strict=True)}
+        shown = whole[i : i + 1].arguments()
+        if (
+            not row.images
+        ):  # what is left of the images of a batch; a row of Idefics is padded to the most images of a row
+            rows = slice(i, i + 1) if "pixel_attention_mask" in tensors else slice(0)
+            shown |= {name: tensor[rows] for name, tensor in tensors.items() if name not in TOKEN_TENSORS}
+        found.append({**own, **shown})
+    return found
+
+
+def stock_rows(model, micro_batches):
+    """Log-probs of each row's completion from an ordinary forward of the padded row."""
+    scores = []
+    for batch in micro_batches:
+        prompts, prompt_mask, completions, mask = _blocks_of(batch)
+        shown = {name: x for name, x in given_of(batch).items() if not name.startswith("num_")}
+        if not batch["num_images"][0]:
+            shown = {name: x for name, x in shown.items() if name in TOKEN_TENSORS}
+        ids = torch.cat([prompts, completions], dim=1)
+        logits = model(
+            input_ids=ids, attention_mask=torch.cat([prompt_mask, mask], dim=1), use_cache=False, **shown
+        ).logits
+        logps = logits[0, prompts.shape[1] - 1 : -1].log_softmax(-1).gather(-1, completions[0, :, None])[:, 0]
+        scores.append(logps[: int(mask.sum())])
+    return scores
+
+
+def run_step(model, micro_batches):
+    """Log-probs of each row, computed as TRL's loss does it, and the gradients of all micro-batches."""
+    trainer = stub_trainer(model, len(micro_batches), 2)
+    reuse, scores, counts = PromptReuse(trainer, PackedForward(trainer)), [], []
+    for number, batch in enumerate(micro_batches):
+        trainer.accelerator.sync_gradients = number == len(micro_batches) - 1
+        reuse.enter(micro_batches, number)
+        blocks = _blocks_of(batch)
+        ids, mask = (torch.cat([blocks[i], blocks[i + 2]], dim=1) for i in (0, 1))
+        rows = Rows(ids, mask, blocks[2].shape[1], RowsOfImages(given_of(batch), 1))
+        found = reuse.score_update(model, rows, entropy=False)
+        if found is None:
+            found = trainer_forward(trainer, model, rows)
+        (logps, _, _), count = found
+        logps = logps[0, : int(blocks[3].sum())]
+        ((number + 1) * torch.arange(1, len(logps) + 1) * logps).sum().backward()
+        reuse.leave()
+        scores.append(logps.detach())
+        counts += count
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return scores, found, sum(counts, Counts())
+
+
+def trainer_forward(trainer, model, rows):
+    scores, counts = PackedForward(trainer).score(model, rows, entropy=False, aux_loss=False)
+    return scores, [counts]
+
+
+def assert_reuse_equals_rows(monkeypatch, model_type, freeze=False, tolerance=1e-10):
+    """Two groups of equal ids and different images, one of several images, one without; rows side by side."""
+    if tolerance < 1e-6:
+        use_float64_head(monkeypatch)
+    # Their forwards do not scale logits, and TRL's head does.
+    text = {"logit_scale": 1.0} if model_type in ("aya_vision", "cohere2_vision") else {}
+    model = families.build(model_type, **text)
+    tiny.compute_norms_in_input_dtype(model)
+    families.compute_vision_rotary_in_input_dtype(monkeypatch, model)
+    model.requires_grad_(not freeze)
+    for name, parameter in model.named_parameters():
+        if freeze and any(tower in name for tower in ("visual", "vision_tower")):
+            parameter.requires_grad_()
+    made = families.rows(model_type)
+    made = [row for pair in zip(made[:4], made[4:], strict=True) for row in pair]
+    if freeze:
+        made = [row for row in made if row.images]
+    batches = micro_batches_of(model_type, made)
+    expected = stock_rows(model, batches)
+    wanted = gradients(model, expected)
+    model.zero_grad()
+    if hasattr(trl_utils, "add_fused_lm_head"):
+        trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    enable_prefix_grouper(model, self_check=False)
+    run = {}
+    seen = vision_calls(model, lambda: run.update(zip("sgc", run_step(model.train(), batches), strict=True)))
+    for got, row in zip(run["s"], expected, strict=True):
+        torch.testing.assert_close(got, row.detach(), rtol=tolerance, atol=tolerance, check_dtype=False)
+    assert run["g"].keys() == wanted.keys()
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, value in wanted.items():
+        assert (run["g"][name] - value).abs().max() <= tolerance * largest, name
+    assert run["c"].rows == len(made) and run["c"].groups == len(made) // 2
+    return seen
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_prompt_with_images_is_reused_with_the_gradients_of_single_rows(monkeypatch, model_type):
+    seen = assert_reuse_equals_rows(monkeypatch, model_type)
+    assert len(seen) == 3, "each prompt with images once"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES))
+def test_prompts_with_images_of_each_model_type_are_reused(monkeypatch, model_type):
+    assert_reuse_equals_rows(monkeypatch, model_type, tolerance=1e-4)
+
+
+def test_where_the_vision_tower_learns_alone_its_gradient_comes_from_all_parts(monkeypatch):
+    """The keys of a part do not depend on what learns, those of the prompt do."""
+    assert_reuse_equals_rows(monkeypatch, "qwen2_5_vl", freeze=True)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])
+def test_micro_batches_of_one_row_learn_the_stock_weights_and_see_images_once(monkeypatch, tmp_path, model_type):
+    path = vision.saved_model(tmp_path, model_type)
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
+    stock, trainer = compare(monkeypatch, path, **settings(model_type, **sizes))
+    assert not trainer.sharing.fallbacks and not trainer.limits()
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4]
+    assert sum(trainer.seen) == sum(stock.seen) / 4
