@@ -425,8 +425,8 @@ def _why_not_call(config: Any, inputs: dict[str, Any]) -> str | None:
             return f"{name}=True asks for one entry for each token of each row"
     images = image_arguments(inputs)
     marked = (name for name in _KINDS if inputs.get(name) is not None and bool(inputs[name].any()))
-    if not images and (kind := next(marked, None)) is not None:
-        return f"`{kind}` marks tokens that are not text"
+    if not images and (found := next(marked, None)) is not None:
+        return f"`{found}` marks tokens that are not text"
     for name, value in inputs.items():
         # Models hand on arguments of their heads, too: `logits_to_keep=0` asks for nothing.
         given = value is not None and not (isinstance(value, int) and not value)

@@ -208,9 +208,8 @@ class PackedForward:
         """
         images = rows.images.image_rows(model, rows.blocks)
         whole = self._batch(model, rows.blocks, rows.on_host, images, forward_last=False)
-        part, positions, kinds = whole.behind_prompt(), whole.position_ids, {}
-        if images is not None:
-            positions, kinds = images.of_tokens(whole)
+        part = whole.behind_prompt()
+        positions, kinds = (whole.position_ids, {}) if images is None else images.of_tokens(whole)
         given = part.layout.num_given
         counts = Counts(
             part.layout.num_queries, part.num_row_tokens, rows=part.num_rows, shared_1=given * part.num_rows
