@@ -56,18 +56,23 @@ class SeesTheTower:
 
     loss_is_sum_over_rows = True  # code in front of the shared method could be anything, so it has to say so
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        tower = next(m for name, m in model.named_modules() if name.endswith(TOWERS))
-        self.seen = getattr(self, "seen", [])
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen, self.scores = [], False
+        for model in filter(None, (self.model, self.ref_model)):
+            tower = next(m for name, m in model.named_modules() if name.endswith(TOWERS))
+            tower.register_forward_pre_hook(self.note, with_kwargs=True)
 
-        def note(module, args, kwargs):
+    def note(self, module, args, kwargs):
+        if self.scores:
             self.seen.append(len(args[0] if args else kwargs["pixel_values"]))
 
-        hook = tower.register_forward_pre_hook(note, with_kwargs=True)
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        self.scores = True
         try:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         finally:
-            hook.remove()
+            self.scores = False
 
 
 STOCK, SHARED = (type("Trainer", (SeesTheTower, base), {}) for base in (GRPOTrainer, PrefixGrouperGRPOTrainer))
