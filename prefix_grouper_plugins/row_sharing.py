@@ -234,9 +234,12 @@ class _NoImageOutputs:
 
 
 class _DecoderHooks:
-    """In front of and behind the forward of one decoder."""
+    """In front of and behind the forward of one decoder. On a copied or unpickled one they do nothing."""
+
+    is_copy = True  # unless it was built
 
     def __init__(self, sharing: RowSharing, model: nn.Module, anatomy: Anatomy, report: SupportReport) -> None:
+        self.is_copy = False
         self._sharing, self._model, self._anatomy = sharing, model, anatomy
         self._left_padding_reasons = report.left_padding_reasons
         known = anatomy.base is not None and anatomy.numbers_positions is None
@@ -246,9 +249,14 @@ class _DecoderHooks:
         self._takes_positions = "position_ids" in signature
         self._running = threading.local()  # the rows of a packed forward that has begun, in this thread
 
+    def __reduce__(self) -> tuple[Any, tuple[type]]:
+        return _DecoderHooks.__new__, (
+            _DecoderHooks,
+        )  # else a copy would count for this model, and copy all that are shared
+
     def pack(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Forward pre-hook: one packed row in place of the padded ones."""
-        if is_checking():  # a self-check, within a forward of which the rows are waiting
+        if self.is_copy or is_checking():  # a self-check, within a forward of which the rows are waiting
             return None
         self._running.rows = None  # of a forward that has raised
         if self._sharing.paused:
@@ -282,8 +290,7 @@ class _DecoderHooks:
 
     def unpack(self, decoder: Any, args: Any, output: Any) -> Any:
         """Forward hook: hidden states of the rows in place of the packed ones."""
-        rows = getattr(self._running, "rows", None)
-        if rows is None or is_checking():
+        if self.is_copy or is_checking() or (rows := getattr(self._running, "rows", None)) is None:
             return None
         self._running.rows = None
         if getattr(output, _FOR_GENERATION, None) is not None:
@@ -444,4 +451,5 @@ def _lengths(inputs: dict[str, Any]) -> list[int]:
 
 
 def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), _DecoderHooks)
+    hooks = getattr(hook, "__self__", None)
+    return isinstance(hooks, _DecoderHooks) and not hooks.is_copy

@@ -117,13 +117,13 @@ class SharingGate:
         self._left_padding = left_padding
         self.models, self.anatomies = list(models), [Anatomy(model) for model in models]
         self.reports = [report_on(anatomy) for anatomy in self.anatomies]
-        found = list(reasons)
+        of_models: list[str] = []
         for report in self.reports:
-            found += report.reasons
-            found += report.left_padding_reasons if left_padding else ()
-            found += () if self._self_check else report.unverified
-        if found:
-            self.refuse(found)
+            of_models += report.reasons
+            of_models += report.left_padding_reasons if left_padding else ()
+            of_models += () if self._self_check else report.unverified
+        if found := [*reasons, *of_models]:
+            self._stop(found, self.models if of_models else ())  # the caller's own reasons do not concern others
             return
         for anatomy, report in zip(self.anatomies, self.reports, strict=True):
             enable_layers(anatomy, self._backend)
@@ -314,8 +314,11 @@ class SharingGate:
         Raises:
             UnsupportedModelError: ``on_unsupported`` is ``"error"``.
         """
+        self._stop(reasons, self.models)
+
+    def _stop(self, reasons: Sequence[str], disabled: Sequence[nn.Module]) -> None:
         self.reason = "; ".join(dict.fromkeys(reasons))
-        for model in self.models:
+        for model in disabled:
             if transformers_model(model) is not None:
                 _stop_waiting(transformers_model(model))
                 disable_prefix_grouper(model)

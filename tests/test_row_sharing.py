@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -430,6 +432,18 @@ def test_the_model_is_what_it_was_afterwards(qwen3):
     assert qwen3.config._attn_implementation == "sdpa"
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in qwen3.named_modules()}
     assert torch.equal(logits_of(qwen3), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_not_shared_and_can_be(qwen3, copied):
+    expected = logits_of(qwen3)
+    with share_rows(qwen3, self_check=False) as sharing:
+        other = copied(qwen3)
+        torch.testing.assert_close(logits_of(other), expected, rtol=1e-6, atol=1e-6)
+        assert sharing.meter.row_tokens == 0
+        with share_rows(other, self_check=False) as others:
+            logits_of(other)
+        assert (sharing.meter.packed, others.meter.packed) == (0, 1)
 
 
 def test_short_beginnings_do_not_pay(qwen3):

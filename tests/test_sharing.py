@@ -52,6 +52,16 @@ def test_under_fallback_every_model_is_left_as_it_was_and_the_reason_stays():
     assert not gate.needs_self_check(models[0])
 
 
+def test_settings_of_one_trainer_do_not_take_the_model_from_another():
+    model, other = tiny.model("llama"), SharingGate(on_unsupported="fallback")
+    gate = SharingGate()
+    gate.enable([model])
+    other.enable([model], ["a setting of its own"])
+    assert other.reason == "a setting of its own" and gate.reason is None
+    assert is_enabled(model)
+    packed(model)
+
+
 def test_a_model_that_fails_its_self_check_takes_the_others_with_it():
     models = [tiny.model("llama"), wrong_model()]
     gate = SharingGate(on_unsupported="fallback")

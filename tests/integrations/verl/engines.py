@@ -337,7 +337,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
             count_packed_positions(shared.module)
         if shared.gate.needs_self_check(shared.module) and (case.images or case.own_class):
             with shared.eval_mode():  # whose passes are not those that are counted below
-                shared._self_check()
+                shared._check_model()
         Leak.kind = case.own_class or "right"
         if case.log_probs_first:
             scores(shared, make_batch(case, mine, len(rows)))
