@@ -6,6 +6,7 @@ two triangles and the rectangle between them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -84,9 +85,9 @@ def _for_each_head(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(heads // k.shape[1], 1), v.repeat_interleave(heads // v.shape[1], 1)
 
 
-def _heads(x: Tensor, start: int, end: int) -> Tensor:
-    """``[N, H, D]`` to a view ``[1, H, end - start, D]``."""
-    return x[start:end].transpose(0, 1).unsqueeze(0)
+def _heads(x: Tensor) -> Tensor:
+    """``[N, H, D]`` to a view ``[1, H, N, D]``, as the kernel takes it: made once, since each call takes a part of it."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
@@ -97,16 +98,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tu
     k, v = _for_each_head(k, v, q.shape[1])
     out = torch.empty(q.shape, dtype=acc)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=acc)
+    q_, k_, v_, out_, lse_ = (*map(_heads, (q, k, v, out)), lse[None])
     steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
     for start, end in steps.triangles:
-        q_ = _heads(q, start - given, end - given)
-        partial_out, partial_lse = op(q_, _heads(k, start, end), _heads(v, start, end), 0.0, True, scale=scale)
-        out[start - given : end - given] = partial_out[0].transpose(0, 1)
-        lse[:, start - given : end - given] = partial_lse[0]
+        length, row = end - start, start - given
+        keys, values = k_.narrow(2, start, length), v_.narrow(2, start, length)
+        partial_out, partial_lse = op(q_.narrow(2, row, length), keys, values, 0.0, True, scale=scale)
+        out_.narrow(2, row, length).copy_(partial_out)
+        lse_.narrow(2, row, length).copy_(partial_lse)
     for q0, q1, k0, k1 in steps.rectangles:
         rows = slice(q0 - given, q1 - given)
-        q_ = _heads(q, rows.start, rows.stop)
-        partial_out, partial_lse = op(q_, _heads(k, k0, k1), _heads(v, k0, k1), 0.0, False, scale=scale)
+        keys, values = k_.narrow(2, k0, k1 - k0), v_.narrow(2, k0, k1 - k0)
+        partial_out, partial_lse = op(q_.narrow(2, rows.start, q1 - q0), keys, values, 0.0, False, scale=scale)
         merge(out[rows], lse[:, rows], partial_out[0].transpose(0, 1), partial_lse[0].to(acc))
     return out, lse
 
@@ -127,20 +130,23 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v))
     dk[:given], dv[:given] = 0, 0  # the only rows without a triangle
     steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
+    do_, q_, k_, v_, out_, dq_, dk_, dv_ = map(_heads, (do, q, k, v, out, dq, dk, dv))
+    lse_ = lse[None]
+
+    def partial(q0: int, q1: int, k0: int, k1: int, causal: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where a call's gradients of q, k and v belong, and these."""
+        row, rows, keys = q0 - given, q1 - q0, k1 - k0
+        of_rows = [x.narrow(2, row, rows) for x in (do_, q_, out_, lse_, dq_)]
+        of_keys = [x.narrow(2, k0, keys) for x in (k_, v_, dk_, dv_)]
+        grads = op(*of_rows[:2], *of_keys[:2], *of_rows[2:4], 0.0, causal, scale=scale)
+        return zip((of_rows[4], *of_keys[2:]), grads, strict=True)
+
     for start, end in steps.triangles:
-        rows = slice(start - given, end - given)
-        do_, q_, out_ = (_heads(x, rows.start, rows.stop) for x in (do, q, out))
-        grads = op(
-            do_, q_, _heads(k, start, end), _heads(v, start, end), out_, lse[None, :, rows], 0.0, True, scale=scale
-        )
-        for total, grad, at in zip((dq, dk, dv), grads, (rows, slice(start, end), slice(start, end)), strict=True):
-            total[at] = grad[0].transpose(0, 1)
-    for q0, q1, k0, k1 in steps.rectangles:
-        rows = slice(q0 - given, q1 - given)
-        do_, q_, out_ = (_heads(x, rows.start, rows.stop) for x in (do, q, out))
-        grads = op(do_, q_, _heads(k, k0, k1), _heads(v, k0, k1), out_, lse[None, :, rows], 0.0, False, scale=scale)
-        for total, grad, at in zip((dq, dk, dv), grads, (rows, slice(k0, k1), slice(k0, k1)), strict=True):
-            total[at] += grad[0].transpose(0, 1)
+        for total, grad in partial(start, end, start, end, True):
+            total.copy_(grad)
+    for rectangle in steps.rectangles:
+        for total, grad in partial(*rectangle, False):
+            total.add_(grad)
     if k.shape[1] != kv_heads:  # repeated
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv
