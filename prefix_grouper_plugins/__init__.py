@@ -1,4 +1,4 @@
-"""Encode each prompt of a GRPO group once: the same numbers, less time.
+"""Forward each prompt of a GRPO group once: the same numbers, less time.
 
 The package knows torch and transformers only; :mod:`prefix_grouper_plugins.integrations` holds what TRL and verl need.
 """

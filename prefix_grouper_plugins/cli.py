@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefix_grouper_plugins.bench_command import BACKEND_VARIABLE
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from prefix_grouper_plugins.cost import ModelShape
 
 DESCRIPTION = """\
-Encode each prompt of a GRPO group once.
+Forward each prompt of a GRPO group once.
 
   prefix-grouper trl SCRIPT ... --use_prefix_grouper    run a TRL script with sharing (prefix-grouper trl --help)
   prefix-grouper doctor [--model NAME_OR_PATH]          what this machine can run, and how a model would be run
@@ -123,7 +124,8 @@ def _config(name: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # of the hub, of a parser, of a model's own code
-        raise UsageError(f"--model {name}: its config cannot be read: {first_line(error)}") from error
+        where = "" if Path(name).exists() else " (there is no such folder, so it was looked up on the hub)"
+        raise UsageError(f"--model {name}: its config cannot be read{where}: {first_line(error)}") from error
 
 
 def _shape(options: argparse.Namespace) -> tuple[str, ModelShape, Any]:

@@ -8,26 +8,17 @@ that a recipe runs, what it shares, and that the weights are those of stock TRL;
 """
 
 import argparse
+import importlib.util
 import json
 import random
 from pathlib import Path
 
 import torch
 import trl
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+HAS_PILLOW = importlib.util.find_spec("PIL") is not None
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 MARKS = ["<user>", "<assistant>", "<image>", "[", "]"]
 NUMBERS = [str(number) for number in range(1, 21)]
@@ -93,7 +84,10 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, size: int, laye
 
 
 def make_vision_model(folder: Path, size: int, layers: int, dtype: torch.dtype) -> None:
-    """A LLaVA with random weights, and its processor; an image is 64 tokens."""
+    """A LLaVA with random weights, and its processor, which needs Pillow; an image is 64 tokens."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     text = text_config(tokenizer, size, layers)
@@ -148,22 +142,30 @@ def make_data(folder: Path, rows: int = 8, length: int = 10) -> None:
         {"prompt": words(source, 20 * length), "chosen": words(source, length), "rejected": words(source, length)}
         for _ in range(rows)
     ])  # fmt: skip
+
+
+def make_images(folder: Path, rows: int = 8, length: int = 10) -> None:
+    """Images of random pixels, and a JSON file of questions about them."""
+    from PIL import Image
+
+    source = random.Random(1)
+    lines = []
     for number in range(rows):
         pixels = bytes(source.choices(range(256), k=32 * 32 * 3))
         Image.frombytes("RGB", (32, 32), pixels).save(folder / f"{number}.png")
-    write("vision.jsonl", [
-        {"images": [f"{number}.png"], "question": words(source, length), "answer": source.choice(NOUNS)}
-        for number in range(rows)
-    ])  # fmt: skip
+        lines.append({"images": [f"{number}.png"], "question": words(source, length), "answer": source.choice(NOUNS)})
+    (folder / "vision.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def make(folder: Path, size: int = 32, layers: int = 1, length: int = 10, dtype: torch.dtype = torch.float32) -> None:
-    """Make everything in a folder: `model`, `tools-model`, `vision-model`, and the data."""
+    """Make everything in a folder: `model`, `tools-model`, with Pillow `vision-model`, and the data."""
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "model", make_tokenizer(), size, layers, dtype)
     make_model(folder / "tools-model", make_tools_tokenizer(), size, layers, dtype)
-    make_vision_model(folder / "vision-model", size, layers, dtype)
     make_data(folder, length=length)
+    if HAS_PILLOW:
+        make_vision_model(folder / "vision-model", size, layers, dtype)
+        make_images(folder, length=length)
 
 
 def main() -> None:
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=10, help="words of a document; a page has five times as many")
     args = parser.parse_args()
     make(args.folder, args.size, args.layers, args.length)
-    print(f"made models and data in {args.folder}")
+    print(f"made models and data in {args.folder}{'' if HAS_PILLOW else ', without images: pip install pillow'}")
 
 
 if __name__ == "__main__":
