@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from tests import tiny
 from tests.integrations.trl.training import largest_difference, make_trainer
@@ -30,6 +31,16 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 TOLERANCE = 1e-9  # both trainers compute in float64, the loss head in float32 at most
 QUIET = 300  # seconds without a new checkpoint after which a child counts as stuck
+
+
+class Waits(TrainerCallback):
+    """After each step."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        time.sleep(self._seconds)
 
 
 def child(folder: Path, *, shared: bool, wait: float) -> None:
@@ -48,20 +59,10 @@ def child(folder: Path, *, shared: bool, wait: float) -> None:
     checkpoint = newest_checkpoint(folder / "run")
     torch.manual_seed(5)
     if wait:  # room for the parent to strike between two steps
-        trainer.add_callback(_Waits(wait))
+        trainer.add_callback(Waits(wait))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     torch.save(weights, folder / "weights.pt")
-
-
-def _Waits(seconds: float) -> object:
-    from transformers import TrainerCallback
-
-    class Waits(TrainerCallback):
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            time.sleep(seconds)
-
-    return Waits()
 
 
 def newest_checkpoint(run: Path) -> Path | None:
