@@ -69,7 +69,7 @@ def shared_prefix_attention(
     if kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         query, key, value = (_narrowed(x, torch.get_autocast_dtype(kind)) for x in (query, key, value))
     _check_tensors(query, key, value, layout)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         _check_no_function_transform(query, key, value, sinks)
     if backend != "dense" and forward_ad._current_level >= 0:
         _check_no_tangent(query, key, value, sinks)
@@ -121,21 +121,21 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayo
     if not query.dim() == key.dim() == value.dim() == 3:
         name, x = next((name, x) for name, x in _named(query, key, value) if x.dim() != 3)
         raise ValueError(f"{name} has shape {tuple(x.shape)}: packed [T, heads, head_dim] is needed, no batch axis")
-    of_query, of_key = query.shape, key.shape
-    if of_query[0] != layout.num_tokens - layout.num_given:
-        given = f", of which {layout.num_given} are given and have no query" if layout.num_given else ""
+    (queries, heads, head_dim), (tokens, kv_heads, _) = query.shape, key.shape
+    num_tokens, num_given = layout.num_tokens, layout.num_given
+    if queries != num_tokens - num_given:
+        given = f", of which {num_given} are given and have no query" if num_given else ""
         raise ValueError(
-            f"query has {of_query[0]} tokens and the layout {layout.num_tokens}{given}: "
-            "pack the rows with layout.pack()"
+            f"query has {queries} tokens and the layout {num_tokens}{given}: pack the rows with layout.pack()"
         )
-    if of_key[0] != layout.num_tokens or value.shape[:2] != of_key[:2] or of_key[2] != of_query[2]:
+    if tokens != num_tokens or key.shape != (*value.shape[:2], head_dim):
         raise ValueError(
             f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; "
             "query [T, H, D], key [T, H_kv, D] and value [T, H_kv, D_v] are needed"
         )
-    if of_query[1] % of_key[1]:
+    if heads % kv_heads:
         raise ValueError(
-            f"{of_query[1]} query heads are not a multiple of {of_key[1]} key heads: "
+            f"{heads} query heads are not a multiple of {kv_heads} key heads: "
             "each key head serves the same number of query heads"
         )
     if not query.dtype.is_floating_point or not query.dtype == key.dtype == value.dtype:

@@ -58,6 +58,13 @@ def why_not_flash(device: torch.device, head_dim: int) -> str | None:
         device: of type cuda.
         head_dim: that the kernels see, a multiple of 8.
     """
+    # Asked for each layer, forward and backward, and asking the driver takes microseconds. "cuda" is whichever is current.
+    answer = _why_not_flash.__wrapped__ if device.index is None else _why_not_flash
+    return answer(device, head_dim, activated_flash())
+
+
+@lru_cache
+def _why_not_flash(device: torch.device, head_dim: int, activated: str | None) -> str | None:
     if head_dim > MAX_FLASH_HEAD_DIM:
         return f"head dim {head_dim} is above {MAX_FLASH_HEAD_DIM}, the most that the CUDA flash ops take"
     if not torch.cuda.is_available() or not torch.backends.cuda.is_flash_attention_available():
@@ -66,7 +73,6 @@ def why_not_flash(device: torch.device, head_dim: int) -> str | None:
     if (reason := _why_not_capability(capability, "the CUDA flash ops")) is not None:
         return reason
     found = f"{capability[0]}.{capability[1]}"
-    activated = activated_flash()
     majors = _ACTIVATED.get(activated or "", (capability[0],))
     if capability[0] not in majors:
         needed = " or ".join(f"{major}.x" for major in majors)
@@ -149,3 +155,8 @@ def dense_rows(x: Tensor) -> Tensor:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of softmax statistics, partial outputs and gradient sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``. Asking costs a tenth of calling ``to``, which is what matters where nothing is to be done."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from prefix_grouper_plugins.attention.device import accumulation_dtype
+from prefix_grouper_plugins.attention.device import accumulation_dtype, cast
 from prefix_grouper_plugins.attention.registry import run
 from prefix_grouper_plugins.attention.request import Options, Request
 from prefix_grouper_plugins.forest import Forest, forest_of
@@ -52,7 +52,7 @@ def attention_op(
         if sinks is not None:
             merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
             out, lse = out * (lse - merged).exp_().t()[..., None], merged
-    return _given_out(out, query.dtype), lse.contiguous()
+    return cast(out, query.dtype).contiguous(), lse.contiguous()  # as the operators promise it
 
 
 @library.custom_op(
@@ -82,7 +82,7 @@ def attention_backward_op(
     tensors = (grad_out, query, key, value, out, lse)
     with _without_autocast(query.device.type):
         grads = run(backend, request, lambda chosen: chosen.backward(*tensors, forest, options))
-        dq, dk, dv = (_given_out(grad, query.dtype) for grad in grads)
+        dq, dk, dv = [cast(grad, query.dtype).contiguous() for grad in grads]
         if sinks is None:
             return dq, dk, dv, query.new_empty(0)
         delta_HT = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
@@ -100,11 +100,6 @@ def _prepare(
         options = options._replace(window=forest.effective_window(options.window))
     request = Request(query.device, query.dtype, query.shape[2], value.shape[2], options.window, options.softcap)
     return forest, options, request
-
-
-def _given_out(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the operators promise it. Asking for what is there already takes a microsecond each."""
-    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[Any]:

@@ -88,6 +88,15 @@ def test_activated_flash_kernels_are_taken_where_they_run_only(
     assert available_backends("cuda", torch.bfloat16, head_dim)["merged_lse"] == reason
 
 
+@pytest.mark.usefixtures("gpu")
+def test_the_driver_is_asked_once_for_all_layers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: not asked.append(1))
+    for _ in range(3):
+        assert available_backends("cuda:99", torch.bfloat16, 104)["merged_lse"] is None
+    assert len(asked) == 1
+
+
 def test_every_backend_is_described_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs/attention.md").read_text()
     described = re.findall(r"^\| `(\w+)` \| ", text.partition("## What")[0], re.M)

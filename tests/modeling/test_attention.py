@@ -152,6 +152,8 @@ def test_dropout_that_is_switched_on_later_is_refused_in_training_and_harmless_o
 def test_packed_rows_do_what_sdpa_does_with_softcap_and_sinks(model_type):
     """It ignores sinks, and a softcap in older releases; newer ones refuse that."""
     model = tiny.model(model_type)
+    if model_type == "gpt_oss":
+        model.set_experts_implementation("eager")  # the grouped matrix product of torch 2.8 does not run on a CPU
     model.config._attn_implementation = "sdpa"
     try:
         expected = [model(input_ids=row[None], use_cache=False).logits[0, :-1] for row in ROWS]

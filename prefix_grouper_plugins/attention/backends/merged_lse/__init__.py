@@ -15,6 +15,8 @@ of levels that are short are copied there instead (`gathered`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,19 +48,17 @@ def _kernel_head_dim(head_dim: int, value_dim: int, device: torch.device) -> int
     return widest if device.type == "cpu" else -(-widest // 8) * 8
 
 
-def _padded(query: Tensor, value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` with zeros up to the kernels' head dim, which change neither scores nor the used part of the output."""
+def _padding(query: Tensor, value: Tensor) -> int:
+    """The head dim to pad to, or 0 where nothing is padded: heads as the kernels take them."""
     dim, value_dim = query.size(2), value.size(2)
     head_dim = _kernel_head_dim(dim, value_dim, query.device)
-    if dim == value_dim == head_dim:
-        return tensors
-    # Padding by nothing would copy.
-    return tuple(x if x.size(-1) == head_dim else F.pad(x, (0, head_dim - x.size(-1))) for x in tensors)
+    return 0 if dim == value_dim == head_dim else head_dim
 
 
-def _narrowed(x: Tensor, like: Tensor) -> Tensor:
-    """Without the columns that `_padded` has added to ``like``."""
-    return x if x.size(-1) == like.size(-1) else x[..., : like.size(-1)]
+def _padded(head_dim: int, *tensors: Tensor) -> Iterator[Tensor]:
+    """``tensors`` with zeros up to ``head_dim``, which change neither scores nor the used part of the output."""
+    for x in tensors:  # padding by nothing would copy
+        yield x if x.size(-1) == head_dim else F.pad(x, (0, head_dim - x.size(-1)))
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: Options) -> tuple[Tensor, Tensor]:
@@ -73,9 +73,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: 
         ``out [Q, H, D_v]`` in float32, float64 or the query's dtype, and ``lse [H, Q]`` in float32 or float64.
     """
     assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
-    q, k, v = _padded(query, value, query, key, value)
-    out, lse = (cpu if query.device.type == "cpu" else cuda).forward(q, k, v, forest, options.scale)
-    return _narrowed(out, value), lse
+    path = cpu if query.device.type == "cpu" else cuda
+    if head_dim := _padding(query, value):
+        out, lse = path.forward(*_padded(head_dim, query, key, value), forest, options.scale)
+        return out[..., : value.size(-1)], lse
+    return path.forward(query, key, value, forest, options.scale)
 
 
 def backward(
@@ -96,7 +98,9 @@ def backward(
         query, key, value, forest, options: as in `forward`.
     """
     assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
-    do, q, k, v, out = _padded(query, value, grad_out.contiguous(), query, key, value, out)
-    path = cpu if query.device.type == "cpu" else cuda
-    dq, dk, dv = path.backward(do, q, k, v, out, lse.contiguous(), forest, options.scale)
-    return _narrowed(dq, query), _narrowed(dk, key), _narrowed(dv, value)
+    path, tensors = cpu if query.device.type == "cpu" else cuda, (grad_out.contiguous(), query, key, value, out)
+    if head_dim := _padding(query, value):
+        grads = path.backward(*_padded(head_dim, *tensors), lse.contiguous(), forest, options.scale)
+        dq, dk, dv = (grad[..., : x.size(-1)] for grad, x in zip(grads, (query, key, value), strict=True))
+        return dq, dk, dv
+    return path.backward(*tensors, lse.contiguous(), forest, options.scale)

@@ -39,7 +39,7 @@ from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import (
     copied_above,
     rectangles_and_copies,
 )
-from prefix_grouper_plugins.attention.device import accumulation_dtype, stream_of, upload
+from prefix_grouper_plugins.attention.device import accumulation_dtype, cast, stream_of, upload
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
 
 # The signature of the aten flash ops; tests pass emulated ones.
@@ -52,11 +52,6 @@ class Rows(NamedTuple):
     start: int
     end: int
     gaps: Tensor | None
-
-    def of(self, x: Tensor) -> Tensor:
-        """These rows of ``x [N, ...]``."""
-        length = self.end - self.start
-        return x if length == x.size(0) else x.narrow(0, self.start, length)
 
 
 class VarlenCall(NamedTuple):
@@ -203,18 +198,16 @@ def varlen_forward(
     Returns:
         ``out [Q, H, D]``, in the query's dtype with up to two calls, else in float32 or float64, and ``lse [H, Q]``.
     """
-    q, k, v = (_aligned(x) for x in (q, k, v))
+    q, k, v = map(_aligned, (q, k, v))
     causal, *levels = calls  # the causal one reaches every query
-    of_keys = causal.keys.of
-    out, lse = op(q, of_keys(k), of_keys(v), *causal[:4], 0.0, True, False, scale=scale)[:2]
-    out, lse = out.to(_sum_dtype(calls, q.dtype)), lse.to(accumulation_dtype(q.dtype))
+    out, lse = op(q, _behind(k, causal), _behind(v, causal), *causal[:4], 0.0, True, False, scale=scale)[:2]
+    lse = cast(lse, accumulation_dtype(q.dtype))
+    if len(levels) > 1:
+        out = out.to(_sum_dtype(calls, q.dtype))
     for call in levels:
-        queries, of_keys = call.queries, call.keys.of
-        partial_out, partial_lse = op(queries.of(q), of_keys(k), of_keys(v), *call[:4], 0.0, False, False, scale=scale)[
-            :2
-        ]
-        reached = lse.narrow(1, queries.start, queries.end - queries.start)
-        merge(queries.of(out), reached, partial_out, partial_lse.to(lse.dtype), queries.gaps)
+        (q0, q1, gaps), (k0, k1, _) = call.queries, call.keys
+        partial = op(q[q0:q1], k[k0:k1], v[k0:k1], *call[:4], 0.0, False, False, scale=scale)
+        merge(out[q0:q1], lse[:, q0:q1], partial[0], cast(partial[1], lse.dtype), gaps)
     return out, lse
 
 
@@ -239,27 +232,32 @@ def varlen_backward(
     Returns:
         Gradients of q, k and v, in the dtype of ``q`` with up to two calls, else in float32 or float64.
     """
-    do, q, k, v, out = (_aligned(x) for x in (do, q, k, v, out))
+    do, q, k, v, out = map(_aligned, (do, q, k, v, out))
     causal, *levels = calls
-    states, of_keys = unread_states(q.device), causal.keys.of
-    grads = op(do, q, of_keys(k), of_keys(v), out, lse, *causal[:4], 0.0, True, *states, scale=scale)
-    dtype = _sum_dtype(calls, q.dtype)
-    dq, dk, dv = grads[0].to(dtype), _whole(grads[1], k.size(0), dtype), _whole(grads[2], k.size(0), dtype)
+    states = unread_states(q.device)
+    grads = op(do, q, _behind(k, causal), _behind(v, causal), out, lse, *causal[:4], 0.0, True, *states, scale=scale)
+    if causal.keys.start or len(levels) > 1:
+        dtype = _sum_dtype(calls, q.dtype)
+        grads = (grads[0].to(dtype), *(_whole(grad, k.size(0), dtype) for grad in grads[1:3]))
+    dq, dk, dv = grads[:3]
     for call in levels:
-        queries, keys = call.queries, call.keys
-        reached = lse.narrow(1, queries.start, queries.end - queries.start).contiguous()
-        tensors = (queries.of(do), queries.of(q), keys.of(k), keys.of(v), queries.of(out), reached)
-        grads = op(*tensors, *call[:4], 0.0, False, *states, scale=scale)
-        for total, grad, rows in zip((dq, dk, dv), grads, (queries, keys, keys), strict=True):
-            add(rows.of(total), grad, rows.gaps)
+        (q0, q1, q_gaps), (k0, k1, k_gaps) = call.queries, call.keys
+        tensors = (do[q0:q1], q[q0:q1], k[k0:k1], v[k0:k1], out[q0:q1], lse[:, q0:q1].contiguous())
+        partial = op(*tensors, *call[:4], 0.0, False, *states, scale=scale)
+        add([dq[q0:q1], dk[k0:k1], dv[k0:k1]], list(partial[:3]), [q_gaps, k_gaps, k_gaps])
     return dq, dk, dv
+
+
+def _behind(x: Tensor, causal: VarlenCall) -> Tensor:
+    """The keys or values ``x`` that the causal call gets: without the chains in front that have no queries."""
+    return x[causal.keys.start :] if causal.keys.start else x
 
 
 def _whole(grad: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
     """The gradient of all keys, from that of the keys from the first chain with queries on."""
     in_front = num_tokens - grad.size(0)
     if not in_front:
-        return grad if grad.dtype == dtype else grad.to(dtype)
+        return grad.to(dtype)
     whole = grad.new_zeros((num_tokens, *grad.shape[1:]), dtype=dtype)
     whole[in_front:] = grad
     return whole

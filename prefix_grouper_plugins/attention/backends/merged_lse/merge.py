@@ -39,16 +39,17 @@ def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, ga
     lse.copy_(merged)
 
 
-def add(total: Tensor, partial: Tensor, gaps: Tensor | None = None) -> None:
-    """``total += partial`` outside of ``gaps``, ``[N, H, D]`` each, in any dtypes."""
-    if gaps is None and total.dtype == partial.dtype:  # one kernel of torch, which adds in float32 inside
-        total.add_(partial)
+def add(totals: list[Tensor], partials: list[Tensor], gaps: list[Tensor | None]) -> None:
+    """``total += partial`` for each of them outside of its ``gaps``, ``[N, H, D]`` each, in any dtypes."""
+    if all(x is None for x in gaps) and totals[0].dtype == partials[0].dtype:
+        torch._foreach_add_(totals, partials)  # one kernel for all, which adds in float32 inside
         return
-    fused = _fused(total, total)
-    if fused is not None:
-        fused.accumulate(total, partial, gaps)
-    else:
-        total += partial if gaps is None else partial.masked_fill(gaps[:, None, None], 0.0)
+    for total, partial, gap in zip(totals, partials, gaps, strict=True):
+        fused = _fused(total, total)
+        if fused is not None:
+            fused.accumulate(total, partial, gap)
+        else:
+            total += partial if gap is None else partial.masked_fill(gap[:, None, None], 0.0)
 
 
 def sum_copies(grad: Tensor, key_of: Tensor, copies: Tensor, first_copy: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def fused_merge_equals_torch(dtype: torch.dtype, gaps: bool) -> None:
             if not fused:
                 patch.setattr(merge, "_fused", lambda x, sums: None)
             merge.merge(tensors[0][used], tensors[1][:, used], partial_out[used], partial_lse[:, used], gap_rows)
-            merge.add(tensors[2][used], partial_out[used], gap_rows)
+            merge.add([tensors[2][used]], [partial_out[used]], [gap_rows])
         results.append(tensors)
     for actual, expected, before in zip(*results, (out, lse, out), strict=True):
         assert not torch.equal(expected, before)
