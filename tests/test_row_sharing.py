@@ -487,6 +487,17 @@ def test_a_model_that_cannot_be_shared_is_refused_or_left_alone():
     assert list(sharing.meter.fallbacks) == [sharing.reason]
 
 
+def test_a_model_that_fails_after_a_change_takes_the_ordinary_path_where_that_was_asked_for(qwen3):
+    with share_rows(qwen3, on_unsupported="fallback") as sharing:
+        logits_of(qwen3)
+        hook = qwen3.model.layers[0].mlp.register_forward_hook(lambda module, args, x: x + x.roll(1, dims=-2))
+        found = logits_of(qwen3)
+        assert sharing.reason is not None and "has changed since it was checked" in sharing.reason
+        assert (sharing.meter.packed, len(sharing.meter.fallbacks)) == (1, 1)
+    assert torch.equal(found, logits_of(qwen3))
+    hook.remove()
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [(nn.Linear(2, 2), "Linear contains no transformers model"), (unseen(), "has no decoder apart from its head")],

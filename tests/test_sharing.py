@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 
 import pytest
 import torch
@@ -120,6 +121,54 @@ def test_a_reason_of_another_process_refuses_the_model_here_too(monkeypatch):
     gate.enable([model := tiny.model("llama")])
     gate.self_check(model)
     assert "another process" in gate.reason and not is_enabled(model)
+
+
+def leak(module, args, output):
+    return output + 0.5 * output.roll(1, dims=-2)
+
+
+def changed_model(gate):
+    model = tiny.model("llama")
+    gate.enable([model])
+    gate.self_check(model)
+    model.model.layers[1].mlp.register_forward_hook(leak)
+    return model
+
+
+@pytest.mark.parametrize("where", [{}, {"device": torch.device("cpu"), "alone": False}], ids=["alone", "on all ranks"])
+def test_a_model_that_fails_after_a_change_is_left_to_the_ordinary_path_before_its_next_pass(where):
+    gate = SharingGate(on_unsupported="fallback")
+    model = changed_model(gate)
+    gate.check_changes(model, **where)
+    assert re.match("LlamaForCausalLM has changed since it was checked.* depends on tokens of other rows", gate.reason)
+    assert not is_enabled(model)
+    with pytest.raises(UnsupportedModelError, match=r"has changed since it was checked.* Set x=y"):
+        (strict := SharingGate(refusal=lambda reasons: f"{reasons}. Set x=y")).check_changes(
+            changed_model(strict), **where
+        )
+
+
+def test_a_change_that_another_process_finds_wrong_is_refused_here_too(monkeypatch):
+    gate = SharingGate(on_unsupported="fallback")
+    model = tiny.model("llama")
+    gate.enable([model])
+    gate.self_check(model)
+    monkeypatch.setattr("prefix_grouper_plugins.sharing.on_any_rank", lambda here, device: True)
+    gate.check_changes(model, torch.device("cpu"), alone=False)
+    assert gate.reason.endswith("another process found a difference")
+
+
+def test_a_change_that_does_no_harm_is_checked_once(monkeypatch):
+    gate = SharingGate()
+    gate.enable([model := tiny.model("llama")])
+    gate.self_check(model)
+    gate.check_changes(model)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    gate.check_changes(model)
+    monkeypatch.setattr("prefix_grouper_plugins.sharing.self_check", None)
+    gate.check_changes(model)
+    packed(model)
+    assert gate.reason is None
 
 
 def test_a_warning_is_said_once_and_by_one_process(caplog):
