@@ -26,6 +26,7 @@ import torch
 from torch import IntTensor, LongTensor, Tensor
 
 IGNORE_INDEX = -100  # the label of a position without one, as in torch.nn.functional.cross_entropy
+MAX_TOKENS = 2**31 - 1  # of a packed row, whose positions are int32
 
 
 def on_device(x: Tensor, device: torch.device | str | None) -> Tensor:
@@ -509,6 +510,10 @@ def _place(roots: Sequence[_Node]) -> tuple[list[_Node], np.ndarray]:
         table.append([cursor, cursor + node.end - node.start, parent, 0])
         cursor = table[-1][1]
         stack += [(child, index) for child in sorted(node.children, key=lambda c: c.first_row, reverse=True)]
+    if cursor > MAX_TOKENS:
+        raise ValueError(
+            f"a packed row of {cursor:,} tokens is longer than {MAX_TOKENS:,}: share fewer or shorter rows"
+        )
     for index in range(len(table) - 1, -1, -1):  # children come after their parent: one backward pass closes subtrees
         _, end, parent, last = table[index]
         table[index][3] = last = max(last, end)

@@ -106,6 +106,7 @@ class RowSharing:
         share: ``"auto"`` or ``"tree"``.
         reasons: the caller's own reasons why nothing can be shared.
         during: the pass that a forward belongs to (``metrics.PASSES``), by the model that runs.
+        takes_over: whether :meth:`open` ends the sharing of others on these models, where it would be an error.
 
     Attributes:
         gate (`SharingGate`): its models are the decoders of ``models``.
@@ -120,6 +121,7 @@ class RowSharing:
         share: str = "auto",
         reasons: Sequence[str] = (),
         during: Callable[[nn.Module], str] | None = None,
+        takes_over: bool = False,
     ) -> None:
         if share not in ("auto", "tree"):
             raise ValueError(
@@ -129,6 +131,7 @@ class RowSharing:
         self.paused = False
         self._models, self._reasons = list(models), list(reasons)
         self._during = during or (lambda model: UPDATE)
+        self._takes_over, self._is_open = takes_over, False
         self._hooks = ExitStack()
 
     @property
@@ -144,17 +147,22 @@ class RowSharing:
         self.close()
 
     def open(self) -> None:
-        """Enable the decoders and put the hooks on them.
+        """Enable the decoders and put the hooks on them, unless they are there.
 
         Raises:
             UnsupportedModelError, ValueError: see :func:`share_rows`.
         """
+        if self._is_open:
+            return
         decoders = [_decoder(model) for model in self._models]
-        shared = [decoder for decoder in decoders if any(_is_ours(hook) for hook in decoder._forward_hooks.values())]
-        if shared:
-            raise ValueError(
-                f"the rows of {type(shared[0]).__name__} are being shared already: leave that share_rows(model) first"
-            )
+        for decoder in decoders:
+            for other in _sharing_of(decoder):
+                if not (self._takes_over and other._takes_over):
+                    raise ValueError(
+                        f"the rows of {type(decoder).__name__} are being shared already: leave that share_rows(model) first"
+                    )
+                other.close()
+        self._is_open = True
         reasons = list(self._reasons)
         for model in self._models:  # what surrounds the decoder: PEFT's wrapper, an encoder
             reasons += report_on(Anatomy(model)).reasons
@@ -189,6 +197,7 @@ class RowSharing:
 
     def close(self) -> None:
         """Leave the models as they were."""
+        self._is_open = False
         self._hooks.close()
 
     @contextmanager
@@ -450,6 +459,7 @@ def _lengths(inputs: dict[str, Any]) -> list[int]:
     return [ids.shape[1]] * ids.shape[0] if isinstance(ids, Tensor) and ids.dim() == 2 else []
 
 
-def _is_ours(hook: Any) -> bool:
-    hooks = getattr(hook, "__self__", None)
-    return isinstance(hooks, _DecoderHooks) and not hooks.is_copy
+def _sharing_of(decoder: nn.Module) -> list[RowSharing]:
+    """Whose hooks are on ``decoder``."""
+    found = (getattr(hook, "__self__", None) for hook in decoder._forward_hooks.values())
+    return [hooks._sharing for hooks in found if isinstance(hooks, _DecoderHooks) and not hooks.is_copy]

@@ -205,6 +205,8 @@ PLAN, BENCH = ["plan", "--prompt", "8", "--responses", "4"], ["bench", "--prompt
         ([*PLAN, "--group", "0"], "argument --group: '0' is not a whole number of at least 1"),
         ([*PLAN, "--group", "-8"], "argument --group: '-8' is not a whole number of at least 1"),
         ([*PLAN, "--prompt", "0"], "prompt_lengths[0] is 0"),
+        ([*PLAN, "--prompt", str(10**24)], "tokens: choose up to 100,000,000 in all"),
+        ([*PLAN, "--group", str(10**14)], "argument --group: 100000000000000 is more than 10,000,000"),
         ([*PLAN, "--prompt", "many"], "argument --prompt: invalid int value: 'many'"),
         ([*PLAN, "--shape", "gpt-9"], "there is no shape 'gpt-9'"),
         (
@@ -233,6 +235,14 @@ PLAN, BENCH = ["plan", "--prompt", "8", "--responses", "4"], ["bench", "--prompt
 def test_a_mistake_is_told_in_one_line_with_exit_status_2(capsys, arguments, message):
     error = stderr_of(capsys, *arguments)
     assert message in error and error.count("\n") == 1
+
+
+def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch):
+    def compare_group(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("prefix_grouper_plugins.plan.one_group.compare_group", compare_group)
+    assert stderr_of(capsys, *PLAN) == "memory does not suffice for these sizes: choose smaller ones\n"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no_such_type"}', "{}"])

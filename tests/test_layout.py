@@ -266,6 +266,11 @@ def test_a_padded_layout_keeps_its_padding_on_another_device():
     assert padded.to("cpu").labels(rows).tolist() == padded.labels(rows).tolist()
 
 
+def test_more_tokens_than_positions_can_number_are_refused():
+    with pytest.raises(ValueError, match=r"a packed row of 2,147,483,648 tokens is longer than 2,147,483,647"):
+        PrefixLayout.from_groups([2**31 - 1], [[1, 1]])
+
+
 def test_padding_to_less_than_there_is_is_refused():
     layout = PrefixLayout.from_groups([4], [[3, 2]])
     with pytest.raises(ValueError, match="num_tokens=7 is smaller than the 8 tokens of the layout"):

@@ -94,9 +94,15 @@ class ShareRowsMixin:
             share="auto" if share == "prompt" else share,  # a decoder does not know which tokens are prompts
             reasons=why_not_share_settings(self.args),
             during=self._pass_of,
+            takes_over=True,  # another trainer may have been built on this model before
         )
         if not self._shares:
             return
+        self.open_row_sharing()
+
+    def open_row_sharing(self) -> None:
+        """See to it that forwards count for this trainer, and not for another one of the same model that was built since."""
+        assert self._row_sharing is not None
         self._row_sharing.open()
         for decoder in self.gate.models:
             if self.gate.needs_self_check(decoder) and self.accelerator.distributed_type not in SHARDED:
@@ -186,6 +192,7 @@ class RowsWatch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what will be shared, by the settings that hold now."""
         trainer = self._trainer
+        trainer.open_row_sharing()
         if trainer.gate.reason is None:
             line = trainer.gate.announce(trainer.expected_sharing())
             state.log_history.append({"prefix_grouper": line, "epoch": state.epoch or 0.0, "step": state.global_step})

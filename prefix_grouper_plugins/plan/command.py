@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prefix_grouper_plugins.plan.estimate import Training
     from prefix_grouper_plugins.plan.schedule import Prompts, Schedule, TRLSizes, VerlSizes
 
+MOST = 10**7  # of anything that is counted, so that a slip of a key does not fill the memory
 LIMIT = 2000  # prompts that are read unless another number is asked for
 ADVICE_LIMIT = 256  # prompts that are tried with other sizes
 BARS = 12  # of a histogram
@@ -28,16 +29,20 @@ DATA_OPTIONS = (
 def count(text: str) -> int:
     """
     Raises:
-        argparse.ArgumentTypeError: ``text`` is not a whole number from 1 on.
+        argparse.ArgumentTypeError: ``text`` is not a whole number from 1 to `MOST`.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
     return int(text)
 
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
     return int(text)
 
 
@@ -48,6 +53,8 @@ def _positive(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
     return value
 
 

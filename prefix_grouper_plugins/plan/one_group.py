@@ -9,6 +9,7 @@ from prefix_grouper_plugins.cost import Comparison, ModelShape, compare
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.usage import UsageError
 
+MOST_TOKENS = 10**8
 # Label, field of `cost.Cost`, unit.
 FIGURES = (
     ("Tokens forwarded", "tokens", 1),
@@ -39,8 +40,10 @@ def lengths_of(responses: Sequence[str], group: int | None) -> list[int]:
 def compare_group(shape: ModelShape, prompt: int, responses: Sequence[int]) -> Comparison:
     """
     Raises:
-        UsageError: a length below 1.
+        UsageError: a length below 1, or more tokens than memory is certain to hold.
     """
+    if (tokens := prompt + sum(responses)) > MOST_TOKENS:
+        raise UsageError(f"--prompt and --responses are {tokens:,} tokens: choose up to {MOST_TOKENS:,} in all")
     try:
         layout = PrefixLayout.from_groups([prompt], [responses])
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import random
@@ -354,6 +355,30 @@ def test_a_refused_model_trains_as_ever_where_that_is_asked_for(path, caplog):
     assert times == 4 * STEPS  # policy and reference, two micro-batches a step
     assert caplog.text.count("this forward runs without sharing: neftune_noise_alpha") == 1
     assert [e["prefix_grouper/fallbacks"] for e in trainer.state.log_history if "loss" in e] == [1.0] * STEPS
+
+
+def test_several_trainers_of_one_model_train_in_turns_and_count_for_themselves(path):
+    weights_of = []
+    for shared in (False, True):
+        first = build("KTO", path, shared=shared, max_steps=1)
+        for model in (first.model, first.ref_model):
+            model.double()
+            tiny.compute_norms_in_input_dtype(model)
+        second = type(first)(
+            model=first.model,
+            ref_model=first.ref_model,
+            args=copy.deepcopy(first.args),
+            train_dataset=rated(),
+            processing_class=tiny.tokenizer(),
+        )
+        for trainer in (first, second, first):
+            torch.manual_seed(5)
+            trainer.train()
+        weights_of.append(weights(first))
+    assert largest_difference(*weights_of) <= 1e-12
+    packed = [trainer.sharing.passes["update"].packed for trainer in (first, second)]
+    assert packed[0] == 2 * packed[1] > 0
+    assert not first.sharing.fallbacks and not second.sharing.fallbacks
 
 
 def test_a_learned_prompt_is_refused(path):
