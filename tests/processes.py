@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -69,6 +69,29 @@ def _call(size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -
     return function(_groups[size], *arguments)
 
 
+class Fork:
+    """As ``subprocess.Popen`` of ``python *command``, as far as a script needs it that starts others, and as fast as `run_in_fork`.
+
+    Args:
+        command: what follows ``python``.
+        env: the environment.
+        output: the file that both outputs go to.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], output: Path) -> None:
+        self._process = _FORKS.Process(target=_become, args=(tuple(command), Path.cwd(), dict(env), [output, output]))
+        self._process.start()
+        self.wait = self._process.join
+        self.terminate = self._process.terminate
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
 def run_in_fork(*command: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """As ``python *command``, without the seconds for the imports of other packages.
 
@@ -85,7 +108,7 @@ def run_in_fork(*command: str, cwd: Path, env: Mapping[str, str] | None = None) 
 
 def _become(command: tuple[str, ...], folder: Path, environment: dict[str, str], files: list[Path]) -> None:
     for descriptor, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

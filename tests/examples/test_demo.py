@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,18 +12,22 @@ import pytest
 
 pytest.importorskip("trl")
 
+from tests.processes import Fork, run_in_fork
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "trl"
 
 
 @pytest.mark.slow
-def test_the_quick_demo_shares_prompts_and_ends_with_the_stock_weights(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py"), "--quick", "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    logged = {name: float(value) for name, value in re.findall(r"Logged: (\w+) +([\d.]+)", done.stdout)}
+def test_the_quick_demo_shares_prompts_and_ends_with_the_stock_weights(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("trl_demo", EXAMPLES / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "trl_demo", demo)
+    spec.loader.exec_module(demo)
+    monkeypatch.setattr(demo, "start", lambda command, log: Fork(command, demo.environment(), log))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--quick", "--output", str(tmp_path)])
+    demo.main()
+    printed = capsys.readouterr().out
+    logged = {name: float(value) for name, value in re.findall(r"Logged: (\w+) +([\d.]+)", printed)}
     assert logged["rows_per_group"] == 8
     assert logged["token_ratio"] < 0.5
     assert logged["fallbacks"] == 0
@@ -45,6 +49,6 @@ def test_the_text_of_the_demo_stands_beside_its_licence():
 
 @pytest.mark.parametrize("name", ["demo.py", "make_tiny_model.py", "grpo_passages.py"])
 def test_help_suffices(name):
-    done = subprocess.run([sys.executable, str(EXAMPLES / name), "--help"], capture_output=True, text=True)
+    done = run_in_fork(str(EXAMPLES / name), "--help", cwd=EXAMPLES)
     assert done.returncode == 0
     assert "usage" in done.stdout

@@ -209,6 +209,7 @@ def make_environment(mark: str, metrics: Path, extra: Mapping[str, str]) -> dict
         "RAY_AUTH_MODE": "disabled",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",  # it would end a training because other programs take memory
         "RAY_worker_niceness": "0",  # at its usual 15, a training beside other work takes many times as long as alone
         "RAY_enable_worker_prestart": "0",  # else as many idle Python processes as there are CPUs
         "RAY_prestart_worker_first_driver": "0",
