@@ -188,7 +188,7 @@ def bench(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """What this machine runs, and how a model would be run; exit status 1 for a model that is refused."""
-    config = _config(options.model, trust_remote_code=options.trust_remote_code) if options.model else None
+    config = _config(options.model, trust_remote_code=options.trust_remote_code) if options.model is not None else None
     machine = describe_machine_and_backends()
     model = None if config is None else describe_model(options.model, config, options.trust_remote_code)
     if options.json:

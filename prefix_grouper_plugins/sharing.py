@@ -40,8 +40,9 @@ from prefix_grouper_plugins.attention.levels import least_level
 from prefix_grouper_plugins.attention.registry import BACKENDS, check_backend_name
 from prefix_grouper_plugins.metrics import SharingMeter, logger
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
+from prefix_grouper_plugins.modeling.attention import is_ours
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
-from prefix_grouper_plugins.modeling.enable import disable_prefix_grouper, enable_layers
+from prefix_grouper_plugins.modeling.enable import disable_prefix_grouper, enable_layers, has_layers_enabled
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.mixers.state_forking import ON_ROWS
 from prefix_grouper_plugins.modeling.self_check import (
@@ -198,20 +199,29 @@ class SharingGate:
         if self.reason is not None or self_check_pending(model):
             return
         base = transformers_model(model)
-        changed = has_changed(base)
-        if alone:
-            reasons = _why_not_any_longer(base, self._self_check, self._left_padding) if changed else []
-        else:
-            assert device is not None
-            if not on_any_rank(changed, device):
-                return
-            reasons = _why_not_any_longer(base, self._self_check, self._left_padding, outermost=model)
-            if on_any_rank(bool(reasons), device) and not reasons:
-                reasons = ["another process found a difference"]
+        disabled = self._why_disabled(base)
+        changed = disabled is not None or has_changed(base)
+        device = device or next(model.parameters()).device
+        if not (changed if alone else on_any_rank(changed, device)):
+            return
+        outermost = None if alone else model
+        reasons = [disabled] if disabled else _why_not_any_longer(base, self._self_check, self._left_padding, outermost)
+        if not alone and on_any_rank(bool(reasons), device) and not reasons:
+            reasons = ["another process found a difference"]
         if reasons:
             self.refuse([_changed(base, reasons)])
         elif changed:
             remember(base)
+
+    def _why_disabled(self, base: Any) -> str | None:
+        """Why ``base``, which was enabled, takes no packed rows any longer; None if it does."""
+        anatomy = next((anatomy for anatomy in self.anatomies if anatomy.base is base), None)
+        if anatomy is None:
+            return None
+        names = [config._attn_implementation for config in anatomy.configs if not is_ours(config)]
+        if names and anatomy.attention_layers:
+            return f"its attention implementation has become {names[0]!r}, by disable_prefix_grouper(model) or by hand"
+        return None if has_layers_enabled(anatomy) else "disable_prefix_grouper(model) was called"
 
     def needs_first_batch(self, model: nn.Module) -> bool:
         """Whether ``model`` is of a class that no test has compared, and its first batch has not been run both ways yet.
@@ -491,9 +501,7 @@ def _check_again(base: Any, checks: bool, left_padding: bool) -> None:
     remember(base)
 
 
-def _why_not_any_longer(
-    base: Any, checks: bool, left_padding: bool, *, outermost: nn.Module | None = None
-) -> list[str]:
+def _why_not_any_longer(base: Any, checks: bool, left_padding: bool, outermost: nn.Module | None = None) -> list[str]:
     """Why a model that has changed cannot be shared; it is self-checked where nothing else is known against it.
 
     Args:

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper, self_check
+from prefix_grouper_plugins import UnsupportedModelError, disable_prefix_grouper, enable_prefix_grouper, self_check
 from prefix_grouper_plugins.modeling import is_enabled, packed_inputs
 from prefix_grouper_plugins.sharing import SharingGate, self_check_pending
 from tests import tiny
@@ -146,6 +146,25 @@ def test_a_model_that_fails_after_a_change_is_left_to_the_ordinary_path_before_i
         (strict := SharingGate(refusal=lambda reasons: f"{reasons}. Set x=y")).check_changes(
             changed_model(strict), **where
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (disable_prefix_grouper, r"attention implementation has become 'sdpa', by disable_prefix_grouper\(model\) or"),
+        (lambda model: model.set_attn_implementation("eager"), "its attention implementation has become 'eager'"),
+    ],
+    ids=["disabled", "another implementation"],
+)
+def test_a_model_that_takes_no_packed_rows_any_longer_goes_the_ordinary_path(change, reason):
+    gate = SharingGate(on_unsupported="fallback")
+    gate.enable([model := tiny.model("llama")])
+    gate.self_check(model)
+    gate.check_changes(model)
+    assert gate.reason is None
+    change(model)
+    gate.check_changes(model)
+    assert re.search(f"cannot be shared any longer: {reason}", gate.reason)
 
 
 def test_a_change_that_another_process_finds_wrong_is_refused_here_too(monkeypatch):
