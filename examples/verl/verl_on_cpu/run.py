@@ -19,8 +19,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,8 @@ PACKAGE = Path(__file__).parent
 MARK = "VERL_ON_CPU_RUN"  # environment variable by which the processes of a run are known
 ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
 PATIENCE = 600.0  # seconds
+# Ray gives its own processes 30 seconds to start, which is too short on a machine with much other work.
+RAY_IS_LATE, ATTEMPTS = "The current node timed out during startup", 3
 PRECISION = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
 
 Step = dict[str, float]
@@ -44,7 +47,7 @@ class TrainingError(RuntimeError):
 
 def run_training(
     folder: Path,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     *,
     inputs: Path | None = None,
@@ -73,21 +76,45 @@ def run_training(
     log, metrics = folder / "log.txt", folder / "metrics.jsonl"
     metrics.write_bytes(b"")
     reader = MetricsReader(metrics, on_step)
-    mark = uuid.uuid4().hex
-    # Not the usual folder for temporary files: the paths of Ray's sockets may have no more than 107 characters.
-    ray_folder = tempfile.mkdtemp(prefix="verl-", dir="/tmp")
+
     ours = [
         *cpu_options(workers),
-        *ray_options(ray_folder, workers, cluster),
         *training_options(inputs.resolve(), steps),
+        *folder_options(folder, steps),
+        *overrides,
     ]
-    ours += folder_options(folder, steps)
+    ray = partial(ray_options, workers=workers, cluster=cluster)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            run_once(folder, ours, ray, environment or {}, reader, patience, stop)
+            break
+        except TrainingError:
+            if attempt == ATTEMPTS or RAY_IS_LATE not in log.read_text(encoding="utf-8", errors="replace"):
+                raise
+    if len(reader.steps) != steps:
+        raise failure(f"The training logged {len(reader.steps)} of {steps} steps", log)
+    return reader.steps
+
+
+def run_once(
+    folder: Path,
+    options: Sequence[str],
+    ray: Callable[[str], list[str]],
+    environment: Mapping[str, str],
+    reader: "MetricsReader",
+    patience: float,
+    stop: threading.Event | None,
+) -> None:
+    """Start verl in `folder` and wait for it; `ray` gives the options of a Ray cluster whose files are in a given folder."""
+    mark, log = uuid.uuid4().hex, folder / "log.txt"
+    # Not the usual folder for temporary files: the paths of Ray's sockets may have no more than 107 characters.
+    ray_folder = tempfile.mkdtemp(prefix="verl-", dir="/tmp")
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "verl.trainer.main_ppo", *ours, *overrides],
+                [sys.executable, "-m", "verl.trainer.main_ppo", *ray(ray_folder), *options],
                 cwd=folder,
-                env=make_environment(mark, metrics, environment or {}),
+                env=make_environment(mark, reader.path, environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -97,9 +124,6 @@ def run_training(
     finally:
         end_all(mark)
         shutil.rmtree(ray_folder, ignore_errors=True)
-    if len(reader.steps) != steps:
-        raise failure(f"The training logged {len(reader.steps)} of {steps} steps", log)
-    return reader.steps
 
 
 def final_weights(folder: Path) -> dict[str, Tensor]:

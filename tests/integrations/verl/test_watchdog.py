@@ -68,3 +68,18 @@ def test_a_process_that_fails_is_named_with_its_log(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", "print(1 / 0)"], stdout=output, stderr=output)
     with pytest.raises(TrainingError, match=r"(?s)ZeroDivisionError.*It stopped with exit code 1"):
         wait_for(process, log, PATIENCE)
+
+
+@pytest.mark.parametrize(("log", "starts"), [(verl_on_cpu.run.RAY_IS_LATE, 3), ("something else", 1)])
+def test_a_training_starts_again_where_ray_was_late_and_only_there(tmp_path, monkeypatch, log, starts):
+    started = []
+
+    def run_once(folder, options, *others):
+        started.append(options)
+        (folder / "log.txt").write_text(f"first line\n{log}\n")
+        raise TrainingError("it failed")
+
+    monkeypatch.setattr(verl_on_cpu.run, "run_once", run_once)
+    with pytest.raises(TrainingError, match="it failed"):
+        verl_on_cpu.run.run_training(tmp_path, inputs=tmp_path)
+    assert len(started) == starts
