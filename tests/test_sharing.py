@@ -151,7 +151,10 @@ def test_a_model_that_fails_after_a_change_is_left_to_the_ordinary_path_before_i
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (disable_prefix_grouper, r"attention implementation has become 'sdpa', by disable_prefix_grouper\(model\) or"),
+        (
+            disable_prefix_grouper,
+            r"its attention implementation has become 'sdpa', by disable_prefix_grouper\(model\) or",
+        ),
         (lambda model: model.set_attn_implementation("eager"), "its attention implementation has become 'eager'"),
     ],
     ids=["disabled", "another implementation"],
