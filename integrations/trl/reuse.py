@@ -195,8 +195,9 @@ class PromptReuse:
         """Read the rows of a generation batch from the device, all at once, and count their tokens."""
         self._micro_batches, self._tokens = micro_batches, []
         given = list(map(given_of, micro_batches))
-        if not all(own.keys() == given[0].keys() and why_not_share(self._trainer.model, own) is None for own in given):
-            return  # each is forwarded by itself, or by the stock trainer, which is where the reason is said
+        if (reason := _why_not_join(self._trainer.model, given)) is not None:
+            self._trainer.gate.warn(f"micro-batches share nothing with each other: {reason}")
+            return
         sizes = [len(batch["prompt_ids"]) for batch in micro_batches]
         on_host = blocks_on_host(*joined_blocks(list(map(_blocks_of, micro_batches))))
         self._on_host = list(zip(*(block.split(sizes) for block in on_host), strict=True))
@@ -508,6 +509,14 @@ class PromptReuse:
         pieces = [([row for row, own in enumerate(keys) if own == key], key) for key in shared]
         others = [row for row, own in enumerate(keys) if own is not None and own not in shared]
         return [*pieces, (others, None)] if others else pieces  # type: ignore[list-item]
+
+
+def _why_not_join(model: Any, given: Sequence[dict[str, Any]]) -> str | None:
+    """Why rows of micro-batches, which bring ``given`` for their images, are not forwarded together; None if they may be."""
+    reason = next(filter(None, (why_not_share(model, own) for own in given)), None)
+    if reason is None and len({frozenset(own) for own in given}) > 1:
+        return "some bring other tensors of images than others"
+    return reason
 
 
 def _tokens_of_unknown(model: Any, rows: Rows) -> list[RowTokens]:

@@ -142,11 +142,30 @@ def test_where_the_vision_tower_learns_alone_its_gradient_comes_from_all_parts(m
     assert_reuse_equals_rows(monkeypatch, "qwen2_5_vl", freeze=True)
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])
-def test_micro_batches_of_one_row_learn_the_stock_weights_and_see_images_once(monkeypatch, tmp_path, model_type):
-    path = vision.saved_model(tmp_path, model_type)
-    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
-    stock, trainer = compare(monkeypatch, path, **settings(model_type, **sizes))
+def test_micro_batches_of_one_row_learn_the_stock_weights_and_see_images_once(monkeypatch, tmp_path):
+    path = vision.saved_model(tmp_path, "qwen3_vl")
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 1}
+    stock, trainer = compare(monkeypatch, path, **settings("qwen3_vl", **sizes))
     assert not trainer.sharing.fallbacks and not trainer.limits()
-    assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4]
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [4]
     assert sum(trainer.seen) == sum(stock.seen) / 4
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"pixel_values_videos": torch.zeros(1)}, "`pixel_values_videos` belongs to rows with videos"),
+        ({"token_type_ids": torch.zeros(1, 30)}, "some bring other tensors of images than others"),
+    ],
+)
+def test_micro_batches_whose_images_cannot_be_packed_stay_apart_and_say_so(more, reason):
+    model = families.build("llava")
+    batches = micro_batches_of("llava", families.rows("llava"))
+    batches[1] |= more
+    trainer, said = stub_trainer(model, len(batches), 2), []
+    trainer.gate.warn = said.append
+    reuse = PromptReuse(trainer, PackedForward(trainer))
+    for number in (0, 1):
+        reuse.enter(batches, number)
+        assert reuse.score_update(model, None, entropy=False) is None
+    assert len(said) == 1 and reason in said[0]
