@@ -279,7 +279,7 @@ def plan_table(rows: list[Row]) -> str:
     ]
     lines += [
         f"| {r['case']} | {r['prompt']}, {r['responses']}, {r['group']}, {r['rows']} | "
-        f"{float(r.get('token_ratio_estimated', 'nan')):.3f} / {float(r.get('token_ratio_measured', 'nan')):.3f} | "
+        f"{float(r['token_ratio_estimated']):.3f} / {float(r['token_ratio_measured']):.3f} | "
         f"{both(r, 'times_as_fast', '', 'speed_error_percent')} | "
         f"{both(r, 'stock_peak_mib', ' MiB', 'stock_memory_error_percent')} | "
         f"{both(r, 'shared_peak_mib', ' MiB', 'shared_memory_error_percent')} |"
