@@ -270,7 +270,8 @@ def plan_table(rows: list[Row]) -> str:
     """Estimates of `prefix-grouper plan`, what was measured, and how far they are apart."""
 
     def both(row: Row, name: str, unit: str, error: str) -> str:
-        estimated, measured = (f"{float(row[f'{name}_{kind}']):.3g}" for kind in ("estimated", "measured"))
+        form = ",.0f" if unit else ".3g"
+        estimated, measured = (format(float(row[f"{name}_{kind}"]), form) for kind in ("estimated", "measured"))
         return f"{estimated} / {measured}{unit} ({float(row[error]):+.0f} %)"
 
     lines = [
