@@ -149,7 +149,7 @@ class _Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> logits ``[N, vocabulary]``, float32 or wider."""
         for module in self.modules:
-            hidden = module(hidden)
+            hidden = _of_one(module(hidden))
         hidden = hidden[..., : self.vocabulary]  # a head may be padded (inkling)
         logits = hidden if self.scale == 1.0 else hidden * self.scale  # large, so it is copied only if needed
         if self.softcap is not None:
@@ -217,8 +217,8 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
             calls.clear()
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == thread and taken and args and isinstance(output, Tensor):
-            calls.append((module, args[0], output))
+        if threading.get_ident() == thread and taken and args and isinstance(made := _of_one(output), Tensor):
+            calls.append((module, args[0], made))
 
     hooks = [decoder.register_forward_hook(take)]
     behind = [child for child in base.children() if all(module is not decoder for module in child.modules())]
@@ -237,6 +237,11 @@ def _hidden_states(model: nn.Module, batch: GroupedBatch, inputs: dict[str, Any]
     hidden, head, first = taken[0][0], _Head(base, modules, logits.shape[-1]), batch.positions[:1]
     head.check(model, base, hidden[first], logits[0] if logits.shape[1] == 1 else logits[0, first])  # xlstm keeps all
     return hidden, head
+
+
+def _of_one(output: Any) -> Any:
+    """What a module returns, also where it is alone in a tuple (the head of xlm)."""
+    return output[0] if isinstance(output, tuple) and len(output) == 1 else output
 
 
 def _leading_to(logits: Tensor, calls: list[tuple[nn.Module, Tensor, Tensor]], head: nn.Module) -> list[nn.Module]:

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefix_grouper_plugins.modeling.implementations import ignored_by
+from prefix_grouper_plugins.modeling.column_positions import counts_columns
+from prefix_grouper_plugins.modeling.implementations import ignored_by, looks_up_attention
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of
 from prefix_grouper_plugins.modeling.rope import RowLimit, limits_of
 
@@ -103,7 +104,8 @@ class Anatomy:
     Attributes:
         model: what was given.
         base: the transformers model in it, or None.
-        text: the part of a multimodal model that mixes tokens; of any other model `base` itself.
+        text: the part of a multimodal model that mixes tokens; of any other model `base` itself, without towers that see
+            no token ids.
         modules: all modules under `model` with their names, each once.
         base_modules: `base` and all modules under it.
         models, text_models: the transformers models at and under `base` and `text`.
@@ -111,13 +113,14 @@ class Anatomy:
         attention_layers: modules under `text` that look their attention up in transformers' ``AttentionInterface``.
         mixers: modules that mix tokens past that interface and are known (modeling/mixers/table.py).
         layers_with_mixers: the decoder layers around them: the nearest module that transformers checkpoints, or the
-            parent.
+            parent, which may be the model itself.
         adapters: configs of PEFT by the names of the adapters; no wrapper (DDP, FSDP) hides them.
         row_limits: lengths of rows from which on rotary angles depend on the longest row, see modeling/rope.py.
         modules_with_row_limit: the modules that hand positions to such a rotary embedding, with its limits.
         dropout_rates: dropout that is active, on whatever.
         randomness: what else draws at random in training.
         int8_thresholds: thresholds of bitsandbytes' ``Linear8bitLt`` that are on.
+        column_positions: embeddings that number tokens by their columns, see modeling/column_positions.py.
         numbers_positions: the module that numbers positions by the model's own padding token, or None.
         indexers: names of classes that choose keys by scores of their own.
         parameters: each once.
@@ -143,6 +146,7 @@ class Anatomy:
         self.dropout_rates: set[float] = set()
         self.randomness: set[Rate] = set()
         self.int8_thresholds: set[float] = set()
+        self.column_positions: list[nn.Module] = []
         self.numbers_positions: Any = None
         self.indexers: set[str] = set()
         self.checkpointable: list[nn.Module] = []
@@ -199,7 +203,7 @@ class Anatomy:
         seen.add(id(module))
         if self.base is None and isinstance(module, PreTrainedModel):
             self.base, self.text = module, text_part(module)
-        in_text = in_text or module is self.text or (self.base is not None and self.text is self.base)
+        in_text = (in_text or module is self.text) and not self._is_tower(module)
         self._meet(name, module, around, in_text)
         limits = []
         for child_name, child in module._modules.items():
@@ -215,6 +219,11 @@ class Anatomy:
             first = next(i for i, (_, other) in enumerate(self.modules) if other is module)
             self.base_modules = [other for _, other in self.modules[first:]]
 
+    def _is_tower(self, module: nn.Module) -> bool:
+        """Whether a model within the text part sees pixels or sound, and so does not run on tokens."""
+        is_part = isinstance(module, PreTrainedModel) and module is not self.text and module is not self.base
+        return is_part and "text" not in getattr(module, "input_modalities", "text")
+
     def _meet(self, name: str, module: nn.Module, around: tuple[nn.Module, ...], in_text: bool) -> None:
         self.modules.append((name, module))
         self._note_parameters(module)
@@ -225,10 +234,10 @@ class Anatomy:
                 self.text_models.append(module)
         if mixer_of(module) is not None:
             self.mixers.append(Layer(name, module))
-            parent = around[-1] if around else module
+            parent = next((m for m in reversed(around) if not isinstance(m, nn.ModuleList)), module)
             layer = next((m for m in reversed(around) if isinstance(m, GradientCheckpointingLayer)), parent)
             self._layers_with_mixers[id(layer)] = layer
-        elif in_text and _uses_attention_interface(module):
+        elif in_text and _uses_attention_interface(module) and not _is_cross_attention(module):
             self.attention_layers.append(Layer(name, module))
         config = getattr(module, "config", None)
         if in_text and isinstance(config, PreTrainedConfig) and config._attn_implementation is not None:
@@ -236,6 +245,8 @@ class Anatomy:
         limits = limits_of(module)
         self.row_limits += limits
         self.text_row_limits += limits if in_text else []
+        if in_text and around and counts_columns(module, around[-1]):
+            self.column_positions.append(module)
         self._note_peculiarities(name, module)
 
     def _note_parameters(self, module: nn.Module) -> None:
@@ -320,5 +331,17 @@ def _uses_attention_interface(module: nn.Module) -> bool:
     return (
         ("Attention" in kind or kind.endswith("MLA"))
         and not kind.endswith(("Layer", "Norm", "Residual"))  # what surrounds attention in some models
-        and "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__globals__
+        and looks_up_attention(type(module))  # type: ignore[arg-type]
+    )
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    """Whether a decoder's attention reads an encoder only, so that it does not run on text alone (BART and its kin).
+
+    A call that does run it is refused by its own, since it is not causal.
+    """
+    return (
+        getattr(module, "is_decoder", False) is True
+        and getattr(module, "is_causal", True) is False
+        and "key_value_states" in inspect.signature(type(module).forward).parameters
     )

@@ -73,12 +73,15 @@ def given_layout(keyword: Layout | None, mask: Tensor | None) -> Layout | None:
 
 
 class Call:
-    """A running forward: with its layout, or an ordinary one. No dataclass: FSDP2 copies dataclass arguments."""
+    """A running forward: with its layout and the positions that it was called with (``[1, T]``), or an ordinary one.
 
-    __slots__ = ("layout",)
+    No dataclass: FSDP2 copies dataclass arguments.
+    """
 
-    def __init__(self, layout: Layout | None) -> None:
-        self.layout = layout
+    __slots__ = ("layout", "positions")
+
+    def __init__(self, layout: Layout | None, positions: Tensor | None = None) -> None:
+        self.layout, self.positions = layout, positions
 
 
 class RunningCall(threading.local):
@@ -113,8 +116,8 @@ class ModelForward:
     A class, so that a copied or pickled model keeps it, bound to the copy.
     """
 
-    def __init__(self, model: PreTrainedModel, without_mask: bool) -> None:
-        self.model, self.without_mask = model, without_mask
+    def __init__(self, model: PreTrainedModel, *, takes_mask: bool, holds_mixers: bool) -> None:
+        self.model, self.takes_mask, self.holds_mixers = model, takes_mask, holds_mixers
         self.previous = model.__dict__.get("forward")  # TRL's fused head puts one there
 
     @property
@@ -128,12 +131,23 @@ class ModelForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layout = given_layout(kwargs.get(LAYOUT_KWARG), kwargs.get("attention_mask"))
-        if layout is None and (outer := MODEL_CALL.call) is not None:
-            layout = outer.layout  # an inner model, whose outer one has dropped both
-        if layout is not None and self.without_mask:
-            kwargs["attention_mask"] = None
-        with open_call(MODEL_CALL, Call(layout)):
+        positions = kwargs.get("position_ids")
+        if (outer := MODEL_CALL.call) is not None:  # an inner model, whose outer one may have dropped them
+            layout = outer.layout if layout is None else layout
+            positions = outer.positions if positions is None else positions
+        if not self.takes_mask and is_placeholder(kwargs.get("attention_mask")):
+            kwargs["attention_mask"] = self._hides_nothing(args, kwargs)
+        call = Call(layout, positions)
+        # No decoder layer is around mixers that a model holds itself, and no checkpoint.
+        with open_call(MODEL_CALL, call), open_call(LAYER_CALL, call if self.holds_mixers else LAYER_CALL.call):
             return self.own(*args, **kwargs)
+
+    def _hides_nothing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The mask ``[1, T]`` of a row without padding."""
+        given = inspect.signature(self.own).bind(*args, **kwargs).arguments
+        ids: Tensor | None = given.get("input_ids")
+        tokens: Tensor = given["inputs_embeds"] if ids is None else ids
+        return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
 
 def disabled_too_early(module: Any) -> RuntimeError:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from prefix_grouper_plugins.attention.registry import check_backend_name
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
@@ -26,6 +27,7 @@ from prefix_grouper_plugins.modeling.carrier import (
     disabled_too_early,
     given_layout,
 )
+from prefix_grouper_plugins.modeling.column_positions import PackedPositions
 from prefix_grouper_plugins.modeling.mixers.on_rows import PackedMixer, variable_keywords
 from prefix_grouper_plugins.modeling.mixers.table import mixer_of
 from prefix_grouper_plugins.modeling.rope import RowLimit
@@ -50,7 +52,9 @@ def enable_layers(anatomy: Anatomy, backend: str) -> None:
             setattr(layer.module, WINDOW_OF_MASK, windows[layer.name])
     _unhook(anatomy, "belongs_to_enabling", "belongs_to_disabling")
     base = anatomy.base
-    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters or bool(
+        anatomy.column_positions
+    )
     base.register_forward_pre_hook(
         functools.partial(_check_call, configs=configs, takes_positions=takes_positions), with_kwargs=True
     )
@@ -154,7 +158,7 @@ def has_layers_enabled(anatomy: Anatomy) -> bool:
     # A model that was built from the config of another one has its names, but neither its hooks nor its mixers.
     if not any(_without_cache in model._forward_pre_hooks.values() for model in anatomy.models):
         return False
-    return _has_mixers_enabled(anatomy) if anatomy.mixers else any(map(is_ours, anatomy.configs))
+    return _has_mixers_enabled(anatomy) if _needs_calls(anatomy) else any(map(is_ours, anatomy.configs))
 
 
 @contextmanager
@@ -194,17 +198,25 @@ _EXTENDED: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _enable_mixers(anatomy: Anatomy) -> None:
-    """Let the mixers of a model take packed rows. In place and idempotent; nothing happens to a model without mixers."""
-    if not anatomy.mixers:
+    """Let the mixers of a model take packed rows, and embeddings that count columns. In place and idempotent.
+
+    Nothing happens to a model that has neither.
+    """
+    if not _needs_calls(anatomy):
         return
-    without_mask = any(mixer_of(module).without_mask(module) for _, module in anatomy.mixers)  # type: ignore[union-attr]
+    takes_mask = not any(mixer_of(module).without_mask(module) for _, module in anatomy.mixers)  # type: ignore[union-attr]
+    layers = anatomy.layers_with_mixers
     for model in anatomy.models:
         if not isinstance(model.__dict__.get("forward"), ModelForward):
-            model.forward = ModelForward(model, without_mask)  # type: ignore[method-assign,assignment]
-    for layer in anatomy.layers_with_mixers:
-        _swap(layer, PackedLayer)
+            holds_mixers = any(layer is model for layer in layers)
+            model.forward = ModelForward(model, takes_mask=takes_mask, holds_mixers=holds_mixers)  # type: ignore[method-assign,assignment]
+    for layer in layers:
+        if not isinstance(layer, PreTrainedModel):
+            _swap(layer, PackedLayer)
     for _, module in anatomy.mixers:
         _swap(module, PackedMixer)
+    for module in anatomy.column_positions:
+        _swap(module, PackedPositions)
 
 
 def _disable_mixers(anatomy: Anatomy) -> None:
@@ -218,6 +230,11 @@ def _disable_mixers(anatomy: Anatomy) -> None:
         module.__dict__.pop("_packed_before", None)
         if type(module) in _EXTENDED:  # FSDP2 may have put a class of its own on top, below which ours does no harm
             module.__class__ = type(module)._prefix_grouper_base  # type: ignore[attr-defined]
+
+
+def _needs_calls(anatomy: Anatomy) -> bool:
+    """Whether modules of a model ask which call is running."""
+    return bool(anatomy.mixers or anatomy.column_positions)
 
 
 def _has_mixers_enabled(anatomy: Anatomy) -> bool:

@@ -41,6 +41,8 @@ IMAGE_TENSORS = (
     "image_sizes",
     "spatial_shapes",
     "image_position_ids",
+    "image_pixel_values",
+    "image_attention_mask",
 )
 TOKEN_TENSORS = ("token_type_ids", "mm_token_type_ids")
 
@@ -238,6 +240,8 @@ def _size(images: RowTensors) -> tuple[int, Hashable]:
         return int(sum(grid.prod(-1).sum() for grid in grids)), None
     if (patches := images.get("image_position_ids")) is not None:  # -1 where an image is padded
         return int((patches != -1).all(-1).sum()), "patches"
+    if (shown := images.get("image_attention_mask")) is not None:  # of the patches of each crop (phi4_multimodal)
+        return 1, (tuple(images["image_sizes"].flatten().tolist()), shown.cpu().numpy().tobytes())
     pixels = images.get("pixel_values")
     if pixels is None:
         return 1, tuple(images)
@@ -254,8 +258,9 @@ def _size(images: RowTensors) -> tuple[int, Hashable]:
 def image_token_id(model: nn.Module) -> int | None:
     """The placeholder token of an image; None if the model's config names none."""
     config: Any = transformers_model(model).config
-    found = getattr(config, "image_token_id", None)
-    return getattr(config, "image_token_index", None) if found is None else found
+    vision = getattr(config, "vision_config", None)
+    places = ((config, "image_token_id"), (config, "image_token_index"), (vision, "image_token_id"))
+    return next((found for owner, name in places if (found := getattr(owner, name, None)) is not None), None)
 
 
 def multimodal_positions(

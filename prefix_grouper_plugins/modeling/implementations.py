@@ -10,6 +10,11 @@ implementations:
 
 from __future__ import annotations
 
+import functools
+import inspect
+from types import CodeType
+
+from torch import nn
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,3 +43,16 @@ def window_is_in_mask(implementation: str) -> bool | None:
         return True
     masks = AttentionMaskInterface()
     return False if implementation in masks and masks[implementation] is flash_attention_mask else None
+
+
+@functools.lru_cache(maxsize=256)
+def looks_up_attention(cls: type[nn.Module]) -> bool:
+    """Whether the forward of ``cls`` looks its attention up in transformers' ``AttentionInterface``."""
+    own = getattr(cls, "_prefix_grouper_base", cls)  # of a class that enabling has extended
+    return "ALL_ATTENTION_FUNCTIONS" in _names_in(inspect.unwrap(own.forward).__code__)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Names that a function looks up, functions inside of it included."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))

@@ -12,7 +12,7 @@ from tests.tiny import SIZES
 
 LAYERS = 3
 # Code that computes only in float32.
-SINGLE_PRECISION = {"inkling2_loop_text", "inkling2_text", "xglm"}
+SINGLE_PRECISION = {"inkling2_loop_text", "inkling2_text", "xglm", "xlm"}
 # Set only where the type's config has the field. The defaults of some are as wide as a real model's, and slow.
 OPTIONAL: dict[str, Any] = {
     "sliding_window": 5,
@@ -68,7 +68,17 @@ OPTIONAL: dict[str, Any] = {
     "n_layer": LAYERS,
     "n_positions": 512,
     "n_inner": 64,
+    "max_position_embeddings": SIZES["max_position_embeddings"],
     "is_decoder": True,  # of those that are encoders otherwise
+    # Decoders of encoder-decoder models.
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": LAYERS,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 64,
+    # Of xlm and xlnet, whose usual models are not causal.
+    "causal": True,
+    "attn_type": "uni",
 }
 _RELATIVE_POSITIONS = {
     "swa_num_attention_heads": 4,
@@ -90,6 +100,52 @@ CHANGES: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
     },
     "gemma4_unified_text": {"global_head_dim": 16},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "whisper": {"max_target_positions": 64, "max_source_positions": 8},
+    "dots3_note": {"vision_config": {"adapter_out_dim": SIZES["hidden_size"]}},
+    "moss_transcribe_diarize": {
+        "audio_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_source_positions": 8,
+        }
+    },
+    "emu3_text_model": {"bos_token_id": 2},
+    "mllama_text_model": {"bos_token_id": 2, "cross_attention_layers": [1]},
+    "xlm": {"n_heads": 4, "n_layers": LAYERS, "emb_dim": 32},
+    "xlnet": {"d_inner": 64, "d_head": 8},
+    "git": {
+        "vision_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 4,
+            "patch_size": 4,
+        }
+    },
+    "phi4_multimodal": {
+        "vision_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "crop_size": 8,
+            "patch_size": 4,
+        },
+        "audio_config": {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_blocks": 2,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 8,
+            "depthwise_separable_out_channel": 8,
+            "nemo_conv_channels": 8,
+        },
+    },
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": LAYERS, "window_size": 5},
@@ -310,8 +366,16 @@ _KINDS_BY_PERIOD = {"jamba", "nemotron_h", "zamba", "zamba2", "bamba"}
 
 
 def configure(model_type: str, **changes: Any) -> Any:
-    """Its tiny config. ``changes`` are settings of it."""
+    """Its tiny config. ``changes`` are settings of it, of its text part where it has one."""
     defaults = CONFIG_MAPPING[model_type]().to_dict()
+    if isinstance(text := defaults.get("text_config"), dict):
+        kind = text["model_type"]
+        parts = {"text_config": {"model_type": kind, **_settings(kind, text, changes)}}
+        return AutoConfig.for_model(model_type, **parts, **CHANGES.get(model_type, {}))
+    return AutoConfig.for_model(model_type, **_settings(model_type, defaults, changes))
+
+
+def _settings(model_type: str, defaults: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for k, v in SIZES.items() if k not in OPTIONAL} | {
         k: v for k, v in OPTIONAL.items() if k in defaults
     }
@@ -319,7 +383,7 @@ def configure(model_type: str, **changes: Any) -> Any:
     if defaults.get("layer_types") and model_type not in _KINDS_BY_PERIOD:
         kinds = list(dict.fromkeys(defaults["layer_types"]))
         settings["layer_types"] = [kinds[i % len(kinds)] for i in range(changes.get("num_hidden_layers", LAYERS))]
-    return AutoConfig.for_model(model_type, **(settings | CHANGES.get(model_type, {}) | changes))
+    return settings | CHANGES.get(model_type, {}) | changes
 
 
 def build(model_type: str, **changes: Any) -> PreTrainedModel:

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 IMAGE = 5  # the placeholder token
 FIRST_WORD = 12  # smaller ids are kept for special tokens
@@ -358,18 +360,102 @@ FAMILIES |= {
 }
 
 
+def _crops(generator: torch.Generator, large: bool) -> Image:
+    """Phi-4: an overview of 2x2 features, then crops of which only the part that the image fills counts."""
+    crops, rows, columns = (2, 2, 3) if large else (1, 2, 2)  # features of 2x2 patches
+    mask = torch.zeros(1, 3, 4, 4, dtype=torch.long)
+    mask[:, : 1 + crops] = 1
+    if large:
+        mask[:, 2, :, 2:] = 0
+    pixels = torch.randn(1, 3, 3, 16, 16, generator=generator)
+    tensors = {
+        "image_pixel_values": pixels,
+        "image_attention_mask": mask,
+        "image_sizes": torch.tensor([[16, 16 * crops]]),
+    }
+    return Image(rows * (columns + 1) + 1 + 2 * 3, tensors)
+
+
+class _Tower(torch.nn.Module):
+    """In place of Gemma 3n's, which needs timm: one feature for each square of 4x4 pixels, ``[B, 16, 2, 2]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 16, 4, stride=4)
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=self.patches(pixel_values))
+
+
+FAMILIES |= {
+    "phi4_multimodal": Family(
+        {
+            **TEXT,
+            "original_max_position_embeddings": 256,
+            "vision_config": _vision("phi4_multimodal_vision", image_size=16, crop_size=16, image_token_id=IMAGE),
+            "audio_config": {
+                **{"hidden_size": 8, "intermediate_size": 8, "num_blocks": 2, "num_attention_heads": 2},
+                **{"ext_pw_out_channel": 8, "depthwise_separable_out_channel": 8, "nemo_conv_channels": 8},
+                "audio_token_id": 7,
+            },
+        },
+        _crops,
+    ),
+    "gemma3n": Family(
+        {
+            "text_config": {
+                **TEXT,
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+                "sliding_window": 3,
+                "num_kv_shared_layers": 2,
+                "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+                "vocab_size_per_layer_input": VOCABULARY,
+                "hidden_size_per_layer_input": 8,
+                "laurel_rank": 4,
+            },
+            "vision_config": {"hidden_size": 16, "vocab_size": 2, "vocab_offset": VOCABULARY},
+            "audio_config": {
+                **{"hidden_size": 16, "vocab_size": 2, "vocab_offset": VOCABULARY + 2, "input_feat_size": 16},
+                **{"conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "sscp_conv_channel_size": [8, 4]},
+            },
+            "vision_soft_tokens_per_image": 4,
+            "image_token_id": IMAGE,
+            "audio_token_id": 7,
+        },
+        _square(4),
+    ),
+}
+
+
 def configure(model_type: str, **text: Any) -> Any:
-    """Its tiny config."""
+    """Its tiny config. ``text`` are settings of its text part."""
     settings = {**FAMILIES[model_type].config}
-    settings["text_config"] = {**settings["text_config"], **text}
+    if "text_config" in settings:
+        settings["text_config"] = {**settings["text_config"], **text}
+    else:
+        settings |= text
     return AutoConfig.for_model(model_type, **settings)
+
+
+def make(config: Any) -> PreTrainedModel:
+    """A model of ``config``, as transformers makes it."""
+    if config.model_type == "phi4_multimodal":
+        return AutoModelForCausalLM.from_config(config)
+    if config.model_type != "gemma3n":
+        return AutoModelForImageTextToText.from_config(config)
+    own = AutoModel.from_config
+    with mock.patch.object(
+        AutoModel, "from_config", lambda part: _Tower() if part is config.vision_config else own(part)
+    ):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def build(model_type: str, **text: Any) -> PreTrainedModel:
     """In float64, with weights large enough that positions, masks and images matter."""
     # Decays of recurrent layers are drawn; with some, their float32 kernels round too much for a float64 model's self-check.
     torch.manual_seed(1)
-    model = AutoModelForImageTextToText.from_config(configure(model_type, **text))
+    model = make(configure(model_type, **text))
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped matrix product takes no float64
     generator = torch.Generator().manual_seed(0)
@@ -423,7 +509,7 @@ def rows(model_type: str, dtype: torch.dtype = torch.float64) -> list[Row]:
     make = FAMILIES[model_type].image
     one, other, third = (make(generator, large) for large in (False, False, True))
     for image in (one, other, third):
-        image.tensors["pixel_values"] = image.tensors["pixel_values"].to(dtype)
+        image.tensors |= {name: x.to(dtype) for name, x in image.tensors.items() if name.endswith("pixel_values")}
     same = prompt([one], generator)
     groups = [
         (same, [one], [3, 5]),

@@ -36,7 +36,7 @@ from prefix_grouper_plugins import PrefixLayout, UnsupportedModelError, check_su
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.images import ImageRows
-from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES, known_of
 from prefix_grouper_plugins.modeling.support.report import SupportReport
 from tests import tiny
 from tests.modeling import families, multimodal_families, test_families, test_images
@@ -53,7 +53,7 @@ model_type verdict reason in_trl layers logits_difference gradient_difference to
 packed_seconds turns
 """.split()
 SHARED = ("exact", "self-checked on first use")
-VERDICTS = (*SHARED, "differs", "refused", "alias", "not built")
+VERDICTS = (*SHARED, "differs", "refused", "alias", "no text", "not built")
 Row = dict[str, str]
 Step = Callable[[], None]
 
@@ -68,6 +68,9 @@ def types() -> list[str]:
 def examine(model_type: str) -> Row:
     """The line of a type."""
     row = dict.fromkeys(COLUMNS, "") | {"model_type": model_type}
+    known = known_of(model_type)
+    if known.refused is not None:  # some of these cannot be built from the config that the mapping has for them
+        return row | {"verdict": "refused" if known.reads_text else "no text", "reason": known.refused}
     with_images = model_type in VERIFIED_MULTIMODAL_TYPES
     try:
         model = multimodal_families.build(model_type) if with_images else build(model_type)
@@ -284,7 +287,7 @@ def parts(rows: list[Row], facts: dict[str, str]) -> dict[str, str]:
 
 def counts(text: list[Row], images: list[Row], facts: dict[str, str]) -> str:
     found = Counter(row["verdict"] for row in text)
-    names = {"alias": "under another name", "not built": "not tried"}
+    names = {"alias": "under another name", "no text": "for other things than text", "not built": "not tried"}
     said = ", ".join(f"{found[verdict]} {names.get(verdict, verdict)}" for verdict in VERDICTS if found[verdict])
     no_trl = [f"`{row['model_type']}`" for row in text if row["in_trl"] not in ("", "yes")]
     measured = [row for row in text + images if row["logits_difference"]]
@@ -320,6 +323,7 @@ def others(rows: list[Row]) -> str:
         reason = row["reason"].replace("|", "\\|")
         said = {
             "alias": ("under another name", f"built as `{reason}`"),
+            "no text": ("not for text", reason),
             "not built": ("not tried", reason),
         }.get(row["verdict"], (row["verdict"], reason))
         lines.append(f"| `{row['model_type']}` | {' | '.join(said)} |")

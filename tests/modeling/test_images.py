@@ -65,7 +65,9 @@ def assert_same(got, got_gradients, expected, expected_gradients):
         assert (got_gradients[name] - wanted).abs().max() <= 1e-3 * scale, name
 
 
-TOWERS = ("visual", "vision_tower", "vision_model", "embed_vision")
+TOWERS = ("visual", "vision_tower", "vision_model", "embed_vision", "img_processor")
+# Reentrant checkpointing cuts the gradients of keys that later layers take over, in transformers' own rows too.
+NOT_REENTRANT = {"gemma3n"}
 
 
 @pytest.mark.parametrize("model_type", sorted(VERIFIED_MULTIMODAL_TYPES))
@@ -81,7 +83,7 @@ def test_packed_rows_with_images_equal_single_rows(model_type):
     enable_prefix_grouper(model)
     for before, after in zip(expected, single_rows(model, model_type, rows), strict=True):
         assert torch.equal(before, after), "an ordinary forward changed"
-    for reentrant in (None, False, True):
+    for reentrant in (None, False) if model_type in NOT_REENTRANT else (None, False, True):
         if reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.train()

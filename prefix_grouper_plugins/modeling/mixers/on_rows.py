@@ -150,14 +150,14 @@ def _run(module: nn.Module, run: Callable[..., Any], rows: Rows, args: tuple[Any
     ):  # the rows are an ordinary batch to whatever runs inside
         output = _call(run, bound.signature, arguments)
     if isinstance(output, Tensor):
-        return rows.collapse(output)
+        return _collapse(mixer, rows, output)
     # Weights and states have no packed form. openai-gpt returns a list.
     return type(output)(_packed_output(mixer, rows, i, part) for i, part in enumerate(output))
 
 
 def _packed_output(mixer: Mixer, rows: Rows, index: int, part: Any) -> Any:
     if index in mixer.outputs_along:
-        return rows.collapse(part)
+        return _collapse(mixer, rows, part)
     return part if index in mixer.outputs_as_they_are else None
 
 
@@ -165,24 +165,34 @@ def _as_rows(module: nn.Module, mixer: Mixer, rows: Rows, name: str, value: Any,
     """One argument of a packed call, as it is in an ordinary batch of the rows."""
     if name in _MASKS or name in mixer.whole:
         return value
+    if name in _CACHES and mixer.drops_cache:
+        return None
     if name in _CACHES and value is not None:
         raise ValueError(f"{type(module).__name__} got `{name}`: a packed forward has no cache, set `use_cache=False`")
     if name in _ROW_BOUNDARIES | _MASKS_OF_PADDING:
         return None
+    if name in mixer.of_all_heads:
+        return rows.expand(value[0])[:, None]
     if along or name in _ALONG_SEQUENCE:
-        return _expand(rows, value)
+        return _expand(mixer, rows, value)
     if isinstance(value, Tensor):
         raise UnsupportedModelError(f"{type(module).__name__} is called with `{name}`, which we cannot lay out as rows")
     return value
 
 
-def _expand(rows: Rows, value: Any) -> Any:
+def _expand(mixer: Mixer, rows: Rows, value: Any) -> Any:
     """Rows of a tensor, or of each in a tuple or a dict of them (angles of several kinds of layers)."""
     if isinstance(value, tuple):
-        return tuple(_expand(rows, part) for part in value)
+        return tuple(_expand(mixer, rows, part) for part in value)
     if isinstance(value, dict):
-        return {kind: _expand(rows, part) for kind, part in value.items()}
-    return None if value is None else rows.expand(value)
+        return {kind: _expand(mixer, rows, part) for kind, part in value.items()}
+    if value is None:
+        return None
+    return rows.expand(value.transpose(0, 1)).transpose(0, 1) if mixer.sequence_first else rows.expand(value)
+
+
+def _collapse(mixer: Mixer, rows: Rows, value: Tensor) -> Tensor:
+    return rows.collapse(value.transpose(0, 1)).transpose(0, 1) if mixer.sequence_first else rows.collapse(value)
 
 
 def _call(run: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ modeling/mixers/on_rows.py (on whole rows) and modeling/mixers/state_forking.py 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
+from prefix_grouper_plugins.modeling.implementations import looks_up_attention
 from prefix_grouper_plugins.modeling.mixers.state_forking import (
     DELTA_RULE,
     MAMBA2,
@@ -34,10 +35,13 @@ class Mixer:
             None for mixers that only use masks to blank padding.
         adapt: changes the remaining arguments, for mixers whose model hands them something that depends on the batch.
         whole: arguments with tensors that do not run along the sequence and are handed over as they are.
+        of_all_heads: arguments of shape ``[1, 1, T, d]``, which run along the sequence.
         outputs_along: which outputs of several run along the sequence.
         layer_types: types of layers, beyond the common ones, that it accounts for.
         outputs_as_they_are: which outputs do not belong to rows at all.
-        without_mask: whether the model cannot take the 4-D placeholder mask, which then stays outside.
+        without_mask: whether the model cannot take the 4-D placeholder mask and gets the one of a row without padding.
+        drops_cache: whether the model makes an empty cache for each of its forwards, which then stays outside.
+        sequence_first: whether what runs along the sequence is ``[L, B, d]``.
         blanks_padding: whether it sets padding to zero and then mixes it into the tokens after it, so that a bias which
             is added in between makes left padding count.
         counts_columns: whether a module tells tokens apart by their columns, so that padding on the left moves them.
@@ -49,10 +53,13 @@ class Mixer:
     mask: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor | None] | None = None
     adapt: Callable[[dict[str, Any], Tensor], None] | None = None
     whole: frozenset[str] = frozenset()
+    of_all_heads: frozenset[str] = frozenset()
     outputs_along: frozenset[int] = frozenset({0})
     outputs_as_they_are: frozenset[int] = frozenset()
     layer_types: frozenset[str] = frozenset()
     without_mask: Callable[[nn.Module], bool] = lambda module: False
+    drops_cache: bool = False
+    sequence_first: bool = False
     blanks_padding: bool = False
     counts_columns: Callable[[Any], bool] = lambda module: False
     applies: Callable[[Any], bool] = lambda module: True
@@ -127,18 +134,29 @@ def _cut_alibi(arguments: dict[str, Any], x: Tensor) -> None:
         arguments["alibi"] = alibi[..., : x.shape[1]].repeat(x.shape[0], *[1] * (alibi.dim() - 1))
 
 
-def _cut_angles(arguments: dict[str, Any], x: Tensor) -> None:
-    """Angles of one row of T columns, ``[1, 1, T, d]``: the first L are those of each of our rows."""
-    arguments["sinusoidal_pos"] = arguments["sinusoidal_pos"][:, :, : x.shape[1]]
-
-
 def _cut_distances(arguments: dict[str, Any], x: Tensor) -> None:
     """Distances between T columns, ``[T, T]``: the first L are those of each of our rows. From transformers 5.24 on."""
     if "relative_distance" in arguments:
         arguments["relative_distance"] = arguments["relative_distance"][: x.shape[1], : x.shape[1]]
 
 
+def _visible(module: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """``[B, L, L]``, True where a key is visible."""
+    visible = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    return visible.expand(x.shape[0], *visible.shape)
+
+
+def _xlnet_arguments(arguments: dict[str, Any], x: Tensor) -> None:
+    """Masks ``[L, L, 1, 1]``, 1 where a key is hidden, and the distances from L to 0 of the ``T + 1`` that it is called with."""
+    length, rows = x.shape[:2]
+    hidden = torch.ones(length, length, dtype=x.dtype, device=x.device).triu(1)[..., None, None]
+    arguments["attn_mask_h"] = arguments["attn_mask_g"] = hidden
+    arguments["r"] = arguments["r"][-(length + 1) :].expand(-1, rows, -1)
+
+
 _ADDITIVE = Mixer("attention of its own", mask=_additive_mask)
+# Of classes that use the interface from transformers 5.24 on.
+_ADDITIVE_BEFORE = replace(_ADDITIVE, applies=lambda module: not looks_up_attention(type(module)))  # type: ignore[arg-type]
 _MAMBA = Mixer("Mamba", blanks_padding=True)
 _MAMBA2 = Mixer("Mamba-2", blanks_padding=True, recipes=MAMBA2)
 _DELTA = Mixer("gated delta net", blanks_padding=True, recipes=DELTA_RULE)
@@ -178,8 +196,8 @@ _MIXERS: dict[str, Mixer] = {
         without_mask=_has_alibi,
     ),
     "mpt.MptAttention": Mixer("attention of its own", _mpt_mask, whole=frozenset({"position_bias"})),
-    "gptj.GPTJAttention": _ADDITIVE,
-    "codegen.CodeGenAttention": _ADDITIVE,
+    "gptj.GPTJAttention": _ADDITIVE_BEFORE,
+    "codegen.CodeGenAttention": _ADDITIVE_BEFORE,
     "gpt_neo.GPTNeoSelfAttention": _ADDITIVE,
     "gpt_neox_japanese.GPTNeoXJapaneseAttention": Mixer(
         "attention of its own",
@@ -188,11 +206,24 @@ _MIXERS: dict[str, Mixer] = {
     ),
     "openai.Attention": _ADDITIVE,
     "xglm.XGLMAttention": _ADDITIVE,
+    "mvp.MvpAttention": _ADDITIVE,
+    "trocr.TrOCRAttention": _ADDITIVE,
+    "git.GitSelfAttention": _ADDITIVE,
+    "xlm.MultiHeadAttention": Mixer(
+        "attention of its own", _visible, without_mask=lambda module: True, drops_cache=True
+    ),
+    "xlnet.XLNetRelativeAttention": Mixer(
+        "attention with relative positions",
+        adapt=_xlnet_arguments,
+        whole=frozenset({"attn_mask_h", "attn_mask_g", "r"}),
+        without_mask=lambda module: True,
+        sequence_first=True,
+    ),
     "big_bird.BigBirdSelfAttention": _ADDITIVE,
     "megatron_bert.MegatronBertSelfAttention": _ADDITIVE,
     "rembert.RemBertSelfAttention": _ADDITIVE,
     "roformer.RoFormerSelfAttention": Mixer(
-        "attention of its own", _additive_mask, _cut_angles, whole=frozenset({"sinusoidal_pos"})
+        "attention of its own", _additive_mask, of_all_heads=frozenset({"sinusoidal_pos"})
     ),
     "doge.DogeAttention": Mixer("attention to the highest-scoring keys", _doge_mask),
     "zaya.ZayaCCAProjection": Mixer(

@@ -39,6 +39,9 @@ _FIELD_OF_RANDOMNESS = {"jitter_noise": "router_jitter_noise", "moe_jitter_eps":
 
 def reasons_to_refuse(anatomy: Anatomy) -> list[str]:
     """Why packed rows of a transformers model could differ from its rows."""
+    parts = (anatomy.base.config, anatomy.config)
+    if refused := [reason for part in parts if (reason := known_of(part.model_type).refused) is not None]:
+        return refused[:1]  # what else speaks against it has remedies that would not help
     layers = anatomy.attention_layers + anatomy.mixers
     reasons = [
         *(_type_reasons(anatomy.config, layers) or _randomness_reasons(anatomy)),
@@ -126,7 +129,9 @@ def _type_reasons(config: Any, layers: Sequence[Layer]) -> list[str]:
 
 def _unknown_layers(config: Any, known: int) -> list[str]:
     kinds = getattr(config, "layer_types", None) or []
-    expected = getattr(config, "num_hidden_layers", 0) - sum(kind in _POINTWISE_LAYER_TYPES for kind in kinds)
+    # Decoders of encoder-decoder models mean the layers of their encoder by `num_hidden_layers`.
+    layers: Any = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", 0)
+    expected = layers - sum(kind in _POINTWISE_LAYER_TYPES for kind in kinds)
     if stack := getattr(config, "num_layers_per_stack", None):  # hrm_text runs two stacks again and again
         expected = 2 * stack
     if known and known < expected:

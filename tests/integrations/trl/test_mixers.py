@@ -16,7 +16,7 @@ from tests.modeling import families
 
 # One of each kind: ALiBi and rotary attention of its own, Mamba, Mamba-2 beside attention, gated delta net, short
 # convolution, lightning attention.
-KINDS = ["falcon", "gptj", "mamba", "falcon_h1", "qwen3_next", "lfm2", "minimax"]
+KINDS = ["falcon", "gpt_neox_japanese", "mamba", "falcon_h1", "qwen3_next", "lfm2", "minimax"]
 # Their masks or ALiBi overflow where prompts are padded in float64, in transformers itself.
 IN_FLOAT32 = {"bloom", "mpt", "xglm"}
 # The stock trainer cannot train them: it asks for router logits that there are none of, or for a head as wide as the model.

@@ -145,7 +145,7 @@ def test_padding_of_the_layout_changes_nothing(model_type):
 
 
 def test_positions_that_are_given_reach_the_mixer():
-    model = enable_prefix_grouper(families.build("gptj"))
+    model = enable_prefix_grouper(families.build("gpt_neox_japanese"))
     layout = PrefixLayout.from_rows(ROWS)
     stretched = layout.position_ids * 3 + 2
     logits = layout.unpack(model(**packed_inputs(layout, layout.pack(ROWS), stretched)).logits[0])

@@ -43,7 +43,7 @@ def test_a_subclass_of_a_known_mixer_is_not_known():
 
 
 def test_a_dropped_mask_is_noticed(monkeypatch):
-    without = {**known_mixers._MIXERS, "gptj.GPTJAttention": known_mixers.Mixer("without a mask")}
+    without = {**known_mixers._MIXERS, "rembert.RemBertSelfAttention": known_mixers.Mixer("without a mask")}
     monkeypatch.setattr(known_mixers, "_MIXERS", without)
     with pytest.raises(AssertionError, match="not close"):
-        test_families.test_packed_logits_and_gradients_equal_those_of_single_rows("gptj")
+        test_families.test_packed_logits_and_gradients_equal_those_of_single_rows("rembert")

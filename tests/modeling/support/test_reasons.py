@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -58,14 +58,16 @@ def turned_on(config: Any, *fields: tuple[str, ...]) -> Any:
     return config
 
 
-def without_weights(config: Any, auto: Any = AutoModelForCausalLM) -> nn.Module:
+def without_weights(config: Any, make: Callable[[Any], nn.Module] = AutoModelForCausalLM.from_config) -> nn.Module:
     with torch.device("meta"):
-        return auto.from_config(config)
+        return make(config)
 
 
-def is_told(config: Any, field: tuple[str, ...], auto: Any = AutoModelForCausalLM) -> bool:
+def is_told(
+    config: Any, field: tuple[str, ...], make: Callable[[Any], nn.Module] = AutoModelForCausalLM.from_config
+) -> bool:
     try:
-        model = without_weights(turned_on(config, field), auto)
+        model = without_weights(turned_on(config, field), make)
     except (ValueError, StrictDataclassError) as error:  # transformers refuses it itself
         return field[-1] in str(error)
     report = check_support(model)
@@ -94,7 +96,7 @@ def test_no_setting_that_makes_training_random_passes_in_silence(model_type):
 def test_none_of_a_vision_language_model_does_either(model_type):
     """Those of the vision tower too, whose draws the rows of a group share."""
     config = multimodal_families.configure(model_type)
-    assert [f for f in fields_of(config) if not is_told(config, f, AutoModelForImageTextToText)] == []
+    assert [f for f in fields_of(config) if not is_told(config, f, multimodal_families.make)] == []
 
 
 @pytest.mark.parametrize(
