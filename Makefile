@@ -17,7 +17,7 @@ VERSION_TESTS := tests/attention $(addprefix tests/modeling/test_,attention.py c
 TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix test-versions bench bench-gpu gpu-check gpu-speed gpu-update support-table trust docs dist lint format clean
+.PHONY: help setup demo demo-verl test test-fast test-exhaustive test-matrix test-versions bench bench-gpu gpu-check gpu-speed gpu-update support-table trust audit docs dist lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -108,6 +108,11 @@ support-table: $(VENV)/ready ## build every model type tiny, compare and time it
 
 trust: setup ## random inputs, long runs, faults, and trainings that are killed and resumed, in one table (long)
 	@$(ENVIRONMENT) $(BIN)/python -m tests.trust.summary
+
+# An environment of its own, so that the tool's dependencies meet none of ours.
+audit: ## known vulnerabilities of the pinned packages, asked of PyPI; says so and passes where that cannot be asked
+	@[ -x .venvs/audit/bin/pip-audit ] || { $(PYTHON) -m venv .venvs/audit && .venvs/audit/bin/$(INSTALL) pip-audit==2.10.1; } || true
+	@python=.venvs/audit/bin/python; [ -x $$python ] || python=$(PYTHON); $$python requirements/audit.py requirements/trl.txt requirements/verl.txt
 
 docs: $(VENV)/ready ## the documentation site, in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

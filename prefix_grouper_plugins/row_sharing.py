@@ -27,7 +27,6 @@ from prefix_grouper_plugins.metrics import UPDATE, Counts
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, decoder_of, text_part, transformers_model
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
 from prefix_grouper_plugins.modeling.enable import disable_prefix_grouper, has_layers_enabled
-from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs, row_positions
 from prefix_grouper_plugins.modeling.padded_images import PaddedImages, image_arguments, why_not_images
 from prefix_grouper_plugins.modeling.self_check import why_not_yet
@@ -242,6 +241,21 @@ class _NoImageOutputs:
         )
 
 
+class _OfPackedRow:
+    """Stands for another output of the decoder, such as one that it pools from the first token of a row."""
+
+    _named = "an output"  # of a copy that is being made
+
+    def __init__(self, name: str, decoder: nn.Module) -> None:
+        self._named = f"{name} of {type(decoder).__name__}"
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{self._named} is that of a packed row, and is not brought back to the rows of this forward: call the model outside "
+            "of share_rows"
+        )
+
+
 class _DecoderHooks:
     """In front of and behind the forward of one decoder. On a copied or unpickled one they do nothing."""
 
@@ -255,7 +269,7 @@ class _DecoderHooks:
         self._numbers_columns = known and numbers_padded_columns(anatomy.base)
         signature = inspect.signature(type(anatomy.model).forward).parameters
         self._names = list(signature)[1:]
-        self._takes_positions = "position_ids" in signature
+        self._takes_positions = "position_ids" in signature or bool(anatomy.column_positions)
         self._running = threading.local()  # the rows of a packed forward that has begun, in this thread
 
     def __reduce__(self) -> tuple[Any, tuple[type]]:
@@ -307,16 +321,14 @@ class _DecoderHooks:
         for name in _IMAGE_OUTPUTS:
             if isinstance(output, dict) and output.get(name) is not None:
                 output[name] = _NoImageOutputs()
-        if isinstance(output, dict) and (
-            extra := [k for k, v in output.items() if k not in {*_OUTPUTS, *_IMAGE_OUTPUTS} and v is not None]
-        ):
-            raise UnsupportedModelError(
-                f"{type(decoder).__name__} returns `{extra[0]}` with its hidden states, which is not brought back to rows: "
-                "call the model outside of share_rows"
-            )
+        if isinstance(output, dict):
+            known = {*_OUTPUTS, *_IMAGE_OUTPUTS}
+            for name in [name for name, value in output.items() if name not in known and value is not None]:
+                output[name] = _OfPackedRow(f"`{name}`", decoder)
         cache = _NoCache() if self._running.wants_cache else None
         if isinstance(output, tuple):
-            return (rows.unpack(output[0][0]), *([cache] if cache is not None else []), *output[1:])
+            others = [_OfPackedRow(f"output {i}", decoder) for i in range(1, len(output))]
+            return (rows.unpack(output[0][0]), *([cache] if cache is not None else []), *others)
         output.last_hidden_state = rows.unpack(output.last_hidden_state[0])
         if cache is not None:
             output.past_key_values = cache

@@ -187,7 +187,11 @@ def test_every_verified_type(model_type):
     if model_type not in families.CONFIG_MAPPING:
         pytest.skip("not in this transformers")
     model = families.build(model_type)
-    if not logits_of(model).isfinite().all():
+    try:
+        finite = bool(logits_of(model).isfinite().all())
+    except RuntimeError as error:  # xlnet
+        pytest.skip(f"its own forward of a padded batch fails: {error}")
+    if not finite:
         pytest.skip("its own forward of a padded batch gives NaN")
     assert_shared(model, tolerance=1e-3)
 
@@ -412,6 +416,18 @@ def test_a_cache_that_was_not_kept_is_missed_aloud(qwen3):
         cache = qwen3(input_ids=IDS, attention_mask=MASK).past_key_values
         with pytest.raises(AttributeError, match=r"kept no cache: call the model with use_cache=True"):
             qwen3(input_ids=IDS[:, -1:], past_key_values=cache)
+
+
+def test_an_output_that_is_pooled_from_one_token_is_missed_aloud():
+    """BigBird pools the first token, and its head does not read it."""
+    model = families.build("big_bird")
+    assert_shared(model)
+    with share_rows(model, share="tree", self_check=False):
+        pooled = model.bert(input_ids=IDS, attention_mask=MASK, use_cache=False).pooler_output
+        _, also_pooled = model.bert(input_ids=IDS, attention_mask=MASK, use_cache=False, return_dict=False)
+    for output in (pooled, also_pooled):
+        with pytest.raises(AttributeError, match=r"of BigBirdModel is that of a packed row.* outside of share_rows"):
+            output.mean()
 
 
 # ------------------------------------------------------------------------------------------------------- on, off, errors

@@ -147,6 +147,9 @@ _note(
     left_padding="xlm does not hide padding on the left from the tokens after it, so a padded batch does not compute what "
     "single rows compute",
 )
+_note(
+    "xlnet", left_padding="xlnet adds the mask of a padded batch to that of one row, which fails in transformers itself"
+)
 _note("opt", skips_padding=True)
 _note("minimax", unshared_layer_types=frozenset({"sliding_attention"}))  # it would hand them the mask for padding
 _note("hyperclovax", logits_scaling="multiplies")

@@ -65,17 +65,20 @@ def test_what_is_forbidden_is_found(source):
 
 # Hooks of the interpreter see every connection and every name that is looked up, from whichever library.
 GUARD = """
-import sys
+import os, sys
 def guard(event, arguments):
     address = arguments[1] if event == "socket.connect" else arguments[0] if event.startswith("socket.get") else ""
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname") and isinstance(address, (tuple, str)):
-        raise SystemExit(f"a connection: {event} {arguments}")
+        os.write(2, f"a connection: {event} {arguments}".encode())
+        os._exit(1)  # an exception would end no other thread than its own
+os.environ.pop("HF_HUB_OFFLINE", None)  # which would hide an attempt
+from huggingface_hub import constants
+constants.HF_HUB_OFFLINE = False  # of a process that has read the variable
 sys.addaudithook(guard)
 """
-CONNECTS = "import socket\ntry: socket.create_connection(('127.0.0.1', 9), timeout=1)\nexcept OSError: pass\n"
+CONNECTS = "import socket\ndef connect():\n  try: socket.create_connection(('127.0.0.1', 9), timeout=1)\n  except OSError: pass\n"
 RUN = """
-import importlib, os, pkgutil, sys
-os.environ.pop("HF_HUB_OFFLINE", None)  # which would hide an attempt
+import importlib, pkgutil, sys
 path, data = sys.argv[1:]
 import prefix_grouper_plugins
 for module in pkgutil.walk_packages(prefix_grouper_plugins.__path__, "prefix_grouper_plugins."):
@@ -101,6 +104,15 @@ def test_importing_and_running_opens_no_connection(tmp_path):
     assert "no connection" in done.stdout, done.stdout
 
 
-def test_the_guard_sees_a_connection(tmp_path):
+@pytest.mark.parametrize(
+    "code",
+    [
+        CONNECTS + "connect()",
+        CONNECTS + "import threading\nthread = threading.Thread(target=connect)\nthread.start()\nthread.join()",
+        "from transformers import AutoConfig\nAutoConfig.from_pretrained('no-such-owner/no-such-model')",
+    ],
+    ids=["a socket", "in a thread", "of the hub"],
+)
+def test_the_guard_sees_a_connection(tmp_path, code):
     with pytest.raises(AssertionError, match="a connection: socket"):
-        run_python(tmp_path, "-c", GUARD + CONNECTS, in_fork=True)
+        run_python(tmp_path, "-c", GUARD + code, in_fork=True)
