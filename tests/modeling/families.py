@@ -101,7 +101,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "gemma4_unified_text": {"global_head_dim": 16},
     "bigbird_pegasus": {"attention_type": "original_full"},
-    "whisper": {"max_target_positions": 64, "max_source_positions": 8},
+    "whisper": {"max_target_positions": 512, "max_source_positions": 8},
     "dots3_note": {
         "vision_config": {"adapter_out_dim": SIZES["hidden_size"]},
         "audio_config": {"adapter_out_dim": SIZES["hidden_size"]},
