@@ -121,7 +121,9 @@ def recipe_options() -> list[str]:
     """What verl's examples/grpo_trainer/run_qwen3_4b_fsdp.sh sets, without its vLLM, and with smaller batches and lengths."""
     return [
         f"data.train_batch_size={PROMPTS}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 2}",
+        # Half of the batch there. With more than one optimizer step verl's trainer deals rows to the steps in the order in
+        # which responses arrive, so that no two runs learn the same.
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
         "actor_rollout_ref.rollout.n=5",
         "data.max_prompt_length=600",
         "data.max_response_length=32",
