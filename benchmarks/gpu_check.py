@@ -65,8 +65,9 @@ class Machine:
         """Functions that make them, so that a case makes its own alone."""
         groups = TINY_GROUPS if self.dry else GROUPS
         found = {name: lambda lengths=lengths: self._groups(*lengths) for name, lengths in groups.items()}
-        tree, response = (9, 4) if self.dry else (700, 90)
-        found["system prompt above two prompts"] = lambda: self._tree(tree, response)
+        tree, short, response = (9, 2, 4) if self.dry else (700, 24, 90)
+        found["system prompt above two prompts"] = lambda: self._tree(tree, tree, response)
+        found["a short beginning above two prompts"] = lambda: self._tree(short, 4 * tree, response)
         prompt = 30 if self.dry else 8192
         found["two responses to a given prompt"] = lambda: self._groups([prompt], [[response] * 2]).given(prompt - 1)
         found["one response to a given prompt"] = lambda: self._groups([prompt], [[response]]).given(prompt - 1)
@@ -75,12 +76,12 @@ class Machine:
     def _groups(self, prompts: list[int], responses: list[list[int]]) -> PrefixLayout:
         return PrefixLayout.from_groups(prompts, responses, device=self.device)
 
-    def _tree(self, length: int, response: int) -> PrefixLayout:
+    def _tree(self, system: int, prompt: int, response: int) -> PrefixLayout:
         """Rows of a system prompt, one of two prompts and a response, each of other tokens."""
         generator = torch.Generator().manual_seed(0)
-        pieces = [torch.randint(1 << 20, (n,), generator=generator) for n in [length] * 3 + [response] * 6]
-        system, prompts, responses = pieces[0], pieces[1:3], pieces[3:]
-        rows = [torch.cat([system, prompts[i % 2], tokens]).to(self.device) for i, tokens in enumerate(responses)]
+        pieces = [torch.randint(1 << 20, (n,), generator=generator) for n in [system, prompt, prompt] + [response] * 6]
+        beginning, prompts, responses = pieces[0], pieces[1:3], pieces[3:]
+        rows = [torch.cat([beginning, prompts[i % 2], tokens]).to(self.device) for i, tokens in enumerate(responses)]
         return PrefixLayout.from_rows(rows)
 
     def inputs(self, layout: PrefixLayout) -> list[Tensor]:

@@ -6,7 +6,8 @@ A layer's forward and backward run through the CUDA driver with flash and Triton
 Python, torch's dispatch, and the few operators between the kernels; the layers of a model follow one another as in a
 training step. `machinery` is an operator with the same signature that returns copies of its inputs: what torch takes for any
 custom operator with a backward. `kernels` is what the stand-ins of the flash kernels take to make their outputs, as the
-real ones would in C++. Ours is `attention` less both.
+real ones would in C++. Ours is `attention` less both. `calls` are the functions that a layer calls, in Python or from it, and
+`ours_calls` those less the machinery's: a busy machine changes the microseconds, and not these.
 
 A wait is a read of a tensor that would lie on the device: an item, a list, a copy to the host, a mask taken as an index. They
 are counted on marked tensors of a micro-batch, from the trainer's padded rows to the gradients, and listed with the line
@@ -16,6 +17,7 @@ that waits.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import functools
 import sys
 import time
@@ -166,6 +168,21 @@ def _machinery_alone(layout: PrefixLayout, query: Tensor, key: Tensor, value: Te
     return _machinery(query, key, value, layout.segments, 0, None, 1.0, None, None, "")[0]
 
 
+def calls_of(run: Attention, layout: PrefixLayout) -> float:
+    """Functions that a layer's forward and backward call, in Python or from it."""
+    tensors = tensors_of(layout)
+
+    def model() -> None:
+        outs = [run(*tensors) for _ in range(LAYERS)]
+        torch.autograd.backward(outs, [torch.ones_like(outs[0])] * LAYERS)
+
+    model()
+    profile = cProfile.Profile()
+    with torch.autograd.set_multithreading_enabled(False):  # the profiler sees its own thread
+        profile.runcall(model)
+    return sum(entry.callcount for entry in profile.getstats()) / LAYERS
+
+
 def host_times(rounds: int) -> list[dict[str, Any]]:
     """Microseconds of a layer, for each layout."""
     rows = []
@@ -174,13 +191,14 @@ def host_times(rounds: int) -> list[dict[str, Any]]:
             ours = functools.partial(shared_prefix_attention, layout=packed)
             torchs = functools.partial(_machinery_alone, packed)
             attention, machinery = microseconds((ours, torchs), packed, rounds)
+            calls, torchs_calls = calls_of(ours, packed), calls_of(torchs, packed)
         kernels = microseconds_of_kernels(ours, packed, rounds)
         found = {"attention_us": attention, "machinery_us": machinery, "kernels_us": kernels}
-        found["ours_us"] = attention - machinery - kernels
+        found |= {"ours_us": attention - machinery - kernels, "calls": calls, "ours_calls": calls - torchs_calls}
         rows.append({"what": name, **{key: number(value, 3) for key, value in found.items()}, "waits": "", "where": ""})
         print(
             f"{name}: {attention:.0f} us a layer, {machinery:.0f} of them torch's own machinery, {kernels:.0f} the "
-            f"kernels' stand-ins, {found['ours_us']:.0f} ours",
+            f"kernels' stand-ins, {found['ours_us']:.0f} ours; {calls:.0f} calls, {found['ours_calls']:.0f} of them ours",
             flush=True,
         )
     return rows

@@ -87,7 +87,7 @@ def test_the_check_runs_from_the_command_to_the_table(tmp_path: Path) -> None:
 
 def test_every_case_of_the_check_is_right_with_emulated_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [work.name for work in gpu_check.works(gpu_check.Machine(dry=True)) if work.name != "tests"]
-    assert len(cases) == 16
+    assert len(cases) == 18
     for case in cases:
         gpu_check.main(["--dry-run", "--case", case])
     for case, row in zip(cases, rows_of(capsys), strict=True):
