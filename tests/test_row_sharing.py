@@ -452,9 +452,11 @@ def test_the_model_is_what_it_was_afterwards(qwen3):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_not_shared_and_can_be(qwen3, copied):
-    expected = logits_of(qwen3)
-    with share_rows(qwen3, self_check=False) as sharing:
-        other = copied(qwen3)
+    model = type(qwen3)(qwen3.config)  # whose hidden states nobody has asked for: transformers' hooks cannot be pickled
+    model.load_state_dict(qwen3.state_dict())
+    expected = logits_of(model)
+    with share_rows(model, self_check=False) as sharing:
+        other = copied(model)
         torch.testing.assert_close(logits_of(other), expected, rtol=1e-6, atol=1e-6)
         assert sharing.meter.row_tokens == 0
         with share_rows(other, self_check=False) as others:
@@ -572,6 +574,8 @@ def test_a_model_whose_weights_come_later_is_checked_before_its_first_packed_for
         model = type(qwen3)(qwen3.config)
     with share_rows(model) as sharing, caplog.at_level(logging.INFO):
         model.to_empty(device="cpu").load_state_dict(qwen3.state_dict())
+        for empty, buffer in zip(model.buffers(), qwen3.buffers(), strict=True):  # rotary frequencies are in no state dict
+            empty.copy_(buffer)
         assert "self-check" not in caplog.text
         logits_of(model)
         logits_of(model)
