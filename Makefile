@@ -8,8 +8,8 @@ VERL_BIN := $(VERL_VENV)/bin
 # Tests run in as many processes as there are cores, so each of them keeps to one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-TEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
-TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder tests/integrations/verl tests/examples
+TEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/integrations/verl tests/examples
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 # The lowest that is supported, the one that many machines have, and the newest: torch:transformers.
 TORCH_VERSIONS ?= 2.8.0:5.5.0 2.11.0:5.17.0 2.15.0:5.24.0
