@@ -574,7 +574,9 @@ def test_a_model_whose_weights_come_later_is_checked_before_its_first_packed_for
         model = type(qwen3)(qwen3.config)
     with share_rows(model) as sharing, caplog.at_level(logging.INFO):
         model.to_empty(device="cpu").load_state_dict(qwen3.state_dict())
-        for empty, buffer in zip(model.buffers(), qwen3.buffers(), strict=True):  # rotary frequencies are in no state dict
+        for empty, buffer in zip(
+            model.buffers(), qwen3.buffers(), strict=True
+        ):  # rotary frequencies are in no state dict
             empty.copy_(buffer)
         assert "self-check" not in caplog.text
         logits_of(model)

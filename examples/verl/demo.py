@@ -34,7 +34,7 @@ import comparison
 
 RUNS = {"shared": ["model_engine=prefix_grouper"], "stock": []}
 GROUP_SIZE = 8
-PROMPTS = 8  # in a step
+PROMPTS, QUICK_PROMPTS = 8, 4  # in a step
 TOLERANCE = 1e-3  # of a weight, after all steps, in float32
 SMALLEST_RISE = 0.3  # of the reward, judged in runs of at least LEAST_STEPS steps
 LEAST_STEPS = 8
@@ -91,20 +91,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="training steps of each run (default: 10)")
     parser.add_argument("--output", type=Path, help="folder for inputs, logs and results (default: demo/verl)")
-    parser.add_argument("--quick", action="store_true", help="2 steps, to see that it works: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="2 steps of half as many rows, to see that it works")
     parser.add_argument("--recipe", action="store_true", help="4 steps with the options of verl's run_qwen3_4b_fsdp.sh")
     args = parser.parse_args()
     args.steps = args.steps or (2 if args.quick else 4 if args.recipe else 10)
+    args.prompts = QUICK_PROMPTS if args.quick else PROMPTS
     folder = "verl-quick" if args.quick else "verl-recipe" if args.recipe else "verl"
     args.output = args.output or Path("demo") / folder
     return args
 
 
-def demo_options() -> list[str]:
+def demo_options(prompts: int) -> list[str]:
     """Options of verl that both runs have, besides those that a CPU needs."""
     return [
-        f"data.train_batch_size={PROMPTS}",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
+        f"data.train_batch_size={prompts}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={prompts}",
         f"actor_rollout_ref.rollout.n={GROUP_SIZE}",
         "data.max_prompt_length=600",
         "data.max_response_length=32",
@@ -117,13 +118,13 @@ def demo_options() -> list[str]:
     ]
 
 
-def recipe_options() -> list[str]:
+def recipe_options(prompts: int) -> list[str]:
     """What verl's examples/grpo_trainer/run_qwen3_4b_fsdp.sh sets, without its vLLM, and with smaller batches and lengths."""
     return [
-        f"data.train_batch_size={PROMPTS}",
+        f"data.train_batch_size={prompts}",
         # Half of the batch there. With more than one optimizer step verl's trainer deals rows to the steps in the order in
         # which responses arrive, so that no two runs learn the same.
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={prompts}",
         "actor_rollout_ref.rollout.n=5",
         "data.max_prompt_length=600",
         "data.max_response_length=32",
@@ -179,7 +180,7 @@ def train_one(args: argparse.Namespace, name: str, folder: Path, bar: tqdm, stop
 
     run_training(
         args.output / name,
-        (recipe_options() if args.recipe else demo_options()) + RUNS[name],
+        (recipe_options if args.recipe else demo_options)(args.prompts) + RUNS[name],
         turns.environment,
         inputs=args.output / "inputs",
         workers=2,
@@ -272,7 +273,7 @@ def main() -> None:
     args = parse_arguments()
     if importlib.util.find_spec("verl") is None:
         raise SystemExit("verl is not installed in this Python environment: `make demo-verl` sets one up.")
-    make_inputs(args.output / "inputs", prompts=PROMPTS * args.steps)
+    make_inputs(args.output / "inputs", prompts=args.prompts * args.steps)
     try:
         with tqdm(total=len(RUNS) * args.steps, bar_format=BAR) as bar:
             runs = train(args, bar)

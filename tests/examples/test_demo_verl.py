@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("verl")
 
-from demo import GROUP_SIZE, demo_options
+from demo import GROUP_SIZE, QUICK_PROMPTS, demo_options
 from verl_on_cpu import turns
 from verl_on_cpu.run import run_training
 
@@ -67,7 +67,7 @@ def test_each_step_of_two_data_parallel_ranks_is_that_of_a_training_without_shar
 @pytest.mark.slow
 def test_sequence_parallel_ranks_see_the_rewards_of_data_parallel_ones_without_sharing(folder, tmp_path):
     """verl's own Ulysses needs flash-attn: with sdpa its log-probs are wrong by 1e-4, so it is no reference."""
-    options = [*demo_options(), *ULYSSES]
+    options = [*demo_options(QUICK_PROMPTS), *ULYSSES]
     shared = run_training(tmp_path, options, inputs=folder / "inputs", workers=2, steps=STEPS)
     check(shared, GROUP_SIZE, STEPS)
     assert rewards(shared) == rewards(steps_of(folder, "stock"))

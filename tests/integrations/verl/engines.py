@@ -335,16 +335,20 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         shared = build(case, path, shared=True)
         if case.wrong_positions:
             count_packed_positions(shared.module)
-        if shared.gate.needs_self_check(shared.module) and (case.images or case.own_class):
-            with shared.eval_mode():  # whose passes are not those that are counted below
-                shared._check_model()
-        Leak.kind = case.own_class or "right"
-        if case.log_probs_first:
-            scores(shared, make_batch(case, mine, len(rows)))
-        with vision.watched_tower(shared.module) as patches:
+        with vision.watched_tower(
+            shared.module
+        ) as patches:  # from the check on, or hooks would be a change of the model
+            if shared.gate.needs_self_check(shared.module) and (case.images or case.own_class):
+                with shared.eval_mode():  # whose passes are not those that are counted below
+                    shared._check_model()
+            Leak.kind = case.own_class or "right"
+            if case.log_probs_first:
+                scores(shared, make_batch(case, mine, len(rows)))
+            patches.clear()
             found, metrics = gradients(shared, make_batch(case, mine, len(rows)), case)
-        random_state = hash(tuple(torch.get_rng_state().tolist()))
-        got = scores(shared, make_batch(case, mine, len(rows)))
+            patches_of_update = list(patches)
+            random_state = hash(tuple(torch.get_rng_state().tolist()))
+            got = scores(shared, make_batch(case, mine, len(rows)))
     assert found.keys() == reference.keys()
     first = rank * len(rows) // world if case.sequence_parallel > 1 else 0
     result: dict[str, Any] = {
@@ -355,7 +359,7 @@ def compare(case: Case, path: str) -> dict[str, Any]:
         "metrics": {name: value[0] for name, value in metrics.items() if name.startswith("prefix_grouper/")},
         "fallbacks": dict(shared.sharing.fallbacks),
         "forwarded": asdict(shared.forwarded),
-        "patches": patches,
+        "patches": patches_of_update,
         "said": said,
         "random_state": random_state,
         "proved": is_enabled(shared.module) and case.sequence_parallel == 1 and has_passed(shared),
