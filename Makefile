@@ -36,10 +36,10 @@ $(VERL_VENV)/ready: setup.cfg pyproject.toml requirements/verl.txt
 	$(VERL_BIN)/$(INSTALL) -c requirements/verl.txt -e '.[verl,test]'
 	@touch $@
 
-demo: $(VENV)/ready ## TRL: train a tiny model with and without sharing, compare, draw a picture (about 5 minutes)
+demo: $(VENV)/ready ## TRL: train a tiny model with and without sharing, compare, draw a picture (2 to 5 minutes)
 	@$(BIN)/python examples/trl/demo.py
 
-demo-verl: $(VERL_VENV)/ready ## verl: the same on Ray, with two data-parallel workers (about 5 minutes)
+demo-verl: $(VERL_VENV)/ready ## verl: the same on Ray, with two data-parallel workers (2 to 5 minutes)
 	@$(VERL_BIN)/python examples/verl/demo.py
 
 test: setup ## all tests

@@ -5,8 +5,8 @@ Both runs use the same unmodified TRL script, seed and data: LoRA, prompts of ab
     prefix-grouper trl examples/trl/grpo_passages.py ... --use_prefix_grouper
     python examples/trl/grpo_passages.py ...
 
-They take turns, one optimizer step of each at a time, so that a machine that is busy for a while slows both. It takes three
-to five minutes on two CPU cores and needs no download. The table is printed; demo.png, demo.csv and the
+They take turns, one optimizer step of each at a time, so that a machine that is busy for a while slows both. It takes two to
+five minutes on two CPU cores and needs no download. The table is printed; demo.png, demo.csv and the
 logs of both runs are in the output folder. The exit code is 0 if all went as it should: the reward rose, prompts were
 shared, and both runs ended with the same weights.
 """

@@ -6,9 +6,10 @@ Both runs are `python -m verl.trainer.main_ppo` with the same options, seed and 
     shared    model_engine=prefix_grouper
     stock     verl's own engine
 
-They take turns, one step of each at a time, so that a machine that is busy for a while slows both. It takes about
-five minutes on two CPU cores, half of it the start of Ray and verl, needs some 8 GB of memory and no download. The table is printed; demo.png, demo.csv and a folder for each run with its log are in the output folder. The exit code is 0 if all
-went as it should: the reward rose, prompts were shared, and both runs ended with the same weights.
+They take turns, one step of each at a time, so that a machine that is busy for a while slows both. It takes two to
+five minutes on two CPU cores, the start of Ray and verl included, and needs no download. The table is printed; demo.png,
+demo.csv and a folder for each run with its log are in the output folder. The exit code is 0 if all went as it should: the
+reward rose, prompts were shared, and both runs ended with the same weights.
 """
 
 import argparse
