@@ -184,6 +184,7 @@ def draw_reuse(rows: list[Row]) -> None:
     ax.set_xticks(groups, [str(group) for group in groups])
     ax.set_ylim(bottom=0)
     finish(ax, xlabel="responses in the group", ylabel="peak MiB", title="micro-batches of 1 row")
+    axes[0][0].set_ylim(top=1.3 * axes[0][0].get_ylim()[1])  # room for the legend
     axes[0][0].legend(frameon=False)
     save(figure, "prompt-reuse-cpu.png")
 
