@@ -31,9 +31,9 @@ _REPEATABLE_LAYERS = {
     "LinearAttentionAndSlidingWindowAttentionLayer",
 }
 _ROW_INPUTS = ("input_ids", "attention_mask", "position_ids")  # [rows, ...]
-_CACHES = ("cache", "past_key_values")  # as transformers calls it from 5.24 on, and before
+CACHES = ("cache", "past_key_values")  # as transformers calls it from 5.24 on, and before
 _OTHER_INPUTS = (
-    *_CACHES,
+    *CACHES,
     "use_cache",
     "return_dict",
     "cache_position",
@@ -79,7 +79,7 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
 
     def select(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         pending.clear()  # of a forward that raised
-        ids, cache = kwargs.get("input_ids"), _cache_in(kwargs)
+        ids, cache = kwargs.get("input_ids"), cache_in(kwargs)
         if args or ids is None or ids.shape[0] < 2 or ids.shape[1] < 2 or not kwargs.get("use_cache", True):
             return None
         if _holds_tokens(cache):
@@ -98,8 +98,8 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
         if not pending:
             return None
         index, prefill, of_all_rows = pending.pop()
-        cache = _cache_in(of_all_rows)
-        if cache is None or not hasattr(output, "logits") or _cache_in(vars(output)) is not cache:
+        cache = cache_in(of_all_rows)
+        if cache is None or not hasattr(output, "logits") or cache_in(vars(output)) is not cache:
             raise RuntimeError(
                 f"{type(module).__name__} was given a cache and does not return it, so its rows cannot be repeated: "
                 "generate outside of shared_prefill (in TRL, prefix_grouper_generation=false)"
@@ -140,15 +140,15 @@ def why_not_share_prefill(model: nn.Module, inputs: dict[str, Any]) -> str | Non
     ]
     if extra:
         return f"`{extra[0]}` is an input of the forward that is not known here"
-    if (reason := _why_not_repeat(_cache_in(inputs))) is not None:
+    if (reason := _why_not_repeat(cache_in(inputs))) is not None:
         return reason
     mask = inputs.get("attention_mask")
     return None if mask is None or _is_of_tokens(mask) else "attention_mask is not [rows, tokens]"
 
 
-def _cache_in(named: Mapping[str, Any]) -> Any:
+def cache_in(named: Mapping[str, Any]) -> Any:
     """The cache among the arguments or the outputs of a forward, or None."""
-    return next((named[name] for name in _CACHES if named.get(name) is not None), None)
+    return next((named[name] for name in CACHES if named.get(name) is not None), None)
 
 
 def _holds_tokens(cache: Any) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefix_grouper_plugins.generation import CACHES, cache_in
 from prefix_grouper_plugins.metrics import UPDATE, Counts
 from prefix_grouper_plugins.modeling.anatomy import Anatomy, decoder_of, text_part, transformers_model
 from prefix_grouper_plugins.modeling.carrier import LAYOUT_KWARG, given_layout
@@ -40,8 +41,7 @@ _KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_di
 _KINDS = ("token_type_ids", "mm_token_type_ids")  # of tokens, 0 for text
 _OF_TOWERS = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")  # alike for all images
 # What a forward may be asked for by its arguments or by the config, one place for each packed token.
-_CACHES = {"cache", "past_key_values"}  # as transformers calls it from 5.24 on, and before
-_OUTPUTS = {"last_hidden_state", *_CACHES}
+_OUTPUTS = {"last_hidden_state", *CACHES}
 _IMAGE_OUTPUTS = ("image_outputs", "image_hidden_states")  # of the images that the tower has seen, equal ones once
 _FOR_GENERATION = "rope_deltas"  # an output of vision-language models that tells where generation goes on
 _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -436,7 +436,7 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 def _why_not_call(config: Any, inputs: dict[str, Any]) -> str | None:
     """Why a decoder's forward with these arguments is not shared, before its rows are looked at; None if it may be."""
-    if inputs.get("use_cache") or any(inputs.get(name) is not None for name in _CACHES):
+    if inputs.get("use_cache") or cache_in(inputs) is not None:
         return "the forward reads or returns a cache (`past_key_values`, `cache`, `use_cache=True`), as generation does"
     if inputs.get("input_ids") is None:
         return "the decoder is given `inputs_embeds` and no token ids, as with images and learned prompts"

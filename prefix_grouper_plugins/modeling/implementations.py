@@ -49,10 +49,11 @@ def window_is_in_mask(implementation: str) -> bool | None:
 def looks_up_attention(cls: type[nn.Module]) -> bool:
     """Whether the forward of ``cls`` looks its attention up in transformers' ``AttentionInterface``."""
     own = getattr(cls, "_prefix_grouper_base", cls)  # of a class that enabling has extended
-    return "ALL_ATTENTION_FUNCTIONS" in _names_in(inspect.unwrap(own.forward).__code__)
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(inspect.unwrap(own.forward).__code__)
 
 
-def _names_in(code: CodeType) -> set[str]:
-    """Names that a function looks up, functions inside of it included."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))
+@functools.lru_cache(maxsize=1024)
+def names_in(code: CodeType) -> tuple[str, ...]:
+    """The names that ``code`` looks up, and functions that are defined in it."""
+    inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return code.co_names + tuple(name for names in inner for name in names)

@@ -32,15 +32,16 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        named = list(model.named_parameters())
+        of_tree = list(model.named_modules())  # one walk, since this is made for each micro-batch
+        modules = [module for _, module in of_tree]
+        named = _parameters(of_tree)
         self._code = fingerprint(transformers_model(model), modules), codes_of_classes(modules)
         self._modes = [module.training for module in modules]
         self._adapters = [_adapters(module) for module in modules]
-        self._names = [name for name, _ in named]
-        self._learn = [parameter.requires_grad for _, parameter in named]
-        self._versions = [(id(weight), weight.data_ptr(), weight._version) for _, weight in named]
-        self._sums = _sums(weight for _, weight in named)
+        self._names = list(named)
+        self._learn = [weight.requires_grad for weight in named.values()]
+        self._versions = [(id(weight), weight.data_ptr(), weight._version) for weight in named.values()]
+        self._sums = _sums(named.values())
 
     def what_differs(self, later: ModelState) -> str | None:
         """What has changed, as far as that can be seen without waiting for the device; None where nothing has."""
@@ -63,6 +64,16 @@ class ModelState:
         differs = [before != after for before, after in pairs]
         name = next((name for name, other in zip(names, differs, strict=True) if other), None)
         return None if name is None else f"the weight {name} has changed"
+
+
+def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    """As ``named_parameters``, each once: by the first of its names."""
+    names: dict[nn.Parameter, str] = {}
+    for prefix, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+    return {name: parameter for parameter, name in names.items()}
 
 
 def _adapters(module: nn.Module) -> tuple[Any, ...]:

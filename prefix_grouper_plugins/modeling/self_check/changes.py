@@ -18,13 +18,15 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+from prefix_grouper_plugins.modeling.implementations import names_in
 
 # What these put on a model does not change what it computes for one row.
 _MACHINERY = ("prefix_grouper_plugins.", "torch.distributed.", "torch.utils.checkpoint", "accelerate.", "deepspeed.")
@@ -49,7 +51,7 @@ def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
             continue
         own = vars(module)
         cls = getattr(cls, "_prefix_grouper_base", cls)
-        parts.append(_without_fsdp(cls))
+        parts.append(_without_fsdp(cls))  # type: ignore[arg-type]
         if "forward" in own:
             parts += _codes([own["forward"]])
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -61,6 +63,7 @@ def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
     return hash(tuple(parts))
 
 
+@functools.lru_cache(maxsize=1024)
 def _without_fsdp(cls: type) -> type:
     """FSDP2 puts a class of its own on top."""
     return next(c for c in cls.__mro__ if FSDPModule not in c.__bases__ and c is not FSDPModule)
@@ -99,15 +102,8 @@ def _codes_of_class(cls: Any) -> list[Any]:
     code = getattr(forward, "__code__", None)
     if code is None:
         return [*codes, type(forward)]
-    called = map(forward.__globals__.get, _names(code))
+    called = map(forward.__globals__.get, names_in(code))
     return [*codes, code, *(value.__code__ for value in called if isinstance(value, FunctionType))]
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: CodeType) -> tuple[str, ...]:
-    """The names that ``code`` looks up, and functions that are defined in it."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return code.co_names + tuple(name for names in inner for name in names)
 
 
 def _codes(functions: Iterable[Any]) -> list[Any]:
