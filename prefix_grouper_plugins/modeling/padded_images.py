@@ -8,7 +8,7 @@ begin alike.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from prefix_grouper_plugins.modeling.images import (
     IMAGE_TENSORS,
     TOKEN_TENSORS,
+    first_alike,
     image_token_id,
     merge_size,
     multimodal_positions,
     reads_images_both_ways,
-    same_images,
     why_not_pack,
 )
 from prefix_grouper_plugins.padded_rows import PaddedRows
@@ -112,7 +112,7 @@ class PaddedImages:
         self._numbers = torch.full(ids.shape, -1)
         self._numbers[placeholders] = numbers
         self.beginnings = ids.cpu().long().clone()
-        self.beginnings[placeholders] = -1 - torch.tensor(self._first_alike())[numbers]
+        self.beginnings[placeholders] = -1 - self._first_alike()[numbers]
         self.positions = multimodal_positions(
             model,
             ids,
@@ -133,21 +133,14 @@ class PaddedImages:
             for (start, end), grid in zip(spans, grids.split(1), strict=True)
         ]
 
-    def _first_alike(self) -> list[int]:
-        """For each image the first one that is equal to it."""
+    def _first_alike(self) -> Tensor:
+        """``LongTensor[images]``: for each image the first one that is equal to it."""
         images = self._images()
         sums = torch.stack(
             [image["pixel_values"].double().sum() for image in images]
         ).tolist()  # one read of the device
-        alike: dict[Hashable, list[int]] = {}
-        found = []
-        for number, (image, total) in enumerate(zip(images, sums, strict=True)):
-            others = alike.setdefault((tuple(image["pixel_values"].shape), total), [])
-            first = next((other for other in others if same_images(image, images[other])), number)
-            if first == number:
-                others.append(number)
-            found.append(first)
-        return found
+        among = [(tuple(image["pixel_values"].shape), total) for image, total in zip(images, sums, strict=True)]
+        return torch.tensor(first_alike(images, among))
 
     def packed(self, rows: PaddedRows) -> dict[str, Any]:
         """Arguments of the packed forward of ``rows``, compared by :attr:`beginnings`, that say what the images are."""
