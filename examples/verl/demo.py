@@ -45,10 +45,8 @@ PASSES = {  # verl's name of a pass: what the reader calls it
     "old_log_prob": "Seconds for the old policy's log-probs",
     "ref": "Seconds for the reference's log-probs",
 }
-OUTSIDE = (
-    "update_weights",
-    "save_checkpoint",
-)  # of verl's step: the first holds the time of waiting for the other training
+# Not counted to a step: in the first a training waits for the other one.
+OUTSIDE = ("update_weights", "save_checkpoint")
 SHARING = ("token_ratio", "rows_per_group", "fallbacks")
 CSV_COLUMNS = {
     "reward": "critic/rewards/mean",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefix_grouper_plugins.usage import UsageError
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from prefix_grouper_plugins.cost import ModelShape
     from prefix_grouper_plugins.plan.estimate import Training
     from prefix_grouper_plugins.plan.schedule import Prompts, Schedule, TRLSizes, VerlSizes
+
+Number = TypeVar("Number", int, float)
 
 MOST = 10**7  # of anything that is counted, so that a slip of a key does not fill the memory
 LIMIT = 2000  # prompts that are read unless another number is asked for
@@ -33,17 +35,19 @@ def count(text: str) -> int:
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    if int(text) > MOST:
+    return _at_most(int(text), text)
+
+
+def _at_most(value: Number, text: str) -> Number:
+    if value > MOST:
         raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
-    return int(text)
+    return value
 
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    if int(text) > MOST:
-        raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
-    return int(text)
+    return _at_most(int(text), text)
 
 
 def _positive(text: str) -> float:
@@ -53,9 +57,7 @@ def _positive(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    if value > MOST:
-        raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
-    return value
+    return _at_most(value, text)
 
 
 def _share(text: str) -> float:

@@ -17,10 +17,7 @@ from prefix_grouper_plugins.cost import Cost, ModelShape, cost_of
 from prefix_grouper_plugins.plan.schedule import Load
 
 SHARES_OUTSIDE = (0.25, 0.5, 0.75)  # of a stock step: generation, rewards, optimizer
-TILE_TOKENS, TILE_WIDTH = (
-    4096,
-    32768,
-)  # positions and entries of the vocabulary that TRL's fused head computes at a time
+TILE_TOKENS, TILE_WIDTH = 4096, 32768  # positions and vocabulary entries that TRL's fused head computes at a time
 # Without Triton, TRL turns a tile of logits into its gradient by torch operations, which hold so many tiles in float32 at
 # once, besides the tile: scaled twice, log-prob, prob, gradient, and three temporaries, one of them boolean.
 TILES_IN_TORCH = 7.25
@@ -126,9 +123,8 @@ class Training:
         tile = min(scored, TILE_TOKENS) * min(shape.vocab_size, TILE_WIDTH)
         rounded = size if size < 4 else 0  # a float32 sum is returned as it is
         weight = shape.vocab_size * shape.hidden_size * (4 + rounded) if self.lora_rank is None else 0
-        states = (
-            scored * shape.hidden_size * (4 + rounded + (0 if self.on_cpu else size))
-        )  # on a GPU they are picked out
+        picked = 0 if self.on_cpu else size  # on a GPU the scored states are copied out of the others
+        states = scored * shape.hidden_size * (4 + rounded + picked)
         return tile * size + (round(tile * 4 * TILES_IN_TORCH) if self.on_cpu else 0) + weight + states
 
     def _mlp(self, load: Load) -> int:
