@@ -21,15 +21,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
 from tests import tiny
-from tests.integrations.trl.training import largest_difference, make_trainer
+from tests.integrations.trl.training import largest_difference, make_trainer, use_float64_head
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
-TOLERANCE = 1e-9  # both trainers compute in float64, the loss head in float32 at most
+TOLERANCE = 1e-12  # both trainers compute in float64, the loss head too
 QUIET = 300  # seconds without a new checkpoint after which a child counts as stuck
 
 
@@ -45,6 +46,7 @@ class Waits(TrainerCallback):
 
 def child(folder: Path, *, shared: bool, wait: float) -> None:
     """Train in ``folder``, from its newest whole checkpoint on if there is one, and save the weights in the end."""
+    use_float64_head(pytest.MonkeyPatch())  # for as long as this process lives
     trainer = make_trainer(
         str(folder / "model"),
         shared=shared,

@@ -78,7 +78,7 @@ def watched(output: str) -> dict[str, tuple[int, int, int]]:
 
 TRIALS = "--batches {} --forests {} --plans {} --arguments {}"
 TRUST = "-m tests.trust."
-PYTEST = "-m pytest -q "
+PYTEST = "-m pytest "
 PARTS = [
     Part("random inputs", f"{TRUST}fuzz {TRIALS.format(20000, 2000, 20000, 20000)}", f"{TRUST}fuzz {TRIALS.format(50, 20, 50, 50)}", fuzzed),
     Part("long runs", f"{TRUST}long_run --steps 2000", f"{TRUST}long_run --steps 100", watched),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.trust import summary
-from tests.trust.summary import PARTS, Outcome, Part, fuzzed, hostile, killed, of_pytest, run, watched
+from tests.trust.summary import PARTS, PYTEST, Outcome, Part, fuzzed, hostile, killed, of_pytest, run, watched
 
 OUTPUTS = {
     fuzzed: (
@@ -38,6 +38,13 @@ def test_a_part_that_crashes_is_a_line_that_says_so(tmp_path):
     outcome = run(Part("nothing", "", None, fuzzed), "-c raise(SystemExit(3))", tmp_path)
     assert outcome.failed and outcome.lines()[0].startswith("| nothing | | | did not run |")
     assert "| 1 |" in Outcome(Part("long runs", "", None, watched), {"": (3, 0, 0)}, True, 60.0).lines()[0]
+
+
+def test_a_part_that_runs_pytest_prints_the_line_that_is_read(tmp_path):
+    (part,) = [part for part in PARTS if part.name == "security"]
+    command = "tests/trust/test_summary.py::test_the_files_of_the_parts_exist"
+    outcome = run(part, f"{PYTEST}{command}", tmp_path)
+    assert not outcome.failed and outcome.figures == {"": (1, 0, 0)}
 
 
 def test_the_exit_status_is_that_of_the_parts(tmp_path, monkeypatch, capsys):
