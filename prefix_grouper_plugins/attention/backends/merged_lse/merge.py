@@ -28,15 +28,15 @@ def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, ga
         return
     if gaps is not None:
         partial_out = partial_out.masked_fill(gaps[:, None, None], 0.0)
-        partial_lse = partial_lse.masked_fill(gaps, -torch.inf)  # exp(-inf) is 0: gaps keep their row
-    merged = torch.logaddexp(lse, partial_lse)
-    partial = partial_out.to(lse.dtype) * (partial_lse - merged).exp_().t()[..., None]
-    weight = (lse - merged).exp_().t()[..., None]
+        partial_lse = partial_lse.masked_fill(gaps, -torch.inf)  # their weight is 0: gaps keep their row
+    # exp(partial_lse - merged), where merged = logaddexp(lse, partial_lse); the old rows weigh what is left of 1.
+    weight = torch.sigmoid(partial_lse - lse).t()[..., None]
+    partial = partial_out.to(lse.dtype)
     if out.dtype == lse.dtype:
-        out.mul_(weight).add_(partial)
+        out.lerp_(partial, weight)  # one pass over the rows, where two products and a sum were three
     else:
-        out.copy_(partial.addcmul_(out.to(lse.dtype), weight))
-    lse.copy_(merged)
+        out.copy_(torch.lerp(out.to(lse.dtype), partial, weight))
+    lse.copy_(torch.logaddexp(lse, partial_lse))
 
 
 def add(totals: list[Tensor], partials: list[Tensor], gaps: list[Tensor | None]) -> None:
