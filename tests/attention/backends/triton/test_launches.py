@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -323,7 +324,7 @@ def test_without_a_c_compiler_the_remedy_is_said_once(
     tmp_path: Path,
 ) -> None:
     """Triton's own build, as its driver runs it in a container without a compiler; only the GPU is made up."""
-    from triton.runtime import driver
+    import triton.runtime
     from triton.runtime.build import compile_module_from_src
 
     class Driver:
@@ -333,7 +334,7 @@ def test_without_a_c_compiler_the_remedy_is_said_once(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(driver, "_active", Driver(), raising=False)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=Driver()))
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
