@@ -81,7 +81,7 @@ def forest_of(segments: Tensor, num_given: int = 0) -> Forest:
         ValueError: ``segments`` is not on the CPU, where reading it would wait for the device, or ``num_given`` does
             not fit the segments.
     """
-    if segments.device.type != "cpu":
+    if not segments.is_cpu:
         raise ValueError(f"segments are on {segments.device}: keep layout.segments on the CPU, where plans are made")
     if segments.dtype != torch.int32:
         segments = segments.detach().to(torch.int32)

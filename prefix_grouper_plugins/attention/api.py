@@ -121,14 +121,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayo
     if not query.dim() == key.dim() == value.dim() == 3:
         name, x = next((name, x) for name, x in _named(query, key, value) if x.dim() != 3)
         raise ValueError(f"{name} has shape {tuple(x.shape)}: packed [T, heads, head_dim] is needed, no batch axis")
-    (queries, heads, head_dim), (tokens, kv_heads, _) = query.shape, key.shape
+    (queries, heads, head_dim), (tokens, kv_heads, key_dim), (values, value_heads, _) = (
+        query.shape,
+        key.shape,
+        value.shape,
+    )
     num_tokens, num_given = layout.num_tokens, layout.num_given
     if queries != num_tokens - num_given:
         given = f", of which {num_given} are given and have no query" if num_given else ""
         raise ValueError(
             f"query has {queries} tokens and the layout {num_tokens}{given}: pack the rows with layout.pack()"
         )
-    if tokens != num_tokens or key.shape != (*value.shape[:2], head_dim):
+    if not tokens == values == num_tokens or kv_heads != value_heads or key_dim != head_dim:
         raise ValueError(
             f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; "
             "query [T, H, D], key [T, H_kv, D] and value [T, H_kv, D_v] are needed"

@@ -94,7 +94,8 @@ def _prepare(
     query: Tensor, value: Tensor, segments: Tensor, num_given: int, options: Options
 ) -> tuple[Forest, Options, Request]:
     """The forest, the options with the window that is left of theirs, and the request; alike in forward and backward."""
-    _refuse_capture(query.device)
+    if query.is_cuda:
+        _refuse_capture(query.device)
     forest = forest_of(segments, num_given)
     if options.window is not None:
         options = options._replace(window=forest.effective_window(options.window))

@@ -50,9 +50,10 @@ def _kernel_head_dim(head_dim: int, value_dim: int, device: torch.device) -> int
 
 def _padding(query: Tensor, value: Tensor) -> int:
     """The head dim to pad to, or 0 where nothing is padded: heads as the kernels take them."""
-    dim, value_dim = query.size(2), value.size(2)
-    head_dim = _kernel_head_dim(dim, value_dim, query.device)
-    return 0 if dim == value_dim == head_dim else head_dim
+    dim, value_dim = query.shape[2], value.shape[2]
+    if dim == value_dim and (query.is_cpu or dim % 8 == 0):
+        return 0
+    return _kernel_head_dim(dim, value_dim, query.device)
 
 
 def _padded(head_dim: int, *tensors: Tensor) -> Iterator[Tensor]:
@@ -73,7 +74,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: 
         ``out [Q, H, D_v]`` in float32, float64 or the query's dtype, and ``lse [H, Q]`` in float32 or float64.
     """
     assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
-    path = cpu if query.device.type == "cpu" else cuda
+    path = cpu if query.is_cpu else cuda
     if head_dim := _padding(query, value):
         out, lse = path.forward(*_padded(head_dim, query, key, value), forest, options.scale)
         return out[..., : value.size(-1)], lse
@@ -98,7 +99,7 @@ def backward(
         query, key, value, forest, options: as in `forward`.
     """
     assert options.window is None and options.softcap is None, "why_not() has a reason against these requests"
-    path, tensors = cpu if query.device.type == "cpu" else cuda, (grad_out.contiguous(), query, key, value, out)
+    path, tensors = cpu if query.is_cpu else cuda, (grad_out.contiguous(), query, key, value, out)
     if head_dim := _padding(query, value):
         grads = path.backward(*_padded(head_dim, *tensors), lse.contiguous(), forest, options.scale)
         dq, dk, dv = (grad[..., : x.size(-1)] for grad, x in zip(grads, (query, key, value), strict=True))

@@ -176,6 +176,8 @@ def _aligned(x: Tensor) -> Tensor:
 
     They also want a dense last dimension.
     """
+    if x.is_contiguous() and not (x.data_ptr() | x.shape[2] * x.itemsize) & 15:
+        return x
     tokens, heads, last = x.stride()
     inside = (x.data_ptr() | tokens * x.itemsize | heads * x.itemsize) & 15
     return x.clone(memory_format=torch.contiguous_format) if inside or last != 1 else x
@@ -200,14 +202,14 @@ def varlen_forward(
     """
     q, k, v = map(_aligned, (q, k, v))
     causal, *levels = calls  # the causal one reaches every query
-    out, lse = op(q, _behind(k, causal), _behind(v, causal), *causal[:4], 0.0, True, False, scale=scale)[:2]
+    out, lse = op(q, *_behind(causal.keys.start, k, v), *causal[:4], 0.0, True, False, scale=scale)[:2]
     lse = cast(lse, accumulation_dtype(q.dtype))
     if len(levels) > 1:
         out = out.to(_sum_dtype(calls, q.dtype))
     for call in levels:
         (q0, q1, gaps), (k0, k1, _) = call.queries, call.keys
         partial = op(q[q0:q1], k[k0:k1], v[k0:k1], *call[:4], 0.0, False, False, scale=scale)
-        merge(out[q0:q1], lse[:, q0:q1], partial[0], cast(partial[1], lse.dtype), gaps)
+        merge(out[q0:q1], lse.narrow(1, q0, q1 - q0), partial[0], cast(partial[1], lse.dtype), gaps)
     return out, lse
 
 
@@ -235,22 +237,23 @@ def varlen_backward(
     do, q, k, v, out = map(_aligned, (do, q, k, v, out))
     causal, *levels = calls
     states = unread_states(q.device)
-    grads = op(do, q, _behind(k, causal), _behind(v, causal), out, lse, *causal[:4], 0.0, True, *states, scale=scale)
+    keys = _behind(causal.keys.start, k, v)
+    grads = op(do, q, *keys, out, lse, *causal[:4], 0.0, True, *states, scale=scale)
     if causal.keys.start or len(levels) > 1:
         dtype = _sum_dtype(calls, q.dtype)
         grads = (grads[0].to(dtype), *(_whole(grad, k.size(0), dtype) for grad in grads[1:3]))
     dq, dk, dv = grads[:3]
     for call in levels:
         (q0, q1, q_gaps), (k0, k1, k_gaps) = call.queries, call.keys
-        tensors = (do[q0:q1], q[q0:q1], k[k0:k1], v[k0:k1], out[q0:q1], lse[:, q0:q1].contiguous())
+        tensors = (do[q0:q1], q[q0:q1], k[k0:k1], v[k0:k1], out[q0:q1], lse.narrow_copy(1, q0, q1 - q0))
         partial = op(*tensors, *call[:4], 0.0, False, *states, scale=scale)
         add([dq[q0:q1], dk[k0:k1], dv[k0:k1]], list(partial[:3]), [q_gaps, k_gaps, k_gaps])
     return dq, dk, dv
 
 
-def _behind(x: Tensor, causal: VarlenCall) -> Tensor:
-    """The keys or values ``x`` that the causal call gets: without the chains in front that have no queries."""
-    return x[causal.keys.start :] if causal.keys.start else x
+def _behind(start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values that the causal call gets: without the chains in front of ``start``, which have no queries."""
+    return (k[start:], v[start:]) if start else (k, v)
 
 
 def _whole(grad: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
