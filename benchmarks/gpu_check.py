@@ -47,6 +47,14 @@ TINY_GROUPS: dict[str, tuple[list[int], list[list[int]]]] = {
     "three groups": ([20] * 3, [[6] * 4] * 3),
     "long prompt": ([70], [[9] * 4]),
 }
+# Trees of three levels above the responses, which are merged in one pass: tokens of a segment of each level, and how many hang on
+# each above. What copying costs decides whether levels are merged, so the forward's case has a key head for each query head.
+MERGED_FORWARD, MERGED_BACKWARD = "three levels merged in the forward", "three levels merged in the backward"
+TREES = {
+    MERGED_FORWARD: ((700, 700, 700, 90), (2, 2, 4)),
+    MERGED_BACKWARD: ((8000, 2000, 2000, 90), (2, 2, 4)),
+}
+TINY_TREES = {MERGED_FORWARD: ((20, 20, 20, 4), (2, 2, 3)), MERGED_BACKWARD: ((90, 20, 20, 4), (3, 3, 2))}
 LAYERS = ((8192, 1024, 8), (16384, 1024, 16), (1024, 256, 8), (256, 512, 8), (64, 512, 8))
 TINY_LAYERS = ((40, 6, 3), (6, 9, 3))
 TESTS = ("tests/attention/test_attention_cuda.py", "tests/attention/backends/merged_lse/test_cuda.py")
@@ -68,6 +76,8 @@ class Machine:
         tree, short, response = (9, 2, 4) if self.dry else (700, 24, 90)
         found["system prompt above two prompts"] = lambda: self._tree(tree, tree, response)
         found["a short beginning above two prompts"] = lambda: self._tree(short, 4 * tree, response)
+        for name, sizes in (TINY_TREES if self.dry else TREES).items():
+            found[name] = lambda sizes=sizes: self._levels(*sizes)
         prompt = 30 if self.dry else 8192
         found["two responses to a given prompt"] = lambda: self._groups([prompt], [[response] * 2]).given(prompt - 1)
         found["one response to a given prompt"] = lambda: self._groups([prompt], [[response]]).given(prompt - 1)
@@ -84,10 +94,28 @@ class Machine:
         rows = [torch.cat([beginning, prompts[i % 2], tokens]).to(self.device) for i, tokens in enumerate(responses)]
         return PrefixLayout.from_rows(rows)
 
-    def inputs(self, layout: PrefixLayout) -> list[Tensor]:
+    def _levels(self, lengths: tuple[int, ...], children: tuple[int, ...]) -> PrefixLayout:
+        """A tree whose segments on one level are of one length, and have as many segments below them."""
+        segments, parents = [lengths[0]], [-1]
+
+        def grow(parent: int, level: int) -> None:
+            for _ in range(children[level]):
+                segments.append(lengths[level + 1])
+                parents.append(parent)
+                if level + 1 < len(children):
+                    grow(len(parents) - 1, level + 1)
+
+        grow(0, 0)
+        return PrefixLayout.from_segments(segments, parents)
+
+    def heads(self, name: str) -> tuple[int, int]:
+        """Query heads and key heads of a layout."""
+        return self.shape[0], self.shape[0 if name == MERGED_FORWARD else 1]
+
+    def inputs(self, layout: PrefixLayout, name: str = "") -> list[Tensor]:
         """Query, key and value, with gradients."""
         torch.manual_seed(0)
-        heads, kv_heads, head_dim = self.shape
+        (heads, kv_heads), head_dim = self.heads(name), self.shape[2]
         sizes = ((layout.num_queries, heads), (layout.num_tokens, kv_heads), (layout.num_tokens, kv_heads))
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "requires_grad": True}
         return [torch.randn(tokens, count, head_dim, **options) for tokens, count in sizes]
@@ -133,7 +161,7 @@ def compare(machine: Machine, name: str, backend: str) -> None:
     if (reason := machine.why_not(backend)) is not None:
         emit(**facts, status=f"left out: {reason}")
         return
-    tensors = machine.inputs(layout)
+    tensors = machine.inputs(layout, name)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return shared_prefix_attention(query, key, value, layout, backend=backend)

@@ -15,6 +15,10 @@ import pytest
 import torch
 from harness import read_csv, read_facts
 
+from prefix_grouper_plugins.attention.backends.merged_lse import cuda
+from prefix_grouper_plugins.attention.backends.merged_lse.gathered import copied_backward, copied_forward
+from prefix_grouper_plugins.forest import forest_of
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -87,13 +91,32 @@ def test_the_check_runs_from_the_command_to_the_table(tmp_path: Path) -> None:
 
 def test_every_case_of_the_check_is_right_with_emulated_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     cases = [work.name for work in gpu_check.works(gpu_check.Machine(dry=True)) if work.name != "tests"]
-    assert len(cases) == 18
+    assert len(cases) == 22
     for case in cases:
         gpu_check.main(["--dry-run", "--case", case])
     for case, row in zip(cases, rows_of(capsys), strict=True):
         assert (
             row["status"] == "ok" if case.endswith("merged_lse") else row["status"].startswith("left out: the Triton")
         )
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_cases_of_the_check_go_through_every_pass(dry: bool) -> None:
+    """Copies, one level merged in place, with gaps and without, and several levels in float32; forward and backward."""
+    machine = gpu_check.Machine(dry)
+    machine.device = "cpu"
+    passes = set()
+    for name, make in machine.layouts().items():
+        layout = make()
+        forest = forest_of(layout.segments, layout.num_given)
+        for way, choose in (("forward", copied_forward), ("backward", copied_backward)):
+            copied = choose(forest, *machine.heads(name))
+            levels = cuda.varlen_calls(forest, torch.device("cpu"), copied=copied)[1:]
+            gaps = any(call.queries.gaps is not None for call in levels)
+            passes |= {(way, min(len(levels), 2), gaps), (way, "copies" if copied else "no copies")}
+    for way in ("forward", "backward"):
+        assert {(way, 0, False), (way, 1, False), (way, 1, True), (way, 2, True)} <= passes
+        assert {(way, "copies"), (way, "no copies")} <= passes
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
