@@ -34,6 +34,7 @@ class Forest:
         level (`int64 [S]`): number of ancestors of each segment.
         token_depth, token_subtree_end (`int64 [T]`): depth and subtree end of each token.
         deepest_row (`int`): tokens on the longest path from a root; a window that wide hides nothing.
+        is_one_row (`bool`): nothing branches, so every token sees all tokens before it.
     """
 
     def __init__(self, segments: np.ndarray, num_given: int = 0) -> None:
@@ -58,6 +59,7 @@ class Forest:
         self.token_depth = np.arange(self.num_tokens) - self.start[segment_of] + self.depth[segment_of]
         self.token_subtree_end = self.subtree_end[segment_of]
         self.deepest_row = int((self.depth + lengths).max())
+        self.is_one_row = bool((self.subtree_end == self.num_tokens).all())
         if num_given and num_given not in self.end[:-1]:
             raise ValueError(
                 f"num_given={num_given} is not where one of the segments but the last ends ({self.end[:-1].tolist()}): "

@@ -9,10 +9,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.dense import dense_attention
+from prefix_grouper_plugins.attention.backends.merged_lse import cpu
 from prefix_grouper_plugins.attention.bidirectional import attend_within_blocks
 from prefix_grouper_plugins.attention.op import attention_op
-from prefix_grouper_plugins.attention.registry import BACKEND_NAMES, check_backend_name
-from prefix_grouper_plugins.attention.request import Options
+from prefix_grouper_plugins.attention.registry import BACKEND_NAMES, check_backend_name, choose
+from prefix_grouper_plugins.attention.request import Options, Request
 from prefix_grouper_plugins.forest import forest_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def shared_prefix_attention(
     _check_options(query, sliding_window, softcap, sinks, backend)
     if scale is None:
         scale = query.shape[2] ** -0.5
-    if backend == "dense":
+    if _is_one_causal_call(query, value, layout, Options(scale, sliding_window, softcap), sinks, backend):
+        out = cpu.causal(query, key, value, float(scale))
+    elif backend == "dense":
         forest = forest_of(layout.segments, layout.num_given)
         options = Options(scale, forest.effective_window(sliding_window), softcap)
         out = dense_attention(query, key, value, forest, options, sinks)
@@ -88,6 +91,25 @@ def shared_prefix_attention(
     if softcap is not None or sinks is not None:
         raise ValueError(f"softcap={softcap} and sinks={sinks} do not go together with blocks: set both to None")
     return attend_within_blocks(out, query, key, value, layout, scale=float(scale), window=sliding_window)
+
+
+def _is_one_causal_call(
+    query: Tensor, value: Tensor, layout: PrefixLayout, options: Options, sinks: Tensor | None, backend: str
+) -> bool:
+    """Whether our operator would call torch's CPU flash kernel once, as where the layout holds one row.
+
+    torch has the derivative of that call itself. Around it the operator takes longer than the attention of a short row.
+    What traces (torch.compile, make_fx, fake tensors) gets the operator, which is the same for all layouts.
+    """
+    if query.device.type != "cpu" or sinks is not None or options.softcap is not None or layout.num_given:
+        return False
+    if torch.compiler.is_compiling() or type(query) is not Tensor or torch._C._len_torch_dispatch_stack():
+        return False
+    forest, (_, _, head_dim) = forest_of(layout.segments), query.shape
+    if not forest.is_one_row or forest.effective_window(options.window) is not None or value.shape[2] != head_dim:
+        return False
+    request = Request(query.device, query.dtype, head_dim, head_dim)
+    return backend != "dense" and choose(backend, request) == "merged_lse"
 
 
 def _check_no_tangent(*tensors: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """The path of `merged_lse` on the CPU: a call of torch's flash kernel for each triangle and each rectangle.
 
-The kernel is about half as fast on short triangles as on rectangles, so long triangles are halved, again and again, into
-two triangles and the rectangle between them.
+The backward of the kernel computes some of the hidden pairs of a triangle too, so in float32 and float64 long triangles are
+halved there, again and again, into two triangles and the rectangle between them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from prefix_grouper_plugins.attention.backends.merged_lse.merge import merge
 from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import rectangles
 from prefix_grouper_plugins.attention.device import accumulation_dtype, dense_rows
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
+from prefix_grouper_plugins.layout import MAX_TOKENS
 
-# Longer triangles are halved, by bytes of an element. Measured: 64 to 256 tokens do about equally well in float32 and
-# float64; in half precision a merge costs more, and less than 192 queries at once cost most.
-LONGEST_TRIANGLE = {2: 256, 4: 128, 8: 128}
+# Longer triangles are halved in the backward, by bytes of an element. Measured on Intel Xeon, 319 to 2,559 tokens: in
+# float32 and float64 64 to 256 do about equally well, and whole triangles take up to 1.2 times as long. In half precision
+# a call costs so much that whole triangles are the fastest, up to 2.4 times. So they are in every forward.
+LONGEST_TRIANGLE = {2: MAX_TOKENS, 4: 128, 8: 128}
 
 
 class _Triangle(NamedTuple):
@@ -45,10 +47,17 @@ class _Plan(NamedTuple):
     triangles: tuple[_Triangle, ...]
     rectangles: tuple[_Call, ...]
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether one triangle is all there is, whose results need neither copies nor merging."""
+        return len(self.triangles) == 1 and not self.rectangles
+
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
 def plan(forest: Forest, longest: int) -> _Plan:
     """Triangles of at most ``longest`` tokens (at least 2), and the rectangles left of and below them."""
+    if forest.is_one_row and not forest.num_given and forest.num_tokens <= longest:
+        return _Plan((_Triangle(0, forest.num_tokens),), ())
     triangles, between = [], []
     for start, end in zip(forest.start.tolist(), forest.end.tolist(), strict=True):
         waiting = [(start, end)] if start >= forest.num_given else []
@@ -90,16 +99,31 @@ def _heads(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """``out [T, H, D]`` of causal attention, of ``[T, H, D]``, ``[T, H_kv, D]`` twice. torch knows its derivative."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    q, k, v = (dense_rows(x) for x in (q, k, v))
+    out, _ = op(_heads(q), *map(_heads, _for_each_head(k, v, q.shape[1])), 0.0, True, scale=scale)
+    return out[0].transpose(0, 1)  # type: ignore[no-any-return]
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
-    """``out [Q, H, D]`` and ``lse [H, Q]`` in float32 or float64, of ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D]``."""
+    """``out [Q, H, D]`` and ``lse [H, Q]`` of ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D]``.
+
+    In float32 or float64; ``out`` is in the dtype of ``q`` where nothing is merged.
+    """
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     acc, given = accumulation_dtype(q.dtype), forest.num_given
     q, k, v = (dense_rows(x) for x in (q, k, v))
     k, v = _for_each_head(k, v, q.shape[1])
+    q_, k_, v_ = map(_heads, (q, k, v))
+    steps = plan(forest, MAX_TOKENS)
+    if steps.is_one_call:
+        whole_out, whole_lse = op(q_, k_, v_, 0.0, True, scale=scale)
+        return whole_out[0].transpose(0, 1), whole_lse[0].to(acc)
     out = torch.empty(q.shape, dtype=acc)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=acc)
-    q_, k_, v_, out_, lse_ = (*map(_heads, (q, k, v, out)), lse[None])
-    steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
+    out_, lse_ = _heads(out), lse[None]
     for start, end in steps.triangles:
         length, row = end - start, start - given
         keys, values = k_.narrow(2, start, length), v_.narrow(2, start, length)
@@ -117,7 +141,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tu
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, forest: Forest, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in float32 or float64.
+    """Gradients of q, k and v in float32 or float64, or in their dtype where there is nothing to add up.
 
     Args:
         do, out: ``[Q, H, D]``, the gradient of the merged output, and that output; lse: ``[H, Q]``, merged.
@@ -127,11 +151,15 @@ def backward(
     given, kv_heads = forest.num_given, k.shape[1]
     do, q, k, v, out = (dense_rows(x) for x in (do, q, k, v, out))
     k, v = _for_each_head(k, v, q.shape[1])
+    steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
+    (do_, q_, k_, v_, out_), lse_ = map(_heads, (do, q, k, v, out)), lse[None]
+    if steps.is_one_call:
+        grads = op(do_, q_, k_, v_, out_, lse_, 0.0, True, scale=scale)
+        dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)
+        return _of_groups(dq, dk, dv, kv_heads)
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype) for x in (q, k, v))
     dk[:given], dv[:given] = 0, 0  # the only rows without a triangle
-    steps = plan(forest, LONGEST_TRIANGLE[q.itemsize])
-    do_, q_, k_, v_, out_, dq_, dk_, dv_ = map(_heads, (do, q, k, v, out, dq, dk, dv))
-    lse_ = lse[None]
+    dq_, dk_, dv_ = map(_heads, (dq, dk, dv))
 
     def partial(q0: int, q1: int, k0: int, k1: int, causal: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Where a call's gradients of q, k and v belong, and these."""
@@ -147,6 +175,11 @@ def backward(
     for rectangle in steps.rectangles:
         for total, grad in partial(*rectangle, False):
             total.add_(grad)
-    if k.shape[1] != kv_heads:  # repeated
+    return _of_groups(dq, dk, dv, kv_heads)
+
+
+def _of_groups(dq: Tensor, dk: Tensor, dv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, those of keys and values for the heads that they had before :func:`_for_each_head`."""
+    if dk.shape[1] != kv_heads:
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv

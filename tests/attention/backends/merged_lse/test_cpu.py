@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_grouper_plugins import forest as plan
-from prefix_grouper_plugins.attention import shared_prefix_attention
+from prefix_grouper_plugins.attention import api, shared_prefix_attention
 from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.attention.backends.merged_lse import cpu
 from prefix_grouper_plugins.layout import PrefixLayout
@@ -89,3 +90,47 @@ def test_whether_the_kernel_groups_heads_is_found_by_asking_it() -> None:
         out, _ = op(query, keys, keys, 0.0, False)
         repeated = keys.repeat_interleave(2, 1)
         torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated))
+
+
+@pytest.mark.parametrize("kernel_groups_heads", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[301], [201, 301]], ids=["one row", "a row and its beginning"])
+def test_one_row_is_one_causal_call_past_the_operator(
+    lengths: list[int],
+    dtype: torch.dtype,
+    kernel_groups_heads: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layout = PrefixLayout.from_rows([torch.arange(length) for length in lengths])
+    monkeypatch.setattr(cpu, "kernel_groups_heads", lambda: kernel_groups_heads)
+    tensors = [x.detach().to(dtype).requires_grad_() for x in inputs(layout, Features(heads=4, kv_heads=2))[:3]]
+    expected = output_and_gradients(
+        lambda q, k, v, _: shared_prefix_attention(q, k, v, layout, backend="dense"),
+        [x.detach().double().requires_grad_() for x in tensors],
+    )
+    monkeypatch.setattr(api, "attention_op", None)
+    actual = output_and_gradients(lambda q, k, v, _: shared_prefix_attention(q, k, v, layout), tensors)
+    assert actual[0].dtype == dtype and actual[0].is_contiguous()
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
+    for ours, dense in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.double(), dense, rtol=tolerance, atol=tolerance)
+
+
+def test_the_operator_runs_what_is_more_than_one_causal_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls_of(layout: PrefixLayout, **options: Any) -> int:
+        calls: list[int] = []
+        real = api.attention_op
+        with monkeypatch.context() as patch:
+            patch.setattr(api, "attention_op", lambda *args: (calls.append(1), real(*args))[1])
+            query, key, value = inputs(layout, Features(heads=4, kv_heads=2))[:3]
+            shared_prefix_attention(query[layout.num_given :], key, value, layout, **options)
+        return len(calls)
+
+    row = PrefixLayout.from_rows([torch.arange(31)])
+    given = row.given(19)
+    assert calls_of(row) == calls_of(row, sliding_window=30) == calls_of(row, backend="merged_lse") == 0
+    assert calls_of(row, sliding_window=29) == calls_of(row, backend="blockwise") == calls_of(row, softcap=5.0) == 1
+    assert calls_of(row, sinks=torch.zeros(4)) == calls_of(given) == 1
+    assert calls_of(PrefixLayout.from_groups([20], [[11, 3]])) == 1
+    monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "blockwise")
+    assert calls_of(row) == 1
