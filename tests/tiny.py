@@ -95,6 +95,14 @@ def compute_norms_in_input_dtype(module: nn.Module) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
+    def gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
+        # From Gemma 3n on the weight is the factor, and some norms have none.
+        is_offset = type(self).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+        return self._norm(x) * (1.0 + self.weight if is_offset else getattr(self, "weight", 1.0))
+
     for norm in module.modules():
-        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+        name = type(norm).__name__
+        if name.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
             norm.forward = forward.__get__(norm)
+        elif name.startswith("Gemma") and name.endswith("RMSNorm"):
+            norm.forward = gemma.__get__(norm)

@@ -302,17 +302,12 @@ def merge_size(model: nn.Module) -> int | None:
 def _kinds_read_by(model: nn.Module) -> dict[str, bool]:
     """Which tensors in :data:`TOKEN_TENSORS` change what the model computes."""
     read = {"mm_token_type_ids": _rope_index(model) is not None, "token_type_ids": False}
-    if (kind := _kind_of_blocks(model)) is not None:
+    if (kind := kind_of_blocks(model)) is not None:
         read[kind] = True
     return read
 
 
-def reads_images_both_ways(model: nn.Module) -> bool:
-    """Whether the tokens of an image see all others of their image."""
-    return _kind_of_blocks(model) is not None
-
-
-def _kind_of_blocks(model: nn.Module) -> str | None:
+def kind_of_blocks(model: nn.Module) -> str | None:
     """The token tensor that marks images whose tokens see each other both ways; None for models without such images."""
     config: Any = transformers_model(model).config
     known = known_of(config.model_type)
@@ -381,7 +376,7 @@ class ImageRows:
             model, input_ids, mask, merge_images(self.images), self.token_tensors.get("mm_token_type_ids")
         )
         columns = torch.arange(input_ids.shape[1], device=mask.device)
-        kinds = self.token_tensors.get(_kind_of_blocks(model) or "")
+        kinds = self.token_tensors.get(kind_of_blocks(model) or "")
         self.block_ids = None if kinds is None else _blocks_by_row(kinds, torch.where(mask != 0, columns, 0).amax(1))
         self._blocks_in = known_of(transformers_model(model).config.model_type).images_both_ways_in
         self.keys = self._keys(token, input_ids.cpu(), mask.cpu() != 0, prompt_ids.shape[1])
@@ -476,6 +471,11 @@ def _blocks_by_row(token_type_ids: Tensor, last_tokens: Tensor) -> Tensor:
     image = token_type_ids == 1
     if bool(image.gather(1, last_tokens[:, None]).any()):
         raise UnsupportedModelError("a row ends within an image, whose last token is not forwarded but would be seen")
+    return number_runs(image)
+
+
+def number_runs(image: Tensor) -> Tensor:
+    """``LongTensor[B, L]``: 0, 1, ... at the runs of ``image [B, L]`` that are true, row after row; -1 elsewhere."""
     first = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
     return (first.flatten().cumsum(0).view_as(image) - 1).where(image, -1)
 
@@ -485,7 +485,8 @@ def set_blocks(layout: PrefixLayout, block_ids: Tensor, blocks_in: str | None = 
 
     Args:
         layout: of the packed row. Changed in place.
-        block_ids: ``LongTensor[T]``, the result of :func:`image_blocks` at the tokens of the packed row.
+        block_ids: ``LongTensor[T]``, the result of :func:`image_blocks`, or of :func:`number_runs`, at the tokens of the
+            packed row.
         blocks_in: the layers in which they do, `images_both_ways_in` of the model's type.
     """
     layout.blocks = blocks_of(block_ids, layout)

@@ -23,7 +23,9 @@ from prefix_grouper_plugins.integrations import trl as ours
 from prefix_grouper_plugins.integrations.trl import rows_trainer
 from prefix_grouper_plugins.integrations.trl.algorithms import modules_of
 from tests import tiny
+from tests.integrations.trl import vision
 from tests.integrations.trl.training import TRL, largest_difference, skip_before, use_float64_head
+from tests.modeling import multimodal_families
 
 STEPS = 2
 
@@ -162,13 +164,14 @@ def build(algorithm: str, path: str, *, shared: bool, data: Any = None, lora: bo
         **settings,
     }
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-    built_from = dict(built_from)
+    built_from = {"processing_class": tiny.tokenizer(), **built_from}
+    built_from |= {name: arguments.pop(name) for name in ("ref_model", "processing_class") if name in arguments}
+    model = arguments.pop("model", None)
     torch.manual_seed(0)
     return trainer_class(
-        model=load(path, built_from.pop("head", AutoModelForCausalLM)),
+        model=load(path, built_from.pop("head", AutoModelForCausalLM)) if model is None else model,
         args=config_class(**arguments),
         train_dataset=make_data() if data is None else data,
-        processing_class=tiny.tokenizer(),
         **({"peft_config": adapter} if lora else {}),
         **built_from,
     )
@@ -241,6 +244,49 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "references computed before": ("DPO", {"precompute_ref_log_probs": True}),
     "prompts cut at their beginning": ("DPO", {"max_length": 18, "truncation_mode": "keep_end"}),
 }
+
+
+def seen_pairs() -> Dataset:
+    """Prompts with one or two images, and two answers to each."""
+    source = random.Random(0)
+
+    def answer() -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": " " + " ".join(source.choices(vision.WORDS[12:], k=4))}]
+
+    return Dataset.from_list([{**row, "chosen": answer(), "rejected": answer()} for row in vision.prompts(8)])
+
+
+@pytest.mark.parametrize("model_type", ["llava", "gemma3"])
+def test_pairs_with_images_give_the_stock_weights(model_type):
+    if not hasattr(dpo_trainer, "DataCollatorForVisionPreference"):
+        pytest.skip(f"TRL {TRL} has no preference data with images")
+
+    def trained(shared: bool) -> tuple[dict[str, torch.Tensor], Any]:
+        model, reference = (multimodal_families.build(model_type) for _ in range(2))
+        for one in (model, reference):
+            tiny.compute_norms_in_input_dtype(one)
+        trainer = build(
+            "DPO",
+            "",
+            shared=shared,
+            data=seen_pairs(),
+            model=model,
+            ref_model=reference,
+            processing_class=vision.processor(model_type),
+            max_length=None,
+            gradient_accumulation_steps=1,
+        )
+        initial = weights(trainer)
+        trainer.train()
+        assert largest_difference(weights(trainer), initial) > 1e-4, "nothing was trained"
+        return weights(trainer), trainer
+
+    (stock, _), (got, trainer) = trained(False), trained(True)
+    assert largest_difference(stock, got) <= 1e-11  # of llava 1.2e-12 after three steps
+    assert not trainer.sharing.fallbacks
+    assert trainer.sharing.passes["update"].token_ratio <= 0.7
+
+
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 FOLLOWS = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 MORE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -63,7 +63,7 @@ class TinyProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, model_type="qwen2_vl"):
         self.image_processor, self.tokenizer, self.model_type = image_processor, tokenizer, model_type
 
-    def __call__(self, images=None, text=None, padding=False, return_tensors=None, **_):
+    def __call__(self, images=None, text=None, padding=False, padding_side=None, return_tensors=None, **_):
         text = [text] if isinstance(text, str) else list(text)
         flat = [image for row in images or [] for image in row or []]
         tensors, counts = IMAGES[self.model_type][1](self.image_processor, flat) if flat else ({}, [])
@@ -72,7 +72,8 @@ class TinyProcessor(ProcessorMixin):
             " ".join(" ".join(["<4>", *[MARK] * next(left), "<4>"]) if word == MARK else word for word in row.split())
             for row in text
         ]
-        encoded = dict(self.tokenizer(expanded, padding=padding, return_tensors=return_tensors))
+        sides = {} if padding_side is None else {"padding_side": padding_side}
+        encoded = dict(self.tokenizer(expanded, padding=padding, return_tensors=return_tensors, **sides))
         encoded.pop("token_type_ids", None)
         kind = families.FAMILIES[self.model_type].token_tensor
         if kind:
