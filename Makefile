@@ -106,7 +106,7 @@ gpu-update: ## what does an actor update cost on this GPU, rows against ours? (b
 support-table: $(VENV)/ready ## build every model type tiny, compare and time it, then the tables of docs/models.md (about 6 minutes)
 	@$(ENVIRONMENT) $(BIN)/python -m tests.modeling.support_table
 
-trust: setup ## random inputs, long runs, faults, and trainings that are killed and resumed, in one table (long)
+trust: setup ## random inputs, long runs, learning curves, faults, trainings that are killed and resumed, in one table (half an hour)
 	@$(ENVIRONMENT) $(BIN)/python -m tests.trust.summary
 
 # An environment of its own, so that the tool's dependencies meet none of ours.

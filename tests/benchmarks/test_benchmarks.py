@@ -480,8 +480,13 @@ def test_a_learning_run_goes_on_where_its_file_ends(tmp_path: Path, monkeypatch:
     options = ["--tasks", "copy", "--dtypes", "float32", "--output", str(tmp_path / "a.csv")]
     for seeds, runs in ((1, 3), (1, 0), (2, 3)):
         made.clear()
-        learning.main([*options, "--seeds", str(seeds), "--picture", str(tmp_path / "a.png")])
+        assert learning.main([*options, "--seeds", str(seeds), "--picture", str(tmp_path / "a.png")]) == 1
         assert len(made) == runs
     rows = read_csv(tmp_path / "a.csv")
     assert learning.distance(rows, "reward", "shared", "copy", "float32") == pytest.approx(0.1)
     assert learning.distance(rows, "reward", "stock, other order", "copy", "float32") == 0
+    swapped = [
+        {**row, "run": {"shared": learning.RUNS[2], learning.RUNS[2]: "shared"}.get(row["run"], "stock")}
+        for row in rows
+    ]
+    assert learning.as_near(swapped, "copy", "float32") and not learning.as_near(rows, "copy", "float32")

@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         name: as the table calls it.
-        command: arguments of Python.
+        command: arguments of Python, with ``{folder}`` for the folder of the logs.
         short: the same for ``--short``; None to leave the part out there.
         figures: from the output, what was equal, a clear error and wrong, for each line of the table by its name.
         in_verl: whether it runs in verl's environment.
@@ -76,10 +76,18 @@ def watched(output: str) -> dict[str, tuple[int, int, int]]:
     return {"": (len(re.findall(r"^\w+.*?(?: +\d+\.\d{3}){4}$", output, re.M)), 0, 0)}
 
 
+def learned(output: str) -> dict[str, tuple[int, int, int]]:
+    """The last line: tasks and dtypes whose rewards are as near to stock's as they should be, of all."""
+    found = re.findall(r"^as near to stock .*: (\d+) of (\d+)$", output, re.M)
+    return {"": (int(found[0][0]), 0, int(found[0][1]) - int(found[0][0]))} if found else {}
+
+
 TRIALS = "--batches {} --forests {} --plans {} --arguments {}"
 TRUST = "-m tests.trust."
 PYTEST = "-m pytest "
+LEARNING = "benchmarks/learning.py --output {folder}/learning.csv --picture {folder}/learning.png"
 PARTS = [
+    Part("learning: reward curves, by task and dtype", LEARNING, f"{LEARNING} --tasks copy --dtypes float32 --seeds 1 --steps 20", learned),
     Part("random inputs", f"{TRUST}fuzz {TRIALS.format(20000, 2000, 20000, 20000)}", f"{TRUST}fuzz {TRIALS.format(50, 20, 50, 50)}", fuzzed),
     Part("long runs", f"{TRUST}long_run --steps 2000", f"{TRUST}long_run --steps 100", watched),
     Part("killed and resumed, TRL", f"{TRUST}kill_and_resume --kills 20", f"{TRUST}kill_and_resume --kills 1", killed),
@@ -123,7 +131,11 @@ def run(part: Part, command: str, folder: Path) -> Outcome:
     start = time.monotonic()
     with log.open("w") as output:
         code = subprocess.run(
-            [python, *command.split()], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=output, stderr=output
+            [python, *command.format(folder=folder).split()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=output,
+            stderr=output,
         ).returncode
     return Outcome(part, part.figures(log.read_text(errors="replace")), code != 0, time.monotonic() - start)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.trust import summary
-from tests.trust.summary import PARTS, PYTEST, Outcome, Part, fuzzed, hostile, killed, of_pytest, run, watched
+from tests.trust.summary import PARTS, PYTEST, Outcome, Part, fuzzed, hostile, killed, learned, of_pytest, run, watched
 
 OUTPUTS = {
     fuzzed: (
@@ -23,6 +23,7 @@ OUTPUTS = {
         ".pointwise                         exact, as it should be\n.\n3 passed in 1.0s\n",
         {"": (1, 2, 0)},
     ),
+    learned: ("wrote a and b\nas near to stock as another order of prompts: 3 of 4\n", {"": (3, 0, 1)}),
     watched: ("            memory   objects\nqwen3       1.001     1.001     1.518     0.949\n", {"": (1, 0, 0)}),
 }
 
