@@ -205,7 +205,13 @@ class SharingGate:
         if not (changed if alone else on_any_rank(changed, device)):
             return
         outermost = None if alone else model
-        reasons = [disabled] if disabled else _why_not_any_longer(base, self._self_check, self._left_padding, outermost)
+        if not alone and Anatomy(model).is_sharded and on_any_rank(not changed, device):
+            # Its forwards need every process, and these would not make the same ones in a self-check.
+            reasons = ["it is sharded and has changed on some processes only: make the same change on all of them"]
+        elif disabled:
+            reasons = [disabled]
+        else:
+            reasons = _why_not_any_longer(base, self._self_check, self._left_padding, outermost)
         if not alone and on_any_rank(bool(reasons), device) and not reasons:
             reasons = ["another process found a difference"]
         if reasons:
@@ -513,9 +519,16 @@ def _why_not_any_longer(base: Any, checks: bool, left_padding: bool, outermost: 
     anatomy = Anatomy(base if outermost is None else outermost)
     report = report_on(anatomy)
     reasons = [*report.reasons, *(report.left_padding_reasons if left_padding else ())]
-    if not checks or (anatomy.is_sharded and outermost is None):
-        return [*reasons, *report.unverified]
-    if not reasons:
+    reasons += () if checks else report.unverified
+    if checks and anatomy.is_sharded and outermost is None:
+        reasons += report.unverified
+        if not reasons:
+            remark = (
+                f"{type(base).__name__} has changed since it was checked. It is sharded, so it is not checked again on its own: "
+                "call self_check(model) on every process"
+            )
+            logger.warning("prefix grouper: %s", remark)
+    elif checks and not reasons:
         reasons += _why_not_after(
             self_check(anatomy.model, left_padding=left_padding, anatomy=anatomy), report.unverified
         )

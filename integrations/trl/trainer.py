@@ -327,7 +327,8 @@ class PrefixGrouperMixin:
             self._self_check(model)
         if self._shares:
             with self.accelerator.autocast():  # which is a part of what was checked
-                self.gate.check_changes(model)
+                alone = self.accelerator.distributed_type not in SHARDED
+                self.gate.check_changes(model, self.accelerator.device, alone=alone)
         reason = self._why_not_share(call)
         if self._shares and self.gate.needs_first_batch(model):
             self._compare_first_batch(call, shares=reason is None)

@@ -135,3 +135,21 @@ def test_weights_without_values_are_compared_by_identity():
     assert what_differs(before, model) is None
     another_parameter(model)
     assert WEIGHT in what_differs(before, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", ["odd", "transposed", "strided", "not aligned"])
+def test_weights_of_every_layout_are_compared(dtype, shape):
+    """Bits are read eight bytes at a time where they lie so."""
+    model = build(lora=False).to(dtype)
+    values = {
+        "odd": torch.randn(3, 5, dtype=dtype),
+        "transposed": torch.randn(4, 6, dtype=dtype).T,
+        "strided": torch.randn(4, 12, dtype=dtype)[:, ::2],
+        "not aligned": torch.randn(25, dtype=dtype)[1:].view(4, 6),
+    }
+    a_weight(model).data = values[shape]
+    before = ModelState(model)
+    assert what_differs(before, model) is None
+    a_weight(model).data[-1, -1] += 1
+    assert WEIGHT in what_differs(before, model)

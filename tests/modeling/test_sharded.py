@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -19,7 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_grouper_plugins import PrefixLayout, UnsupportedModelError, enable_prefix_grouper, self_check
 from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.sharing import SharingGate
 from tests import tiny
+from tests.logs import messages
 from tests.modeling import families
 
 pytestmark = pytest.mark.slow  # processes take their time to start
@@ -104,6 +107,42 @@ def test_a_sharded_model_is_checked_by_all_processes_together(processes, model_t
     for (right, difference, clean), (wrong, _, _) in processes.run(2, self_checks, model_type, version):
         assert right and not wrong and clean
         assert 0 < difference < 1e-5
+
+
+def changed_after_sharding(group: dist.ProcessGroup, changes: list[bool], alone: bool) -> tuple[str, list[str]]:
+    """What is said to a hook on a layer that FSDP2 has made its own, on those processes that have it: as an error, and in the log."""
+    gate = SharingGate()
+    model = families.build("qwen3").float()
+    gate.enable([model])
+    gate.self_check(model, alone=True)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu"))
+    gate.check_changes(model, alone=alone)
+    if changes[group.rank()]:
+        model.model.layers[0].register_forward_hook(leak)
+    with messages() as said:
+        try:
+            gate.check_changes(model, alone=alone)
+        except UnsupportedModelError as error:
+            return str(error), said
+    return "", said
+
+
+def leak(module: nn.Module, args: Any, output: Any) -> Any:
+    return output + 0.5 * F.pad(output, (0, 0, 1, 0))[..., :-1, :]
+
+
+@pytest.mark.parametrize("changes", [[False] * 4, [True] * 4, [False, True, False, False]])
+def test_a_hook_on_a_layer_that_is_sharded_is_checked_by_all_processes_together(processes, changes):
+    for error, _ in processes.run(4, changed_after_sharding, changes, False):
+        assert ("Qwen3ForCausalLM has changed since it was checked" in error) == any(changes)
+        assert ("changed on some processes only" in error or "depends on tokens of other rows" in error) == any(changes)
+
+
+def test_where_a_process_is_by_itself_it_says_that_a_sharded_model_is_not_checked_again(processes):
+    for error, said in processes.run(4, changed_after_sharding, [True] * 4, True):
+        assert not error
+        assert len(said) == 1 and "call self_check(model) on every process" in said[0]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from prefix_grouper_plugins import UnsupportedModelError
 from tests.integrations.trl.training import largest_difference, make_trainer, train, trained_weights
 from tests.logs import messages
 
@@ -59,3 +61,15 @@ def trains_sharded(path: str) -> None:
         if trainer.accelerator.is_main_process:
             verified = [line for line in said if "verified the first micro-batch" in line]
             assert len(verified) == SETTINGS["max_steps"] and "not covered" not in "".join(verified), said
+    refuses_a_hook_that_leaks(trainer)
+
+
+def refuses_a_hook_that_leaks(trainer: Any) -> None:
+    """Checking the model again needs all processes."""
+    layer = next(m for m in trainer.model.modules() if type(m).__name__ == "FSDPQwen3DecoderLayer")
+    layer.register_forward_hook(lambda _, args, out: out + 0.5 * F.pad(out, (0, 0, 1, 0))[..., :-1, :])
+    ids = torch.full((2, 9), 4)
+    with pytest.raises(
+        UnsupportedModelError, match=r"has changed since it was checked.* depends on tokens of other rows"
+    ):
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 4)
