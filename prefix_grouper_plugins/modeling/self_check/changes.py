@@ -61,7 +61,7 @@ def fingerprint(base: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
     """A number for ``modules``, those at and under ``base``: their classes, forwards, hooks and adapters, not their weights."""
     parts: list[Any] = []
     for module in modules_of(base) if modules is None else modules:
-        if (cls := _compared_class(type(module))) is None:
+        if (cls := _compared_class(type(module))) is None:  # type: ignore[arg-type]
             continue
         parts.append(cls)
         own = vars(module)
