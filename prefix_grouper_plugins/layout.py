@@ -17,6 +17,7 @@ Visibility needs one integer per key: query ``q`` sees key ``k`` iff ``k <= q < 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
 from copy import copy
 from typing import Any
@@ -90,8 +91,9 @@ class PrefixLayout:
     blocks_cut_by_window: bool = False
     blocks_in_windows_only: bool = False
 
+    @torch.inference_mode(False)  # a layout that was made for scoring may serve training too
     def __init__(self, roots: Sequence[_Node], row_lengths: Sequence[int], device: torch.device | None = None) -> None:
-        self.row_lengths = tuple(row_lengths)
+        self.row_lengths = tuple(map(operator.index, row_lengths))
         nodes, segments = _place(roots)
         starts, ends = segments[:, 0].astype(np.int64), segments[:, 1].astype(np.int64)
         offsets = np.concatenate(([0], np.cumsum(self.row_lengths)))
@@ -208,8 +210,12 @@ class PrefixLayout:
             parents: which segment each of them branches from, -1 for a root.
 
         Raises:
-            ValueError: the segments are not in that order.
+            ValueError: no segments, lists of different lengths, or another order.
         """
+        if not lengths or len(lengths) != len(parents):
+            raise ValueError(
+                f"lengths has {len(lengths)} entries and parents has {len(parents)}: give both for each segment, at least one"
+            )
         nodes: list[_Node] = []
         roots: list[_Node] = []
         for length, parent in zip(lengths, parents, strict=True):
@@ -284,6 +290,7 @@ class PrefixLayout:
             shared.pop()
         return shared
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> PrefixLayout:
         """The same layout with its tensors on ``device`` (``segments`` and ``blocks`` stay on the CPU)."""
         moved = copy(self)
@@ -291,6 +298,7 @@ class PrefixLayout:
             setattr(moved, name, on_device(getattr(self, name), device))
         return moved
 
+    @torch.inference_mode(False)
     def given(self, num_tokens: int) -> PrefixLayout:
         """The same rows, with the first ``num_tokens`` tokens *given*: their keys and values come from another forward.
 
@@ -324,6 +332,7 @@ class PrefixLayout:
         part._given_of_rows = tuple(int((path < num_tokens).sum()) for path in paths)
         return part
 
+    @torch.inference_mode(False)
     def pad_to(self, num_tokens: int) -> PrefixLayout:
         """The same rows, followed by padding so that ``T`` is ``num_tokens``: for fixed shapes and equal pieces.
 

@@ -398,3 +398,28 @@ def test_levels_tell_how_many_tokens_rows_share_there():
 def test_a_shortest_level_below_one_token_is_refused():
     with pytest.raises(ValueError, match="min_level is 0: give the tokens of the shortest level, at least 1"):
         PrefixLayout.from_rows([torch.tensor([1, 2])], min_level=0)
+
+
+def test_a_layout_made_in_inference_mode_serves_training():
+    with torch.inference_mode():
+        layout = PrefixLayout.from_groups([4], [[2, 3]])
+        layouts = [
+            layout,
+            layout.pad_to(12),
+            layout.given(3),
+            layout.to("cpu"),
+            PrefixLayout.from_rows([torch.arange(3)]),
+        ]
+    for layout in layouts:
+        tensors = [x for x in vars(layout).values() if isinstance(x, torch.Tensor)]
+        assert len(tensors) >= 5 and not any(x.is_inference() for x in tensors)
+
+
+def test_segments_need_whole_lengths_and_a_parent_each():
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        PrefixLayout.from_segments([1.5], [-1])
+    for lengths, parents in (([], []), ([3, 2], [-1])):
+        with pytest.raises(
+            ValueError, match=f"lengths has {len(lengths)} entries and parents has {len(parents)}: give both"
+        ):
+            PrefixLayout.from_segments(lengths, parents)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 _AUTOCAST_DEVICES = frozenset(
     kind for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(kind)
 )
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+# Of the options, which are None where the layer has none.
+_WHOLE_NUMBER = (type(None), int, torch.SymInt)
+_NUMBER = (*_WHOLE_NUMBER, float, torch.SymFloat)
 
 
 def shared_prefix_attention(
@@ -50,7 +55,7 @@ def shared_prefix_attention(
         value (`Tensor[T, H_kv, D_v]`): packed values; ``D_v`` may differ from ``D`` (multi-head latent attention).
         layout (`PrefixLayout`): which token lies where; ``layout.num_tokens == T``. Tokens of one of ``layout.blocks``
             see each other in both directions.
-        scale: factor of the scores, by default ``D ** -0.5``.
+        scale: factor of the scores, any finite number, by default ``D ** -0.5``.
         sliding_window: a query sees the last ``sliding_window`` tokens of its row only, itself included.
         softcap: scores become ``softcap * tanh(score / softcap)``, after scaling (Gemma 2, arXiv 2408.00118).
         sinks (`Tensor[H]`): for each head one learned logit in the softmax's denominator (gpt-oss).
@@ -70,13 +75,18 @@ def shared_prefix_attention(
     if kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         query, key, value = (_narrowed(x, torch.get_autocast_dtype(kind)) for x in (query, key, value))
     _check_tensors(query, key, value, layout)
+    if not (isinstance(scale, _NUMBER) and isinstance(sliding_window, _WHOLE_NUMBER) and isinstance(softcap, _NUMBER)):
+        scale, softcap = _number("scale", scale), _number("softcap", softcap)
+        sliding_window = _number("sliding_window", sliding_window)
+    _check_options(query, scale, sliding_window, softcap, sinks, backend)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         _check_no_function_transform(query, key, value, sinks)
     if backend != "dense" and forward_ad._current_level >= 0:
         _check_no_tangent(query, key, value, sinks)
-    _check_options(query, sliding_window, softcap, sinks, backend)
     if scale is None:
         scale = query.shape[2] ** -0.5
+    elif scale <= 0:  # flash kernels take a factor above 0 for granted: they compare scores before they scale them
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     if _is_one_causal_call(query, value, layout, Options(scale, sliding_window, softcap), sinks, backend):
         out = cpu.causal(query, key, value, float(scale))
     elif backend == "dense":
@@ -131,6 +141,23 @@ def _check_no_function_transform(*tensors: Tensor | None) -> None:
         )
 
 
+def _number(name: str, value: Any) -> Any:
+    """``value``, or the Python number in a tensor or in an array of NumPy.
+
+    Raises:
+        ValueError: it is none, or a tensor whose gradient would be lost.
+    """
+    if isinstance(value, _NUMBER):
+        return value
+    if not hasattr(value, "item"):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}: give a number, or None")
+    if getattr(value, "requires_grad", False):
+        raise ValueError(
+            f"{name}={value!r} would get no gradient: give a number, and multiply query by a scale that is learned"
+        )
+    return value.item()
+
+
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in autocast's dtype; as everywhere in torch, float64 is left alone.
 
@@ -159,14 +186,16 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayo
             f"shapes do not fit: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; "
             "query [T, H, D], key [T, H_kv, D] and value [T, H_kv, D_v] are needed"
         )
+    if not (heads and kv_heads and head_dim):
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} have no heads, or heads without dims")
     if heads % kv_heads:
         raise ValueError(
             f"{heads} query heads are not a multiple of {kv_heads} key heads: "
             "each key head serves the same number of query heads"
         )
-    if not query.dtype.is_floating_point or not query.dtype == key.dtype == value.dtype:
+    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
         dtypes = ", ".join(f"{name} {x.dtype}" for name, x in _named(query, key, value))
-        raise ValueError(f"dtypes are {dtypes}: cast the three to one floating-point dtype")
+        raise ValueError(f"dtypes are {dtypes}: cast the three to one floating-point dtype of 16, 32 or 64 bits")
     if not query.device == key.device == value.device:
         devices = ", ".join(f"{name} {x.device}" for name, x in _named(query, key, value))
         raise ValueError(f"devices are {devices}: move the three to one device")
@@ -177,18 +206,25 @@ def _named(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[str, Tensor]
 
 
 def _check_options(
-    query: Tensor, sliding_window: int | None, softcap: float | None, sinks: Tensor | None, backend: str
+    query: Tensor,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    backend: str,
 ) -> None:
     if (
         backend == "dense" or backend not in BACKEND_NAMES
     ):  # the others look at the environment variable when they choose
         check_backend_name(backend)
-    if sliding_window is not None and sliding_window < 1:
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale={scale}: give a finite number, or None for head_dim ** -0.5")
+    if sliding_window is not None and not (isinstance(sliding_window, _WHOLE_NUMBER) and sliding_window >= 1):
         raise ValueError(
             f"sliding_window={sliding_window}: give a number of tokens of at least 1, or None for no window"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap}: give a positive cap, or None for no cap")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: give a positive cap that is finite, or None for no cap")
     if sinks is None:
         return
     if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:

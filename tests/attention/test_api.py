@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from emulation import flash_on_cpu
 
 from prefix_grouper_plugins.attention import available_backends, shared_prefix_attention
+from prefix_grouper_plugins.attention.backends.dense import visibility_mask
 from prefix_grouper_plugins.attention.registry import BACKENDS
 from prefix_grouper_plugins.layout import PrefixLayout
 
@@ -35,6 +39,21 @@ def call(q: Any = (T, 4, 8), k: Any = (T, 2, 8), v: Any = (T, 2, 8), **options: 
         ({"v": torch.empty(T, 2, 8, device="meta")}, "value meta: move the three to one device"),
         ({"sliding_window": 0}, "sliding_window=0: give a number of tokens of at least 1"),
         ({"softcap": -1.0}, r"softcap=-1\.0: give a positive cap"),
+        ({"softcap": float("inf")}, "softcap=inf: give a positive cap that is finite"),
+        ({"sliding_window": 1.5}, r"sliding_window=1\.5: give a number of tokens of at least 1"),
+        ({"scale": float("nan")}, "scale=nan: give a finite number"),
+        ({"scale": "0.3"}, "scale='0.3' is a str: give a number"),
+        (
+            {"scale": torch.tensor(0.3, requires_grad=True)},
+            "would get no gradient: give a number, and multiply query by",
+        ),
+        ({"q": (T, 0, 8)}, r"query \(12, 0, 8\) and key \(12, 2, 8\) have no heads"),
+        ({"k": (T, 0, 8), "v": (T, 0, 8)}, r"key \(12, 0, 8\) have no heads"),
+        ({"q": (T, 4, 0), "k": (T, 2, 0)}, r"query \(12, 4, 0\).*heads without dims"),
+        (
+            dict.fromkeys("qkv", torch.ones(T, 2, 8).to(torch.float8_e4m3fn)),
+            "floating-point dtype of 16, 32 or 64 bits",
+        ),
         ({"sinks": torch.zeros(3)}, r"sinks has shape \(3,\): one logit for each of the 4 query heads"),
         ({"sinks": torch.zeros(4, device="meta")}, "sinks is torch.float32 on meta: move it"),
         ({"backend": "flash"}, "backend='flash' is unknown: choose one of auto, merged_lse, .*blockwise, dense"),
@@ -45,6 +64,26 @@ def call(q: Any = (T, 4, 8), k: Any = (T, 2, 8), v: Any = (T, 2, 8), **options: 
 def test_wrong_arguments_are_refused_with_value_and_remedy(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**arguments)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, torch.tensor(-0.7), np.float32(0.5)], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "blockwise", "dense", "cuda_driver"])
+def test_a_scale_may_be_any_finite_number(scale: Any, backend: str) -> None:
+    """Flash kernels give NaN for one that is 0 or below: they compare scores, hidden ones too, before they scale them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(T, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    leaves = [x.requires_grad_() for x in tensors]
+    q, k, v = leaves[0], *(x.repeat_interleave(2, 1) for x in leaves[1:])
+    scores = torch.einsum("qhd,khd->hqk", q, k) * float(scale)
+    hidden = ~visibility_mask(LAYOUT.segments)
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    with flash_on_cpu() if backend == "cuda_driver" else nullcontext():
+        name = "merged_lse" if backend == "cuda_driver" else backend
+        out = shared_prefix_attention(*leaves, LAYOUT, scale=scale, backend=name)
+        grad = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+        found = torch.autograd.grad(out, leaves, grad)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, leaves, grad))
 
 
 @pytest.mark.parametrize(
