@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, library
 
 from prefix_grouper_plugins.attention.device import accumulation_dtype, cast
+from prefix_grouper_plugins.attention.first_derivative import no_second_derivative
 from prefix_grouper_plugins.attention.registry import run
 from prefix_grouper_plugins.attention.request import Options, Request
 from prefix_grouper_plugins.forest import Forest, forest_of
@@ -163,15 +164,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "shared_prefix_attention has a first derivative only: take backend='dense' for double backward, or leave "
-        "create_graph=True out"
-    )
-
-
-attention_backward_op.register_autograd(_no_second_derivative)
+attention_backward_op.register_autograd(no_second_derivative)

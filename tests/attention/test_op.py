@@ -161,9 +161,10 @@ def test_inference_mode_and_frozen_inputs_work(features: Features) -> None:
     assert torch.equal(torch.autograd.grad(frozen.sum(), q)[0], torch.autograd.grad(expected.sum(), q)[0])
 
 
-def test_second_derivatives_are_refused_loudly() -> None:
-    q, k, v = inputs(LAYOUT, Features())
-    (dq,) = torch.autograd.grad(shared_prefix_attention(q, k, v, LAYOUT).square().sum(), q, create_graph=True)
+@pytest.mark.parametrize("layout", [LAYOUT, PrefixLayout.from_rows([torch.arange(9)])], ids=["group", "one row"])
+def test_second_derivatives_are_refused_loudly(layout: PrefixLayout) -> None:
+    q, k, v = inputs(layout, Features())
+    (dq,) = torch.autograd.grad(shared_prefix_attention(q, k, v, layout).square().sum(), q, create_graph=True)
     with pytest.raises(ValueError, match="shared_prefix_attention has a first derivative only: take backend='dense'"):
         dq.sum().backward()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import merge
 from prefix_grouper_plugins.attention.backends.merged_lse.rectangles import rectangles
 from prefix_grouper_plugins.attention.device import accumulation_dtype, dense_rows
+from prefix_grouper_plugins.attention.first_derivative import first_derivative_only
 from prefix_grouper_plugins.forest import CACHED_LAYOUTS, Forest
 from prefix_grouper_plugins.layout import MAX_TOKENS
 
@@ -104,6 +105,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     q, k, v = (dense_rows(x) for x in (q, k, v))
     out, _ = op(_heads(q), *map(_heads, _for_each_head(k, v, q.shape[1])), 0.0, True, scale=scale)
+    if out.grad_fn is not None:
+        out.grad_fn.register_hook(first_derivative_only)
     return out[0].transpose(0, 1)  # type: ignore[no-any-return]
 
 
