@@ -36,8 +36,9 @@ from prefix_grouper_plugins.modeling.support.report import SupportReport, number
 from prefix_grouper_plugins.padded_rows import PaddedRows, why_not_rows
 from prefix_grouper_plugins.sharing import SharingGate
 
-# Arguments of a decoder that say nothing about rows, or that the packed call sets itself.
-_KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch"}
+# Arguments of a decoder that say nothing about rows, or that the packed call sets itself. `margin` is of the loss: TRL's
+# reward trainer hands its whole batch to the model, which hands on what it does not know, and no decoder reads it.
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch", "margin"}
 _KINDS = ("token_type_ids", "mm_token_type_ids")  # of tokens, 0 for text
 _OF_TOWERS = ("vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy")  # alike for all images
 # What a forward may be asked for by its arguments or by the config, one place for each packed token.
@@ -93,6 +94,7 @@ def share_rows(
     sharing = RowSharing([model], gate, share=share)
     with sharing:
         sharing.self_check_now()
+        sharing.say_what_differs()
         yield sharing
 
 
@@ -193,6 +195,11 @@ class RowSharing:
             ready = self.gate.needs_self_check(anatomy.model) and why_not_yet(anatomy) is None
             if ready and not anatomy.is_sharded:
                 self.gate.self_check(anatomy.model, alone=True, anatomy=anatomy)
+
+    def say_what_differs(self) -> None:
+        """Warn, once, of what is shared and gives other numbers than the ordinary path all the same: dropout."""
+        if self.gate.reason is None:
+            self.gate.warn(*(note for report in self.gate.reports for note in report.notes))
 
     def close(self) -> None:
         """Leave the models as they were."""

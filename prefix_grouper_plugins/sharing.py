@@ -377,7 +377,8 @@ def enable_prefix_grouper(
 ) -> nn.Module:
     """Let ``model`` (a transformers causal LM, bare or wrapped by PEFT) take packed rows. In place and idempotent.
 
-    Nothing changes for ordinary calls. Packed calls are made with :func:`packed_inputs`.
+    Nothing changes for ordinary calls. Packed calls are made with :func:`packed_inputs`. A warning says what gives other
+    numbers in them all the same, such as dropout.
 
     Args:
         model: the model.
@@ -400,6 +401,7 @@ def enable_prefix_grouper(
         (anatomy,) = gate.anatomies
         if why_not_yet(anatomy) is None and not anatomy.is_sharded:
             gate.self_check(model, alone=True, anatomy=anatomy)
+    gate.warn(*gate.reports[0].notes)
     return model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
-from prefix_grouper_plugins import UnsupportedModelError, share_rows
+from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper, share_rows
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling import decoder_of, is_enabled
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MODEL_TYPES
@@ -531,6 +531,18 @@ def test_a_backward_of_checkpointed_layers_outside_is_an_error():
         value = loss(logits_of(model))
     with pytest.raises((RuntimeError, UnsupportedModelError)):
         value.backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_dropout_gives_other_numbers_and_a_warning(dropout, caplog):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small(), peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=dropout)).train()
+    with share_rows(model):
+        pass
+    enable_prefix_grouper(model)
+    warned = [record.message for record in caplog.records if "share one dropout mask" in record.message]
+    assert len(warned) == (2 if dropout else 0), "one of each"
+    assert all("dropout of 0.25 is active" in line for line in warned)
 
 
 def test_a_model_that_cannot_be_shared_is_refused_or_left_alone():

@@ -287,6 +287,12 @@ def test_pairs_with_images_give_the_stock_weights(model_type):
     assert trainer.sharing.passes["update"].token_ratio <= 0.7
 
 
+def test_rewards_with_margins_give_the_stock_weights(path):
+    """TRL hands the margins of the loss to the model, too."""
+    data = pairs().map(lambda row, i: {"margin": i % 3 * 0.5}, with_indices=True)
+    compare("Reward", path, data=data)
+
+
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 FOLLOWS = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
 MORE_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
