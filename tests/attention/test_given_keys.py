@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
@@ -186,6 +187,20 @@ def test_given_tokens_that_are_not_whole_segments_are_refused(num_given: int, me
     q, k, v = inputs(layout, Features())
     with pytest.raises(ValueError, match=message):
         shared_prefix_attention(q[num_given:], k, v, given_keys(layout, num_given))
+
+
+@pytest.mark.parametrize("backend", ["auto", "blockwise"])
+def test_given_keys_that_no_query_sees_change_nothing(backend: str) -> None:
+    """Two rows that share nothing, and the first one is given as a whole."""
+    layout = PrefixLayout.from_groups([4, 3], [[2], [3]]).given(5)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((layout.num_queries, 4), (layout.num_tokens, 2), (layout.num_tokens, 2))
+    tensors = [torch.randn(n, h, 8, generator=generator, dtype=torch.float64).requires_grad_() for n, h in sizes]
+    actual = output_and_gradients(lambda *x: shared_prefix_attention(*x[:3], layout, backend=backend), tensors)
+    rows = [x[-layout.num_queries :].transpose(0, 1) for x in tensors]
+    expected = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(0, 1)
+    torch.testing.assert_close(actual[0], expected)
+    assert not actual[2][:5].any() and not actual[3][:5].any()
 
 
 def test_queries_of_given_tokens_are_refused() -> None:

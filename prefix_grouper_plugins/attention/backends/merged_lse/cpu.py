@@ -50,8 +50,11 @@ class _Plan(NamedTuple):
 
     @property
     def is_one_call(self) -> bool:
-        """Whether one triangle is all there is, whose results need neither copies nor merging."""
-        return len(self.triangles) == 1 and not self.rectangles
+        """Whether one triangle of all keys is all there is: its results need neither copies nor merging.
+
+        Given keys that no query sees are in no rectangle either.
+        """
+        return len(self.triangles) == 1 and self.triangles[0].start == 0 and not self.rectangles
 
 
 @lru_cache(maxsize=CACHED_LAYOUTS)
