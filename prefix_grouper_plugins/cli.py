@@ -33,7 +33,7 @@ Forward each prompt of a GRPO group once.
   prefix-grouper trl SCRIPT ... --use_prefix_grouper    run a TRL script with sharing (prefix-grouper trl --help)
   prefix-grouper doctor [--model NAME_OR_PATH]          what this machine can run, and how a model would be run
   prefix-grouper plan prompts.jsonl --responses 512     what sharing would save in your training; nothing is run
-  prefix-grouper bench --prompt 4096 --response 512     how fast attention, or an update, is here, shared and not
+  prefix-grouper bench --prompt 4096 --response 512     time attention, or an update, with and without sharing
 """
 
 PACKAGES = ("prefix-grouper-plugins", "torch", "transformers", "trl", "peft", "verl")

@@ -552,4 +552,4 @@ _check_what_has_changed.belongs_to_enabling = True  # type: ignore[attr-defined]
 def _layers_in_words(report: SupportReport) -> str:
     """How the layers run: "24 layers: auto, merged_lse" and the like."""
     kinds = Counter(layer.backend for layer in report.layers)
-    return ", ".join(f"{number} layers: {backend}" for backend, number in kinds.items())
+    return ", ".join(f"{number} layer{'s' * (number > 1)}: {backend}" for backend, number in kinds.items())

@@ -390,7 +390,7 @@ def test_the_table_of_metrics_has_each_once() -> None:
 def test_the_readme_is_short_and_opens_with_what_it_is_for() -> None:
     assert len(README.split()) < 1450
     opening = README.split("## ")[0]
-    assert "pays where prompts are long" in " ".join(opening.split()) and "docs/images/demo.png" in opening
+    assert "pays off where prompts are long" in " ".join(opening.split()) and "docs/images/demo.png" in opening
 
 
 def test_the_table_of_options_is_that_of_the_code() -> None:

@@ -1,11 +1,11 @@
 """Run an unmodified TRL script with prefix grouping.
 
     prefix-grouper trl my_script.py ... --use_prefix_grouper
-    prefix-grouper trl grpo ... --use_prefix_grouper                 (TRL's own script; rloo, dpo, kto and reward likewise)
+    prefix-grouper trl grpo ... --use_prefix_grouper                 (TRL's own script; also rloo, dpo, kto and reward)
     accelerate launch -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
     torchrun --nproc_per_node 2 -m prefix_grouper_plugins.integrations.trl.launch my_script.py ... --use_prefix_grouper
 
-The flag and its companions may come before or after the script, or in the YAML file of TRL's --config. They are:
+The options may come before or after the script, or in the YAML file of TRL's --config:
 
     --use_prefix_grouper [true|false]           share the prompts of a group
     --prefix_grouper_share WHAT                 auto (default), prompt, or tree: sampled tokens too

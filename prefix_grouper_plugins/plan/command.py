@@ -84,9 +84,11 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--response-column", help="in a file of samples; default: completion, response, output or a length"
     )
-    data.add_argument("--limit", type=_whole, help=f"prompts that are read, 0 for all (default: {LIMIT})")
+    data.add_argument("--limit", type=_whole, help=f"prompts to read, 0 for all (default: {LIMIT})")
     sizes = plan.add_argument_group("with DATA: the batches")
-    sizes.add_argument("--trainer", choices=("trl", "verl"), help="whose micro-batches (default: trl)")
+    sizes.add_argument(
+        "--trainer", choices=("trl", "verl"), help="the trainer whose micro-batches are planned (default: trl)"
+    )
     sizes.add_argument(
         "--batch-size", type=count,
         help="rows of a micro-batch: per_device_train_batch_size (default: 8), ppo_micro_batch_size_per_gpu",
@@ -97,7 +99,9 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     sizes.add_argument("--max-token-len", type=count, help="verl, with use_dynamic_bsz: ppo_max_token_len_per_gpu")
     sizes.add_argument("--processes", type=count, help="data-parallel processes (default: 1)")
     training = plan.add_argument_group("with DATA: the training")
-    training.add_argument("--memory", type=_positive, metavar="GIB", help="of a device: what fits?")
+    training.add_argument(
+        "--memory", type=_positive, metavar="GIB", help="memory of a device: also print the largest group that fits"
+    )
     training.add_argument(
         "--lora-rank", type=count, help="LoRA on all linear layers (default: all weights are trained)"
     )
@@ -110,7 +114,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--outside-share", type=_share,
-        help="share of a stock step that generation, rewards and the optimizer take (default: a quarter, a half, three)",
+        help="share of a stock step that generation, rewards and the optimizer take (default: 0.25, 0.5 and 0.75)",
     )  # fmt: skip
     training.add_argument("--seed", type=_whole, help="of the order of rows and the drawn lengths (default: 0)")
     training.add_argument("--plot", type=Path, metavar="PNG", help="also draw the figures into this file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,29 @@ def print_report(found: dict[str, Any]) -> None:
         f"Token ratio {found['token_ratio']:.3f} (the metric prefix_grouper/token_ratio: shared, over rows without padding)"
     )
     shares = ", ".join(
-        f"{x['times_as_fast']:.2f} if {x['outside_share']:.0%} of a stock step is" for x in found["step_speedup"]
+        f"{x['times_as_fast']:.2f} if these take {x['outside_share']:.0%} of a stock step"
+        for x in found["step_speedup"]
     )
-    print(f"The update is about {found['update_speedup']:.2f} times as fast. A whole step, with what lies outside of the "
-          f"policy's passes\n(generation, rewards, optimizer): {shares}.")  # fmt: skip
+    print(
+        f"The update is about {found['update_speedup']:.2f} times as fast. A whole step also has generation, rewards and "
+        f"the optimizer:\nit is {shares} times as fast."
+    )
     if "largest_group" in found:
         _print_largest_group(found)
     _print_settings(found)
-    print(
-        f"\nAssumed: {ASSUMED[found['trainer']]}. Otherwise micro-batches that are smaller than a group\n"
-        "do not reuse its prompt: more is forwarded, unless a micro-batch holds whole groups."
+    _print_text(
+        f"Assumed: {ASSUMED[found['trainer']]}. Otherwise micro-batches that are smaller than a group do not reuse its "
+        "prompt: more tokens are forwarded, unless a micro-batch holds whole groups."
     )
-    print(
-        "\nEstimates from FLOPs and from what autograd keeps; nothing was run. Stock: padded rows in TRL, rows end to end "
-        "in verl. How far such\nestimates are from measurements: docs/benchmarks.md. prefix-grouper bench measures on this machine."
+    _print_text(
+        "These are estimates from FLOPs and from what autograd keeps; nothing was run. Stock means padded rows in TRL, "
+        "and rows end to end in verl. docs/benchmarks.md compares such estimates with measurements; prefix-grouper bench "
+        "measures on this machine."
     )
+
+
+def _print_text(text: str) -> None:
+    print(f"\n{textwrap.fill(text, 120, break_on_hyphens=False)}")
 
 
 def _limited(prompts: dict[str, Any]) -> str:
@@ -85,7 +94,7 @@ def _step_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         stock, shared = figures["stock"] / unit, figures["shared"] / unit
         rows.append((label, format(stock, form), format(shared, form), f"{stock / shared:.2f}"))
     static = f"{found['peak_bytes']['static'] / GIB:,.3g}"
-    return [*rows, ("  of it weights, gradients, optimizer", static, static, "")]
+    return [*rows, ("  of which weights, gradients, optimizer", static, static, "")]
 
 
 def _print_largest_group(found: dict[str, Any]) -> None:
@@ -103,7 +112,7 @@ def _print_settings(found: dict[str, Any]) -> None:
     print("\nSettings that share most, for the same optimizer step:")
     for trainer, advice in found["settings"].items():
         text = " ".join(f"{key}={value}" for key, value in advice["settings"].items())
-        note = "" if advice["fits"] else "; more than the memory there is, and nothing smaller was found"
+        note = "" if advice["fits"] else "; this exceeds the memory given, and no smaller setting was found"
         print(
             f"  {trainer:6}{text}\n        token ratio {advice['token_ratio']:.3f}, peak {advice['peak_bytes'] / GIB:,.2f} GiB{note}"
         )

@@ -361,7 +361,7 @@ def test_the_start_says_what_will_be_shared_and_that_no_row_is_moved(path, caplo
         _, trainer = train("KTO", path, shared=True, data=rated(2), **settings)
     (line,) = [entry["prefix_grouper"] for entry in trainer.state.log_history if "prefix_grouper" in entry]
     assert line in caplog.text
-    assert line.startswith("prefix grouper is on for Qwen3Model (1 layers: merged_lse) and Qwen3Model")
+    assert line.startswith("prefix grouper is on for Qwen3Model (1 layer: merged_lse) and Qwen3Model")
     assert "completions of one prompt" in line
     assert "8 examples in TRL's order (train_sampling_strategy='random'), no row is moved to another one" in line
 
