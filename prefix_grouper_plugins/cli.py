@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             finally:
                 sys.stdout.flush()
         except MemoryError as error:
-            raise UsageError("memory does not suffice for these sizes: choose smaller ones") from error
+            raise UsageError("there is not enough memory for these sizes: choose smaller ones") from error
         except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
             return 128 + signal.SIGPIPE  # what a shell reports for a program that this signal ended

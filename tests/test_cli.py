@@ -242,7 +242,7 @@ def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("prefix_grouper_plugins.plan.one_group.compare_group", compare_group)
-    assert stderr_of(capsys, *PLAN) == "memory does not suffice for these sizes: choose smaller ones\n"
+    assert stderr_of(capsys, *PLAN) == "there is not enough memory for these sizes: choose smaller ones\n"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no_such_type"}', "{}"])

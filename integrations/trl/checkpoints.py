@@ -31,7 +31,9 @@ def check_checkpoint(resume_from: str | bool | None, output_dir: str | None) -> 
     if folder is None or not Path(folder).is_dir() or (reason := why_not_whole(Path(folder))) is None:
         return
     whole = newest_whole_checkpoint(Path(folder).parent)
-    remedy = "no checkpoint beside it is whole: start anew" if whole is None else f"resume from {whole}"
+    remedy = (
+        "no other checkpoint there is complete: start from the beginning" if whole is None else f"resume from {whole}"
+    )
     raise ValueError(
         f"{folder} was not written to its end ({reason}), as when a training is killed while it saves: {remedy}"
     )

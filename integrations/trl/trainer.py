@@ -172,7 +172,7 @@ class PrefixGrouperMixin:
         if scattered:
             return [
                 f"rows of a prompt stay scattered over the {slices} micro-batches of a generation batch "
-                f"({self._why_scattered()}): prefix_grouper_regroup='group' moves them all the same"
+                f"({self._why_scattered()}): prefix_grouper_regroup='group' moves them anyway"
             ]
         return []
 

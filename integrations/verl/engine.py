@@ -231,7 +231,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         if leaves_images_out(module):
             reasons.append(f"verl's fused kernels leave the images of {kind} out of the forward")
         elif has_verls_forward(module) and not known_of(kind).compared_in_verl:
-            reasons.append(f"verl has a forward of its own for {kind}, which no test has compared with packed rows")
+            reasons.append(f"verl has its own forward for {kind}, which no test has compared with packed rows")
         if self.use_ulysses_sp and not known_of(kind).verls_forward:
             reasons.append(f"verl does not cut the rows of {kind} for Ulysses, as it does for the families it knows")
         return reasons
@@ -395,7 +395,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         if (reason := why_not_topk(data, ulysses=self.use_ulysses_sp)) is not None:
             return reason
         if isinstance(data["temperature"], Tensor):
-            return "each row has a temperature of its own"
+            return "each row has its own temperature"
         if "prompts" not in data:
             return "the batch does not say where prompts end (`prompts` is missing)"
         inputs = row_inputs(data)

@@ -118,7 +118,7 @@ _note(
 _note("cpmant", refused="cpmant lets each token see the whole row, so a prefix would depend on what follows it")
 _note(
     "prophetnet",
-    refused="prophetnet runs a stream of predictions beside each row, in attention that knows no packed rows",
+    refused="prophetnet runs a stream of predictions alongside each row, in attention that knows no packed rows",
 )
 _note(
     "reformer",

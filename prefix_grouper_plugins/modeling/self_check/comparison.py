@@ -107,7 +107,7 @@ class Comparison:
             try:
                 result = self._in_both_modes(result)
             except torch.OutOfMemoryError:
-                result = replace(result, not_covered="memory does not suffice for a few rows")
+                result = replace(result, not_covered="there is not enough memory for a few rows")
         return replace(
             result,
             tokens=self.layout.num_tokens,

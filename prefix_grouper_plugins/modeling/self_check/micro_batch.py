@@ -35,7 +35,7 @@ from prefix_grouper_plugins.modeling.self_check.measures import (
 from prefix_grouper_plugins.modeling.self_check.result import SelfCheck, on_any_rank
 from prefix_grouper_plugins.modeling.self_check.tolerances import coarsest_dtype
 
-_NO_MEMORY = "memory does not suffice for this micro-batch on the ordinary path"
+_NO_MEMORY = "there is not enough memory for this micro-batch on the ordinary path"
 _LOG_PROBS, _LOSS = "outputs (log-probs)", "outputs (loss)"
 
 

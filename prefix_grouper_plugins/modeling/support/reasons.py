@@ -118,7 +118,7 @@ def _type_reasons(config: Any, layers: Sequence[Layer]) -> list[str]:
     if reasons := reasons_of_type(config):
         return reasons
     if not layers:
-        return [f"{kind} mixes tokens by code of its own, which is not supported yet"]
+        return [f"{kind} mixes tokens in its own code, which is not supported yet"]
     known = _LAYER_TYPES.union(*(mixer.layer_types for _, m in layers if (mixer := mixer_of(m))))
     known -= known_of(kind).unshared_layer_types
     others = sorted(set(getattr(config, "layer_types", None) or ()) - known)

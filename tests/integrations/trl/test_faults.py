@@ -84,7 +84,7 @@ def test_a_kill_inside_of_a_save_is_told_from_a_whole_checkpoint(qwen, checkpoin
     with pytest.raises(ValueError, match=r"checkpoint-2 was not written to its end .*: resume from .*checkpoint-1$"):
         resume(qwen, True, run, how if how is True else str(run / "checkpoint-2"))
     shutil.rmtree(run / "checkpoint-1")
-    with pytest.raises(ValueError, match="no checkpoint beside it is whole: start anew"):
+    with pytest.raises(ValueError, match="no other checkpoint there is complete: start from the beginning"):
         resume(qwen, True, run, True)
 
 

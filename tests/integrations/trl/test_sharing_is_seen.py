@@ -78,7 +78,7 @@ def test_a_stock_config_shares_with_default_settings(llama):
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "loss_type": "bnpo"},
             "only 4 of 8 rows share a prompt",
         ),
-        ({"loss_type": "bnpo"}, "prefix_grouper_regroup='group' moves them all the same"),
+        ({"loss_type": "bnpo"}, "prefix_grouper_regroup='group' moves them anyway"),
         ({"prefix_grouper_regroup": "none"}, "stay scattered over the 2 micro-batches"),
     ],
 )

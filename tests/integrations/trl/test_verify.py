@@ -159,7 +159,7 @@ def test_where_memory_does_not_suffice_training_goes_on_and_says_so(qwen, said, 
     assert all(torch.equal(p, expected[name]) for name, p in trainer.model.named_parameters())
     assert trainer.gate.reason is None
     (line,) = [line for line in said if "could not be compared" in line]
-    assert "memory does not suffice" in line
+    assert "not enough memory" in line
 
 
 def test_a_first_micro_batch_that_shows_nothing_is_followed_by_the_next(qwen, said, monkeypatch):

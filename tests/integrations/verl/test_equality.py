@@ -172,7 +172,7 @@ def test_a_critic_has_the_value_at_the_last_token_of_each_row_and_shares_trees(r
 @pytest.mark.slow
 def test_what_cannot_be_shared_goes_the_ordinary_way_and_is_counted(results):
     reasons = {
-        "each row has a temperature of its own": Case(temperature=[0.7, 1.0, 1.3]),
+        "each row has its own temperature": Case(temperature=[0.7, 1.0, 1.3]),
         "`prompts` is missing": Case(without_prompts=True),
         "attention dropout is 0.1": Case(dropout=0.1, options={"on_unsupported": "fallback"}),
     }

@@ -95,15 +95,15 @@ ROWS_PER_GROUP = [
     (Case(model="qwen3_vl", images="end"), 1),  # what repeats the last prompt token would repeat a placeholder
 ]
 FALLBACKS = [
-    (Case(model="qwen2_5_vl", images="one", temperature=[0.7, 1.0]), "each row has a temperature of its own"),
+    (Case(model="qwen2_5_vl", images="one", temperature=[0.7, 1.0]), "each row has its own temperature"),
     (Case(model="qwen3_vl", images="unknown"), "`pixel_mask` among the multimodal inputs is not known here"),
     (
         Case(model="gemma3", images="even", tied=True, alone=True, temperature=[0.7, 1.0]),  # which verl would mix up
-        "each row has a temperature of its own",
+        "each row has its own temperature",
     ),
     (
         Case(model="idefics3", images="mixed", alone=True, temperature=[0.7, 1.0], remove_padding=False),
-        "each row has a temperature of its own",
+        "each row has its own temperature",
     ),
     (
         Case(model="vipllava", images="one", tied=True),
@@ -290,7 +290,7 @@ def test_models_with_another_forward_by_verl_are_refused_before_training(monkeyp
     from verl.models.transformers.glm4v import forward_with_normal_backend
 
     monkeypatch.setattr(Glm4vForConditionalGeneration, "forward", forward_with_normal_backend)
-    assert "verl has a forward of its own for glm4v, which no test has compared with packed rows" in refusal("glm4v")
+    assert "verl has its own forward for glm4v, which no test has compared with packed rows" in refusal("glm4v")
 
 
 def test_rows_that_verl_does_not_cut_for_ulysses_are_refused():
