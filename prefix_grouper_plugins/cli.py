@@ -4,6 +4,7 @@ batch costs and how fast attention over it is."""
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.metadata
 import json
@@ -37,6 +38,8 @@ Forward each prompt of a GRPO group once.
 """
 
 PACKAGES = ("prefix-grouper-plugins", "torch", "transformers", "trl", "peft", "verl")
+# Of writing to stdout: a full disk or quota, or a broken one.
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 # What `doctor` asks each backend about.
 HEAD_DIMS = (64, 80, 96, 128, 256)
 LAYERS: dict[str, dict[str, Any]] = {
@@ -61,12 +64,26 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 return _run(arguments)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # it is None, and print() writes nothing, where the shell closed it (`>&-`)
+                    sys.stdout.flush()
         except MemoryError as error:
             raise UsageError("there is not enough memory for these sizes: choose smaller ones") from error
         except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+            _discard_output()
             return 128 + signal.SIGPIPE  # what a shell reports for a program that this signal ended
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except OSError as error:
+            if error.filename is not None or error.errno not in _OUTPUT_ERRORS:
+                raise
+            _discard_output()
+            print(f"prefix-grouper: the output cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
+
+
+def _discard_output() -> None:
+    """What has not been written is not tried again by the flush at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:

@@ -316,6 +316,31 @@ def test_a_reader_that_stops_early_does_not_break_it(unbuffered, command, status
     assert process.returncode in statuses
 
 
+@pytest.mark.parametrize("unbuffered", [["-u"], []])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_an_error_of_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *unbuffered, "-m", "prefix_grouper_plugins.cli", *PLAN]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "prefix-grouper: the output cannot be written: No space left on device\n"
+
+
+def test_without_an_output_it_ends_as_with_one():
+    whole = " ".join([sys.executable, "-m", "prefix_grouper_plugins.cli", *PLAN, ">&-"])
+    result = subprocess.run(["sh", "-c", whole], stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_interrupt_ends_it_without_a_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plan", interrupted)
+    assert cli.main(PLAN) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_bench_times_each_backend_against_row_by_row(tmp_path, capsys):
     sizes = ["--prompt", "96", "--response", "8", "--group", "4", "--repeats", "1"]
     cli.main(["bench", *sizes, "--device", "cpu", "--model", tiny.saved_model(tmp_path, "qwen3")])
