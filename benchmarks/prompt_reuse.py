@@ -7,7 +7,8 @@ One optimizer step of a policy-gradient loss on a small Qwen2 model, in micro-ba
     stock     each micro-batch as padded rows, as TRL forwards it
     packed    each micro-batch as a packed row of its own: its rows share their prompt, the next micro-batch runs it again
     reused    as our TRL trainer does it: one forward takes as many micro-batches as hold no more tokens than one of stock, and
-              where the group does not fit into one, each runs its completions against the prompt, which was forwarded once
+              where the group does not fit into one, each runs its completions against the prompt, which was forwarded once;
+              micro-batches that would save next to nothing are padded rows
 
 Two cases have nothing to gain: a group of one row, and a short prompt. ``bound`` is the ratio of the FLOPs of stock and reused
 (prefix_grouper_plugins/cost.py): attention between completions and prompt, and the head, cost what they cost in stock.
@@ -35,7 +36,7 @@ from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
 from prefix_grouper_plugins.cost import ModelShape, compare
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
-from prefix_grouper_plugins.token_budget import RowTokens, plan_forwards
+from prefix_grouper_plugins.token_budget import RowTokens, pays_to_pack, plan_forwards
 
 SHAPE = ModelShape(256, 4, 8, 2, 32, 1024, 4096, tied_head=True)
 LENGTHS = ((1024, 64), (512, 512))  # prompt and response
@@ -73,6 +74,9 @@ def packed(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) ->
 
 def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) -> None:
     (group, prompt), response = prompts.shape, completions.shape[1]
+    if saves_nothing(prompt, response, group, rows):
+        stock(model, prompts, completions, rows)
+        return
     row = RowTokens.of("the prompt", prompt, response)
     micro_batches = [[row] * len(part) for part in range_parts(group, rows)]
     cache = PromptCache()
@@ -85,6 +89,12 @@ def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) ->
             batch = batch.behind_prompt()
             cache.prepare(batch.layout, last=end >= group)
         _backward(model, batch)
+
+
+def saves_nothing(prompt: int, response: int, group: int, rows: int) -> bool:
+    """Whether the group is one micro-batch, which our trainer forwards as padded rows."""
+    packed, padded = prompt - 1 + group * response, group * (prompt + response)
+    return group <= rows and not pays_to_pack(packed, padded, group)
 
 
 def _batches(prompts: Tensor, completions: Tensor, rows: int) -> list[GroupedBatch]:
@@ -143,6 +153,8 @@ def measure(sizes: tuple[int, int, int, int], repeats: int, peaks: dict[str, flo
         "packed": sum(prompt - 1 + response * len(part) for part in range_parts(group, rows)),
         "reused": prompt - 1 + group * response,
     }
+    if saves_nothing(*sizes):
+        tokens["reused"] = tokens["stock"]
     layout = PrefixLayout.from_groups([prompt], [[response] * group])
     bound = compare(SHAPE, layout, scored=group * response, element_size=4).speedup
     found = []

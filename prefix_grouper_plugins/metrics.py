@@ -51,6 +51,7 @@ class Counts:
             query, so that a row of ``L`` tokens counts ``L ** 2``, as in estimates of FLOPs. 0 where nobody counts them.
         rows, groups: rows, and distinct prompts among those of one forward.
         packed, fallbacks: shared forwards, and ordinary ones that should have been shared.
+        ordinary: ordinary forwards of rows that had too little in common, which are no fallbacks.
         shared_1, shared_2, shared_3: tokens of the rows that were not forwarded since rows share them at the first, at the
             second, and at deeper levels of their tree.
     """
@@ -66,10 +67,11 @@ class Counts:
     shared_1: int = 0
     shared_2: int = 0
     shared_3: int = 0
+    ordinary: int = 0
 
     @classmethod
     def of_rows(cls, lengths: Sequence[int]) -> Counts:
-        """Of rows of ``lengths`` tokens in an ordinary forward; neither packed nor a fallback."""
+        """Of rows of ``lengths`` tokens in an ordinary forward, which itself is not counted."""
         tokens, squares = sum(lengths), sum(length * length for length in lengths)
         return cls(tokens, tokens, squares, squares, rows=len(lengths), groups=len(lengths))
 
@@ -84,7 +86,7 @@ class Counts:
 
     @property
     def forwards(self) -> int:
-        return self.packed + self.fallbacks
+        return self.packed + self.fallbacks + self.ordinary
 
     @property
     def token_ratio(self) -> float:
@@ -251,13 +253,13 @@ class SharingMeter(SharingCounts):
         self._add(counts + Counts(packed=1), during)
 
     def count_rows(self, lengths: Sequence[int], *, during: str = UPDATE) -> None:
-        """Count one ordinary forward of rows that had nothing in common, which is no fallback.
+        """Count one ordinary forward of rows that had nothing or too little in common, which is no fallback.
 
         Args:
             lengths: tokens of each of its rows.
             during: the pass.
         """
-        self._add(Counts.of_rows(lengths), during)
+        self._add(Counts.of_rows(lengths) + Counts(ordinary=1), during)
 
     def count_fallback(self, reason: str, lengths: Sequence[int] = (), *, during: str = UPDATE) -> None:
         """Count one ordinary forward in place of a packed one.

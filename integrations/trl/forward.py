@@ -24,6 +24,7 @@ from prefix_grouper_plugins.modeling import numbers_padded_columns, packed_input
 from prefix_grouper_plugins.modeling.images import ImageRows
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
+from prefix_grouper_plugins.token_budget import pays_to_pack
 
 HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 
@@ -168,7 +169,18 @@ class PackedForward:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
-    def score(self, model: Any, rows: Rows, *, entropy: bool, aux_loss: bool) -> tuple[Scores, Counts]:
+    def batch_worth_packing(self, model: Any, rows: Rows) -> GroupedBatch | None:
+        """The batch of ``rows``, of text, to be scored; None where their forward as TRL pads them costs as much, see `pays_to_pack`."""
+        real = sum(int(mask.sum()) for mask in (rows.on_host[1], rows.on_host[3]))
+        padded = rows.input_ids.numel(), len(rows)
+        if len(rows) == 1 and not pays_to_pack(real - 1, *padded):  # without laying it out
+            return None
+        batch = self._batch(model, rows.blocks, rows.on_host, None, forward_last=False)
+        return batch if pays_to_pack(batch.layout.num_tokens, *padded) else None
+
+    def score(
+        self, model: Any, rows: Rows, *, entropy: bool, aux_loss: bool, batch: GroupedBatch | None = None
+    ) -> tuple[Scores, Counts]:
         """What the stock method returns for ``rows``, and what was forwarded.
 
         Args:
@@ -176,11 +188,13 @@ class PackedForward:
             rows: one chunk.
             entropy: also the entropy of each next-token distribution.
             aux_loss: also the router loss, over all tokens of the rows.
+            batch: of the rows, where the caller has it from :meth:`batch_worth_packing`.
         """
         if not rows.has_completions and not aux_loss:
             return self.nothing_to_score(model, rows, entropy=entropy)
         images = rows.images.image_rows(model, rows.blocks)
-        batch = self._batch(model, rows.blocks, rows.on_host, images, forward_last=aux_loss)
+        if batch is None:
+            batch = self._batch(model, rows.blocks, rows.on_host, images, forward_last=aux_loss)
         inputs = _packed_inputs(batch, images)
         with capture_router_logits(model, enabled=aux_loss) as router_logits:
             logps, entropies = self._forward(model, batch, inputs, entropy)

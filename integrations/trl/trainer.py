@@ -342,14 +342,10 @@ class PrefixGrouperMixin:
         scores = []
         chunks = list(call.rows.chunks(call.batch_size))
         for chunk, found in zip(chunks, self._reused(call, chunks), strict=True):
-            if found is None:
-                score, counts = self._packed_forward.score(
-                    model, chunk, entropy=call.compute_entropy, aux_loss=call.aux_loss
-                )
-                found = score, [counts]
-            for counts in found[1]:
-                self.sharing.count_packed(counts, during=self._pass(model))
-            scores.append(found[0])
+            score, counts = self._score_apart(call, chunk) if found is None else found
+            for count in counts:
+                self.sharing.count_packed(count, during=self._pass(model))
+            scores.append(score)
         logps, entropies, router_losses = zip(*scores, strict=True)
         result = (
             torch.cat(logps),
@@ -357,6 +353,21 @@ class PrefixGrouperMixin:
             torch.stack(router_losses).mean() if router_losses[0] is not None else None,
         )
         return result[: self._return_arity()]
+
+    def _score_apart(self, call: ScoringCall, chunk: Rows) -> tuple[Scores, list[Counts]]:
+        """Scores of a chunk that shares nothing with others, by the stock method where packing it does not pay.
+
+        A comparison always packs, so that it has something to compare. Either way a process makes one forward.
+        """
+        model, packed, batch = call.model, self._packed_forward, None
+        must_pack = self.verification.runs or call.has_images or call.aux_loss or not chunk.has_completions
+        if not must_pack and (batch := packed.batch_worth_packing(model, chunk)) is None:
+            self.sharing.count_rows(chunk.attention_mask.sum(1).tolist(), during=self._pass(model))
+            ordinary = call._replace(input_ids=chunk.input_ids, attention_mask=chunk.attention_mask, batch_size=None)
+            logps, entropies = ordinary.run(super()._get_per_token_logps_and_entropies)[:2]  # type: ignore[misc]
+            return (logps, entropies, None), []
+        scores, counts = packed.score(model, chunk, entropy=call.compute_entropy, aux_loss=call.aux_loss, batch=batch)
+        return scores, [counts]
 
     def _compare_first_batch(self, call: ScoringCall, shares: bool) -> None:
         """For a model class that no test has compared: run one chunk of a batch on both paths.

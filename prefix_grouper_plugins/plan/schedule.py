@@ -23,7 +23,7 @@ from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.micro_batches import RowSize, plan_all_ranks
 from prefix_grouper_plugins.step_order import regrouped_order
-from prefix_grouper_plugins.token_budget import RowTokens, plan_forwards
+from prefix_grouper_plugins.token_budget import RowTokens, pays_to_pack, plan_forwards
 from prefix_grouper_plugins.usage import UsageError
 
 
@@ -265,12 +265,21 @@ def _reused(prompts: Prompts, micro_batches: list[list[RowSize]], group: int, pa
         rows = [row for number in forward.micro_batches for row in micro_batches[number]]
         others = [row for row in rows if row.group not in forward.shared]
         parts = [prompts.packed(others)] if others else []
+        if len(forward.micro_batches) == 1 and not forward.shared:
+            sizes = len(rows) * padded_width, len(rows)
+            parts = [part if pays_to_pack(part.tokens, *sizes) else _ordinary_rows(prompts, rows) for part in parts]
         for number, is_first in forward.shared.items():
             parts.append(_part(prompts, [row for row in rows if row.group == number], is_first=is_first))
         load = _sum(parts)
         idle = forward.held - load.open_tokens
         loads.append(load._replace(open_tokens=forward.held, cached_tokens=load.cached_tokens + idle))
     return loads
+
+
+def _ordinary_rows(prompts: Prompts, rows: Sequence[RowSize]) -> Load:
+    """Rows that have next to nothing in common or in padding, which the trainer forwards as they are: see `pays_to_pack`."""
+    lengths = [row.prompt + row.response for row in rows]
+    return Load(sum(lengths), *prompts.pairs(lengths), sum(row.response for row in rows))
 
 
 def _part(prompts: Prompts, rows: Sequence[RowSize], *, is_first: bool) -> Load:

@@ -33,7 +33,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.saved_model(tmp_path_factory.mktemp("model"))
 
 
-def metric(model_path: str, prompts: list[str], **sizes: Any) -> float:
+def metric(model_path: str, prompts: list[str], tokens: int = TOKENS, **sizes: Any) -> float:
     """``prefix_grouper/token_ratio`` of one epoch."""
     trainer = make_trainer(
         model_path,
@@ -42,8 +42,8 @@ def metric(model_path: str, prompts: list[str], **sizes: Any) -> float:
         trainer_class=PrefixGrouperGRPOTrainer,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         num_generations=GROUP,
-        max_completion_length=TOKENS,
-        generation_kwargs={"min_new_tokens": TOKENS},
+        max_completion_length=tokens,
+        generation_kwargs={"min_new_tokens": tokens},
         prefix_grouper_generation=False,
         prefix_grouper_share="prompt",  # few words, so that completions begin alike by chance
         prefix_grouper_self_check=False,
@@ -76,3 +76,14 @@ def test_the_token_ratio_is_that_of_a_training(
     assert schedule.rows == GROUP * len(ids)  # every prompt once, so that their order makes no difference
     assert schedule.token_ratio == measured
     assert measured < 0.9
+
+
+def test_a_batch_that_the_trainer_does_not_pack_counts_all_tokens_of_its_rows(model_path: str) -> None:
+    prompts, tokens = [words(0), words(1)], 60
+    schedule = trl_schedule(
+        Prompts([torch.tensor(tiny.tokenizer()(prompt)["input_ids"]) for prompt in prompts], beginnings_share=True),
+        [tokens] * GROUP * len(prompts),
+        TRLSizes(GROUP, GROUP, 1, 1),
+    )
+    sizes = {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 1}
+    assert schedule.token_ratio == metric(model_path, prompts, tokens, **sizes) == 1
