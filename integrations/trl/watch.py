@@ -50,25 +50,26 @@ class SharingWatch(TrainerCallback):
         if not trainer.sharing.recent.update.forwards:
             trainer.sharing.count_fallback(trainer.gate.reason or self._why_update_is_not_shared())
         update = self._log("train")
-        if not self._seen_update and not trainer.limits():
-            self._say_what_is_not_shared(update)
+        if not self._seen_update and (remark := self._what_is_not_shared(update)) and not trainer.limits():
+            trainer.gate.warn(remark)
         self._seen_update = True
 
-    def _say_what_is_not_shared(self, update: Counts) -> None:
-        """Of the first update, as counted on all processes, in which settings do not limit the sharing."""
-        trainer = self._trainer
+    @staticmethod
+    def _what_is_not_shared(update: Counts) -> str | None:
+        """What to say where settings do not limit the sharing, of the first update, as counted on all processes."""
         if update.ordinary:
-            trainer.gate.warn(
+            return (
                 f"{update.ordinary} of {update.forwards} forwards of the first update took the ordinary path, which is no "
                 f"fallback: packing their rows would have saved less than {LEAST_SHARE_SAVED:.0%} of the tokens, and less than "
                 f"{LEAST_SAVED_PER_ROW} of each row"
             )
-        elif update.packed and update.rows_per_group == 1.0:
-            trainer.gate.warn(
+        if update.packed and update.rows_per_group == 1.0:
+            return (
                 "no two rows of a micro-batch had equal prompts in the first update, so only what rows begin alike with was "
                 f"shared there ({update.token_ratio:.0%} of the tokens were forwarded): rows share a whole prompt if its "
                 "token ids and their padding are equal"
             )
+        return None
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each batch of an evaluation."""
