@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from prefix_grouper_plugins.attention import api
 from prefix_grouper_plugins.attention.backends import merged_lse
 from prefix_grouper_plugins.attention.backends.merged_lse import cuda
 
@@ -26,7 +27,11 @@ def flash_on_cpu(forward: Any = None, backward: Any = None) -> Iterator[None]:
     def ops() -> tuple[Any, Any]:  # no mock, whose calls take time
         return forward, backward
 
+    def is_one_causal_call(*arguments: Any) -> bool:  # no tensor is on a CPU, as far as the layer is concerned
+        return False
+
     with (
+        mock.patch.object(api, "_is_one_causal_call", is_one_causal_call),
         mock.patch.object(merged_lse, "cpu", cuda),
         mock.patch.object(cuda, "flash_ops", ops),
     ):
