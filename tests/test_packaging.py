@@ -120,6 +120,18 @@ def test_links_of_the_package_page_work_outside_of_the_repository(address):
     assert len(made.split()) > 0.9 * len(readme.split()), "the text is all there"
 
 
+def test_the_package_page_names_the_project_urls_of_a_release():
+    with_project_urls = runpy.run_path(str(ROOT / "docs" / "package_page.py"))["with_project_urls"]
+    made, read = (ROOT / "setup.cfg").read_text(), configparser.ConfigParser()
+    read.read_string(with_project_urls(made, "https://example.org/owner/name/blob/v1"))
+    urls = dict(line.split(" = ") for line in read["metadata"]["project_urls"].strip().splitlines())
+    assert urls["Source"] == "https://example.org/owner/name" and urls["Issues"] == f"{urls['Source']}/issues"
+    for name in ("Documentation", "Changelog"):
+        assert (ROOT / urls[name].removeprefix("https://example.org/owner/name/blob/v1/")).is_file(), name
+    with pytest.raises(ValueError, match="has no /blob/: give an address such as"):
+        with_project_urls(made, "https://example.org/owner/name")
+
+
 @pytest.mark.slow
 def test_the_installed_wheel_imports_without_the_checkout(wheel, tmp_path):
     pytest.importorskip("trl")
