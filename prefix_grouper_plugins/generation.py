@@ -104,8 +104,8 @@ def shared_prefill(model: nn.Module, on_prefill: Callable[[Prefill], None] | Non
                 f"{type(module).__name__} was given a cache and does not return it, so its rows cannot be repeated: "
                 "generate outside of shared_prefill (in TRL, prefix_grouper_generation=false)"
             )
-        cache.reorder_cache(index)
         grow_in_place(cache)
+        cache.reorder_cache(index)
         output.logits = output.logits[index]
         _report(on_prefill, prefill)
         return output

@@ -39,6 +39,22 @@ def test_it_holds_what_a_dynamic_cache_holds_and_copies_rarely():
     assert all(all(map(torch.equal, *pair)) for pair in kept), "what was handed out stays as it was"
 
 
+def test_repeated_rows_have_room_at_once():
+    cache, prompt = DynamicCache(), (state(40), state(40))
+    cache.update(*prompt, 0)
+    grow_in_place(cache)
+    rows = torch.tensor([0, 0, 2, 1, 1])
+    with torch.no_grad():
+        cache.reorder_cache(rows)
+        assert all(map(torch.equal, (cache.layers[0].keys, cache.layers[0].values), (x[rows] for x in prompt)))
+        storage = cache.layers[0].keys.untyped_storage().data_ptr()
+        new = torch.randn(5, 2, 1, 4)
+        keys, values = cache.update(new, new, 0)
+    assert keys.untyped_storage().data_ptr() == storage, "nothing was copied again"
+    assert torch.equal(keys, torch.cat([prompt[0][rows], new], -2))
+    assert torch.equal(values, torch.cat([prompt[1][rows], new], -2))
+
+
 def test_with_gradients_it_makes_new_tensors():
     cache = DynamicCache()
     cache.update(state(4), state(4), 0)
