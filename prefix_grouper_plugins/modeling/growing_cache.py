@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import DynamicLayer
 
 _LEAST_ROOM = 64  # tokens
@@ -31,7 +31,7 @@ class GrowingLayer(DynamicLayer):
         self.values = self._appended("values", value_states)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Take the rows ``beam_idx [N]``, a row several times where it is named so, with room for more tokens."""
         if self.get_seq_length() == 0 or torch.is_grad_enabled():
             super().reorder_cache(beam_idx)
