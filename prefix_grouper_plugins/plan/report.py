@@ -37,13 +37,10 @@ def print_report(found: dict[str, Any]) -> None:
     print(
         f"Token ratio {found['token_ratio']:.3f} (the metric prefix_grouper/token_ratio: shared, over rows without padding)"
     )
-    shares = ", ".join(
-        f"{x['times_as_fast']:.2f} if these take {x['outside_share']:.0%} of a stock step"
-        for x in found["step_speedup"]
-    )
-    print(
-        f"The update is about {found['update_speedup']:.2f} times as fast. A whole step also has generation, rewards and "
-        f"the optimizer:\nit is {shares} times as fast."
+    steps = [f"{x['times_as_fast']:.2f} if they take {x['outside_share']:.0%}" for x in found["step_speedup"]]
+    _print_text(
+        f"The update is about {found['update_speedup']:.2f} times as fast. How much faster a whole step is depends on the "
+        f"share of generation, rewards and the optimizer in a stock step: {', '.join(steps)}."
     )
     if "largest_group" in found:
         _print_largest_group(found)

@@ -169,7 +169,7 @@ def test_roformer_is_refused_on_the_left_exactly_where_padding_changes_its_rows(
             {"text_config": {"num_hidden_layers": 1}, "vision_config": {"num_hidden_layers": 1}},
             "attention is not causal",
         ),
-        ("big_bird", AutoModelForCausalLM, {"num_hidden_layers": 1}, "mixes tokens by code of its own|is causal from"),
+        ("big_bird", AutoModelForCausalLM, {"num_hidden_layers": 1}, "mixes tokens in its own code|is causal from"),
         (
             "minimax",
             AutoModelForCausalLM,
