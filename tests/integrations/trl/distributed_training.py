@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import Qwen3ForCausalLM
 from trl import GRPOTrainer
 
-from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer, reuse
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer, forward, reuse
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward
 from tests import tiny
 from tests.integrations.trl import vision
@@ -131,6 +131,17 @@ def falls_back_on_rank_1(path: str) -> None:
     assert all(1.3 < mean < 2 for mean in logged(trainer, "prefix_grouper/rows_per_group")), "of both: 4 and 1 rows"
 
 
+def packs_on_rank_0_alone(path: str) -> None:
+    """Whether packing pays is decided by the rows of a process; its forwards are as many either way."""
+    settings = {**SETTINGS, "loss_type": "bnpo", "max_steps": 2, "ddp_find_unused_parameters": False}  # rows stay
+    stock, _ = train(path, shared=False, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "pays_to_pack", lambda *sizes: dist.get_rank() == 0)
+        shared, trainer = train(path, shared=True, **settings)
+    assert largest_difference(stock, shared) <= 1e-12
+    assert bool(trainer.sharing.packed) == (dist.get_rank() == 0) and not trainer.sharing.fallbacks
+
+
 def compares_the_first_batch_on_both_ranks(path: str) -> None:
     """A class that no test has compared, whose first rows on rank 1 take the stock path: rank 0 would wait for it."""
     own = type("OwnQwen3", (Qwen3ForCausalLM,), {})
@@ -228,6 +239,7 @@ def main() -> None:
         elif mode == "one process":
             nothing_to_score(path)
             falls_back_on_rank_1(path)
+            packs_on_rank_0_alone(path)
             compares_the_first_batch_on_both_ranks(path)
         else:
             both_train(path_with_images if mode == "images" else path, mode)
