@@ -94,7 +94,8 @@ def share_rows(
     sharing = RowSharing([model], gate, share=share)
     with sharing:
         sharing.self_check_now()
-        sharing.say_what_differs()
+        if gate.reason is None:
+            gate.say_what_differs()
         yield sharing
 
 
@@ -195,11 +196,6 @@ class RowSharing:
             ready = self.gate.needs_self_check(anatomy.model) and why_not_yet(anatomy) is None
             if ready and not anatomy.is_sharded:
                 self.gate.self_check(anatomy.model, alone=True, anatomy=anatomy)
-
-    def say_what_differs(self) -> None:
-        """Warn, once, of what is shared and gives other numbers than the ordinary path all the same: dropout."""
-        if self.gate.reason is None:
-            self.gate.warn(*(note for report in self.gate.reports for note in report.notes))
 
     def close(self) -> None:
         """Leave the models as they were."""

@@ -350,6 +350,10 @@ class SharingGate:
             logger.warning("prefix grouper: %s", "; ".join(new))
         self._said.update(new)
 
+    def say_what_differs(self) -> None:
+        """Warn, once, of what is shared and gives other numbers than the ordinary path all the same: dropout."""
+        self.warn(*(note for report in self.reports for note in report.notes))
+
     def announce(self, expected: str, limits: Sequence[str] = ()) -> str:
         """Say in one line at INFO, on the main process, that sharing is on.
 
@@ -401,7 +405,7 @@ def enable_prefix_grouper(
         (anatomy,) = gate.anatomies
         if why_not_yet(anatomy) is None and not anatomy.is_sharded:
             gate.self_check(model, alone=True, anatomy=anatomy)
-    gate.warn(*gate.reports[0].notes)
+    gate.say_what_differs()
     return model
 
 
@@ -521,20 +525,21 @@ def _why_not_any_longer(base: Any, checks: bool, left_padding: bool, outermost: 
     anatomy = Anatomy(base if outermost is None else outermost)
     report = report_on(anatomy)
     reasons = [*report.reasons, *(report.left_padding_reasons if left_padding else ())]
-    reasons += () if checks else report.unverified
-    if checks and anatomy.is_sharded and outermost is None:
+    cannot_check = anatomy.is_sharded and outermost is None
+    if cannot_check or not checks:
         reasons += report.unverified
-        if not reasons:
-            remark = (
-                f"{type(base).__name__} has changed since it was checked. It is sharded, so it is not checked again on its own: "
-                "call self_check(model) on every process"
-            )
-            logger.warning("prefix grouper: %s", remark)
-    elif checks and not reasons:
-        reasons += _why_not_after(
-            self_check(anatomy.model, left_padding=left_padding, anatomy=anatomy), report.unverified
+    if reasons or not checks:
+        return reasons
+    if cannot_check:
+        remark = (
+            f"{type(base).__name__} has changed since it was checked. It is sharded, so it is not checked again on its own: "
+            "call self_check(model) on every process"
         )
-    return reasons
+        logger.warning("prefix grouper: %s", remark)
+        return []
+    return list(
+        _why_not_after(self_check(anatomy.model, left_padding=left_padding, anatomy=anatomy), report.unverified)
+    )
 
 
 def _changed(base: Any, reasons: Sequence[str]) -> str:

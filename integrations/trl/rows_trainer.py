@@ -108,7 +108,8 @@ class ShareRowsMixin:
             if self.gate.needs_self_check(decoder) and self.accelerator.distributed_type not in SHARDED:
                 with self.accelerator.autocast():  # every process at the same point
                     self.gate.self_check(decoder, self.accelerator.device)
-        self._row_sharing.say_what_differs()
+        if self.gate.reason is None:
+            self.gate.say_what_differs()
 
     def _models(self) -> list[Any]:
         """All models that forward rows, each once."""

@@ -164,8 +164,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         if self.options.self_check and self.use_ulysses_sp:
             self.gate.warn(_NO_SELF_CHECK_UNDER_ULYSSES)
         self.gate.enable([module], [*lost_attention(module), *self._why_not_by_this_engine(module)])
-        for note in self.gate.reports[0].notes:
-            self.gate.warn(note)
+        self.gate.say_what_differs()
         if self.use_ulysses_sp and (reason := why_no_reference(self.gate.anatomies[0])) is not None:
             self.gate.warn(reason)
             self._verify_when = Schedule("off")
