@@ -16,6 +16,7 @@ import trl.trainer.utils as trl_utils
 from torch import Tensor
 
 from prefix_grouper_plugins.batch import Blocks, GroupedBatch, blocks_on_host
+from prefix_grouper_plugins.integrations.trl.fused_head import HAS_FUSED_HEAD, fused_scores
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
 from prefix_grouper_plugins.integrations.trl.router_loss import capture_router_logits, load_balancing_loss
 from prefix_grouper_plugins.layout import PrefixLayout, on_device
@@ -25,8 +26,6 @@ from prefix_grouper_plugins.modeling.images import ImageRows
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
 from prefix_grouper_plugins.token_budget import pays_to_pack
-
-HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")  # TRL >= 1.15
 
 Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probs [B, C], entropies [B, C], router loss []
 
@@ -288,9 +287,7 @@ class PackedForward:
             inputs["output_router_logits"] = False  # else the model's config could ask for a loss over packed tokens
         if HAS_FUSED_HEAD:
             with trainer.accelerator.autocast():
-                output = model(**inputs, shift_labels=batch.labels[None], fused_lm_head=True)
-            entropies = output.entropy[0, batch.positions] if entropy else None
-            return output.log_probs[0, batch.positions], entropies
+                return fused_scores(model, batch, inputs, entropy)
         logits = model(**inputs, logits_to_keep=batch.positions).logits[0] / trainer.temperature
         logps = trl_utils.selective_log_softmax(logits, batch.labels[batch.positions])
         if not entropy:
