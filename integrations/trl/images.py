@@ -159,11 +159,11 @@ class RowsOfImages:
 class DummyImageRow:
     """A row with one image for micro-batches without any, where several processes train one model.
 
-    DDP waits for the gradient of every parameter, and FSDP and DeepSpeed gather the vision tower's parameters on all
-    processes together, so the tower has to run in each micro-batch of each process. The stock trainer's shuffle spreads
-    rows with images over micro-batches; bringing groups together may leave some micro-batches without them. Those get one
-    more row, made of the image of another row of this process. It is forwarded last and its results are dropped, so
-    neither losses nor gradients change.
+    DDP waits for the gradient of every parameter in the backward that synchronises them, and FSDP and DeepSpeed gather the
+    vision tower's parameters on all processes together, so the tower has to run there on each process. The stock trainer's
+    shuffle spreads rows with images over micro-batches; bringing groups together may leave some micro-batches without them.
+    Those get one more row, made of the image of another row of this process. It is forwarded last and its results are
+    dropped, so neither losses nor gradients change.
 
     Args:
         enabled: whether several processes train the model.
@@ -183,6 +183,30 @@ class DummyImageRow:
         rows = [row for batch in micro_batches for row in _rows_with_images(batch, token)]
         if rows:
             self._given = min(rows, key=lambda row: len(row["prompt"]))
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether a row of the generation batch has an image to lend."""
+        return self._given is not None
+
+    def alone(self, device: torch.device) -> tuple[Blocks, RowsOfImages]:
+        """The row by itself, as blocks of one row, and its image. One has been chosen."""
+        assert self._given is not None
+        row = {name: self._given[name].to(device) for name in ("prompt", "following")}
+        prompt, completion = row["prompt"][None], row["following"][None]
+        given = {name: kinds[None].to(device) for name, kinds in self._given["kinds"].items()}
+        given |= {name: [count] for name, count in self._given["counts"].items()}
+        images = RowsOfImages({**given, **merge_images([self._given["images"]])}, 1)
+        return (prompt, torch.ones_like(prompt), completion, torch.ones_like(completion)), images
+
+    def tell(self) -> None:
+        """Say once that a micro-batch without images gets it."""
+        if self._warn:
+            self._warn = False
+            logger.warning(
+                "prefix grouper: a micro-batch without images would leave out the vision tower on this process, so it gets a "
+                "dummy image, which changes no result (said once)"
+            )
 
     def add_to(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, given: dict[str, Any]
@@ -205,12 +229,7 @@ class DummyImageRow:
         forwarded = attention_mask[:, -logits_to_keep:].any(1).tolist()
         if any(shown and scored for shown, scored in zip(images.images, forwarded, strict=True)):
             return None
-        if self._warn:
-            self._warn = False
-            logger.warning(
-                "prefix grouper: a micro-batch without images would leave out the vision tower on this process, so it gets a "
-                "dummy image, which changes no result (said once)"
-            )
+        self.tell()
         return self._append(input_ids, attention_mask, logits_to_keep, images, given)
 
     def _append(

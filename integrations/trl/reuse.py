@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from prefix_grouper_plugins.integrations.trl.forward import (
     joined_blocks,
 )
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_share
+from prefix_grouper_plugins.integrations.trl.last_forward import row_besides, shows_images, takes_images, unseen
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.layout import PrefixLayout, on_device
@@ -140,9 +141,10 @@ class PromptReuse:
         if trainer.accelerator.distributed_type not in _KINDS:
             kind = trainer.accelerator.distributed_type.value
             return f"under {kind} every process has to make the same number of forwards"
-        config = transformers_model(model).config
-        if config.get_text_config(decoder=True) is not config and trainer.accelerator.num_processes > 1:
-            return "with several processes each runs the vision tower in every micro-batch"
+        if self._needs_towers(model) and self._may_leave_experts_out(model):
+            return (
+                "DDP may take experts that a dummy image does not meet for unused: set ddp_find_unused_parameters=False"
+            )
         if update and trainer._option("prefix_grouper_regroup") == "none":
             return "prefix_grouper_regroup='none' leaves TRL's shuffle alone"
         if update and (reason := why_rows_stay(trainer)) is not None:
@@ -203,7 +205,29 @@ class PromptReuse:
         self._on_host = list(zip(*(block.split(sizes) for block in on_host), strict=True))
         self._images = list(map(RowsOfImages, given, sizes))
         self._tokens = self._tokens_of(self._trainer.model, on_host, self._images)
+        shown = any(map(shows_images, self._tokens))
+        if shown and self._needs_towers(self._trainer.model) and not self._trainer.dummy_image_row.is_chosen:
+            self._trainer.gate.warn(
+                "micro-batches share nothing with each other: no row has its images in its prompt alone"
+            )
+            self._tokens = []
+            return
         self._say_what_is_repeated()
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether the present micro-batch may share forwards, so that this object sees to the vision tower."""
+        return bool(self._coming)
+
+    def _needs_towers(self, model: Any) -> bool:
+        """Whether other processes wait for this one's vision tower."""
+        return self._trainer.accelerator.num_processes > 1 and takes_images(model)
+
+    def _may_leave_experts_out(self, model: Any) -> bool:
+        """Whether DDP may be asked to find unused parameters, of a model with experts."""
+        anatomy = self._anatomy(model)
+        may_find = getattr(self._trainer.args, "ddp_find_unused_parameters", None) is not False
+        return may_find and (anatomy is None or anatomy.has_experts)
 
     def _tokens_of(self, model: Any, on_host: Blocks, images: Sequence[RowsOfImages]) -> list[list[RowTokens]]:
         """What each row adds to a packed forward, by micro-batches or chunks with the rows of ``images``."""
@@ -274,13 +298,38 @@ class PromptReuse:
         """Scores of the micro-batch that was entered; None if it shares nothing with others."""
         if not self._coming or not torch.is_grad_enabled():
             return None
+        besides = self._row_besides(model, rows)
+        if besides is None:
+            return self._score_entered(model, rows, entropy)
+        with unseen(model):
+            found = self._score_entered(model, rows, entropy)
+            if found is None:
+                scores, count = self._forward.score(model, rows, entropy=entropy, aux_loss=False)
+                found = scores, [count]
+        (logps, entropies, aux), counts = found
+        (zeros, _, _), more = self._forward.nothing_to_score(model, besides, entropy=False)
+        return (logps + zeros[:1, :1], entropies, aux), [*counts, Counts(tokens_forwarded=more.tokens_forwarded)]
+
+    def _row_besides(self, model: Any, rows: Rows) -> Rows | None:
+        """What is forwarded after the rows of the micro-batch that was entered, see `row_besides`; None if nothing is."""
+        accelerator, number = self._trainer.accelerator, self._coming[0]
+        if not accelerator.sync_gradients or accelerator.num_processes == 1:
+            return None
+        first = number - number % self.window()
+        window = [row for of_one in self._tokens[first : first + self.window()] for row in of_one]
+        is_known = self._are_of(rows, number)
+        tokens = self._tokens[number] if is_known else _tokens_of_unknown(model, rows)
+        ahead = self._ahead is not None and number != self._scored
+        return row_besides(model, rows, tokens, window, self._trainer.dummy_image_row, ahead=ahead)
+
+    def _score_entered(self, model: Any, rows: Rows, entropy: bool) -> tuple[Scores, list[Counts]] | None:
         number = self._coming[0]
         if number == self._scored:  # a loss that scores its rows twice
             return None
         self._scored = number
         self._check_model()
         if self._ahead is not None:
-            return self._from_ahead(self._ahead, number, model, rows)
+            return self._from_ahead(self._ahead, number, rows)
         if self._stays_open is None:
             self._stays_open = self.why_not(model) is None
         first, *later = self._coming
@@ -343,7 +392,7 @@ class PromptReuse:
         return next((anatomy for anatomy in self._trainer.gate.anatomies if anatomy.base is base), None)
 
     def _leaves_experts_out(self, model: Any) -> bool:
-        """Whether DDP takes experts that a forward of one token does not meet for unused; see :meth:`_from_ahead`."""
+        """Whether DDP takes experts that a forward of one token does not meet for unused; see :func:`row_besides`."""
         anatomy = self._anatomy(model)
         return bool(getattr(model, "find_unused_parameters", False)) and (anatomy is None or anatomy.has_experts)
 
@@ -354,7 +403,7 @@ class PromptReuse:
         """Whether ``rows`` are those of a micro-batch, by its number."""
         return rows.holds(self._on_host[number], self._images[number])
 
-    def _from_ahead(self, ahead: ScoresAhead, number: int, model: Any, rows: Rows) -> tuple[Scores, list[Counts]]:
+    def _from_ahead(self, ahead: ScoresAhead, number: int, rows: Rows) -> tuple[Scores, list[Counts]]:
         """Scores of micro-batch ``number``, whose rows were forwarded with those of an earlier one."""
         if not self._are_of(rows, number):
             raise RuntimeError(
@@ -362,13 +411,8 @@ class PromptReuse:
                 f"{_REMEDY}"
             )
         ahead.skip(number - self._ahead_end + ahead.num_left)
-        accelerator = self._trainer.accelerator
-        logps, entropies = ahead.take(last=accelerator.sync_gradients)
-        if not accelerator.sync_gradients or accelerator.num_processes == 1:
-            return (logps, entropies, None), []
-        # DDP synchronises the gradients of a backward only if it has seen a forward since the last one.
-        (zeros, _, _), counts = self._forward.nothing_to_score(model, rows, entropy=False)
-        return (logps + zeros, entropies, None), [Counts(tokens_forwarded=counts.tokens_forwarded)]
+        logps, entropies = ahead.take(last=self._trainer.accelerator.sync_gradients)
+        return (logps, entropies, None), []
 
     # --------------------------------------------------------------------------------------- passes without gradients
 
@@ -487,15 +531,10 @@ class PromptReuse:
         logps: Tensor | None = None
         entropies: Tensor | None = None
         counts = []
-        for members, key in self._pieces([row.prompt for row in tokens], shared):
-            piece = rows.take(members)
-            if key is None:
-                (values, more, _), count = self._forward.score(model, piece, entropy=entropy, aux_loss=False)
-            else:
-                (values, more), count, cache = self._forward.score_part(
-                    model, piece, prompts.cache(key), prompts.is_last(key), entropy=entropy
-                )
-                prompts.keep(key, cache)
+        pieces = self._pieces(tokens, shared)
+        for number, (members, key) in enumerate(pieces, 1):
+            with unseen(model) if number < len(pieces) else nullcontext():
+                (values, more), count = self._score_piece(model, rows.take(members), key, prompts, entropy)
             counts.append(count)
             place = on_device(torch.tensor(members), values.device)
             logps = _placed(logps, values, place, len(rows))
@@ -503,12 +542,30 @@ class PromptReuse:
         assert logps is not None
         return (logps, entropies, None), counts
 
+    def _score_piece(
+        self, model: Any, rows: Rows, key: Hashable, prompts: OpenPrompts, entropy: bool
+    ) -> tuple[tuple[Tensor, Tensor | None], Counts]:
+        """Log-probs and entropies of rows whose prompt, ``key``, goes through its cache; where it is None, of a packed row."""
+        if key is None:
+            (logps, entropies, _), count = self._forward.score(model, rows, entropy=entropy, aux_loss=False)
+            return (logps, entropies), count
+        scores, count, cache = self._forward.score_part(
+            model, rows, prompts.cache(key), prompts.is_last(key), entropy=entropy
+        )
+        prompts.keep(key, cache)
+        return scores, count
+
     @staticmethod
-    def _pieces(keys: list[Hashable], shared: list[Hashable]) -> list[tuple[list[int], Hashable]]:
-        """Rows that are forwarded together: those of each prompt in ``shared``, and all that have completions else."""
+    def _pieces(tokens: Sequence[RowTokens], shared: list[Hashable]) -> list[tuple[list[int], Hashable]]:
+        """Rows that are forwarded together: those of each prompt in ``shared``, and all that have completions else.
+
+        The last of them has images if any has, see `row_besides`.
+        """
+        keys = [row.prompt for row in tokens]
         pieces = [([row for row, own in enumerate(keys) if own == key], key) for key in shared]
         others = [row for row, own in enumerate(keys) if own is not None and own not in shared]
-        return [*pieces, (others, None)] if others else pieces  # type: ignore[list-item]
+        pieces += [(others, None)] if others else []  # type: ignore[list-item]
+        return sorted(pieces, key=lambda piece: shows_images(tokens[row] for row in piece[0]))
 
 
 def _why_not_join(model: Any, given: Sequence[dict[str, Any]]) -> str | None:

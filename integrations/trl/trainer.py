@@ -94,7 +94,7 @@ class PrefixGrouperMixin:
         self.verification = Verification(self, self._option("prefix_grouper_verify"))
         self._packed_forward = PackedForward(self)
         self._reuse = PromptReuse(self, self._packed_forward)
-        self._dummy_image_row = DummyImageRow(
+        self.dummy_image_row = DummyImageRow(
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
         )
         self.generation = SharedGeneration(warn=self.accelerator.is_main_process)
@@ -215,7 +215,7 @@ class PrefixGrouperMixin:
         if micro_batches is not None and self._shares and self.gate.reason is None:
             self._regrouped_over = self._window()
             micro_batches = regroup(micro_batches, self._regrouped_over, self._option("prefix_grouper_share"))
-            self._dummy_image_row.choose(self.model, micro_batches)
+            self.dummy_image_row.choose(self.model, micro_batches)
         self._regrouped_inputs = micro_batches
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -310,8 +310,8 @@ class PrefixGrouperMixin:
     def _scores_with_dummy_image(self, call: ScoringCall) -> tuple[Tensor | None, ...]:
         """:meth:`_scores`, with one row more where the vision tower would not run on this process."""
         shares = self._shares and (self.gate.reason is None or self.verification.runs)
-        if shares and call.model.training and not self._makes_inputs:
-            more = self._dummy_image_row.add_to(
+        if shares and call.model.training and not self._makes_inputs and self._waits_for_tower(call):
+            more = self.dummy_image_row.add_to(
                 call.model, call.input_ids, call.attention_mask, call.logits_to_keep, call.given
             )
             if more is not None:
@@ -319,6 +319,14 @@ class PrefixGrouperMixin:
                 found = self._scores(call._replace(input_ids=ids, attention_mask=mask, batch_size=None, given=given))
                 return tuple(None if values is None else values[:-1] for values in found)
         return self._scores(call)
+
+    def _waits_for_tower(self, call: ScoringCall) -> bool:
+        """Whether other processes wait in this micro-batch for the vision tower of this one, whose forward is the only one."""
+        if self.accelerator.distributed_type in SHARDED:
+            return True
+        if not self.accelerator.sync_gradients or getattr(call.model, "find_unused_parameters", False):
+            return False
+        return not self._reuse.is_entered or self._why_not_share(call) is not None  # else `_reuse` sees to it
 
     def _scores(self, call: ScoringCall) -> tuple[Tensor | None, ...]:
         """:meth:`_get_per_token_logps_and_entropies` of rows with all their images."""

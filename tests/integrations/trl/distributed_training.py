@@ -1,6 +1,6 @@
 """Run by torchrun from test_distributed.py: trains stock and shared in the same processes and compares the weights.
 
-    python -m tests.integrations.trl.distributed_training TEXT_MODEL IMAGE_MODEL MODE...
+    python -m tests.integrations.trl.distributed_training TEXT_MODEL MODELS_WITH_IMAGES MODE...
 
 All modes run in the same processes, since each process takes seconds to import TRL.
 """
@@ -11,6 +11,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from trl import GRPOTrainer
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer, forward, reuse
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward
 from tests import tiny
-from tests.integrations.trl import vision
+from tests.integrations.trl import distributed_images, vision
 from tests.integrations.trl.sharded_training import trains_sharded
 from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
 from tests.logs import messages
@@ -119,6 +120,19 @@ def unequal_parts(path: str) -> None:
     assert not trainer.sharing.fallbacks
 
 
+def unequal_pieces(path: str) -> None:
+    """The last micro-batch makes two forwards on rank 0, an open prompt's and a whole group's, and often one on rank 1.
+
+    DDP sends its buffers before each forward that follows one that synchronises gradients, so each rank makes one of these.
+    """
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_generations": 2, "max_steps": 3}
+    settings = {**UNEQUAL, **sizes}
+    stock, _ = train(path, shared=False, trainer_class=masking_rank_1(GRPOTrainer), **settings)
+    shared, trainer = train(path, shared=True, trainer_class=masking_rank_1(PrefixGrouperGRPOTrainer), **settings)
+    assert largest_difference(stock, shared) <= 1e-12
+    assert not trainer.sharing.fallbacks and trainer.sharing.rows_per_group == 2
+
+
 def falls_back_on_rank_1(path: str) -> None:
     """What one process alone does reaches the log of the run, and is told once."""
 
@@ -205,13 +219,11 @@ def both_train(path: str, mode: str) -> None:
         shared, trainer = train(path, shared=True, **settings)
     assert trainer.accelerator.num_processes == 2
     steps = trainer.state.global_step  # where rows were forwarded ahead, DDP sees one token in the last micro-batch
-    joins = "/" in mode or mode == "groups over several micro-batches"  # where prompts are long enough
+    # Where prompts are long enough, and where a last micro-batch has no images.
+    joins = "/" in mode or mode in ("groups over several micro-batches", "images")
     allowed = {steps} if mode == "rows ahead" else set(range(steps + 1)) if joins else {0}
     assert len(single_tokens) in allowed, (mode, len(single_tokens))
-    if mode == "images":
-        assert trainer.sharing.rows_per_group > 2.5, trainer.sharing.rows_per_group  # a dummy row is a group
-    else:
-        assert trainer.sharing.rows_per_group == settings["num_generations"], trainer.sharing.rows_per_group
+    assert trainer.sharing.rows_per_group == settings["num_generations"], trainer.sharing.rows_per_group
     difference = largest_difference(stock, shared)
     assert difference <= (1e-6 if mode == "images" else 1e-12), difference  # rotary angles are computed in float32
     assert not trainer.sharing.fallbacks, trainer.sharing.fallbacks
@@ -227,13 +239,18 @@ def say(text: str) -> None:
 
 def main() -> None:
     faulthandler.dump_traceback_later(300, repeat=True)  # where a rank waits for the other one; gloo ends that
-    path, path_with_images, *modes = sys.argv[1:]
+    path, folder, *modes = sys.argv[1:]
+    with_images = Path(folder)
     use_float64_head(pytest.MonkeyPatch())
     PartialState()  # starts the group
     for mode in modes:
         say(f"{MODE}{mode}")
         if mode == "unequal parts":
             unequal_parts(path)
+        elif mode == "unequal pieces":
+            unequal_pieces(path)
+        elif mode in distributed_images.CASES:
+            distributed_images.trains_with_images(with_images, mode)
         elif mode == "sharded":
             trains_sharded(path)
         elif mode == "one process":
@@ -242,7 +259,7 @@ def main() -> None:
             packs_on_rank_0_alone(path)
             compares_the_first_batch_on_both_ranks(path)
         else:
-            both_train(path_with_images if mode == "images" else path, mode)
+            both_train(str(with_images / "qwen2_5_vl") if mode == "images" else path, mode)
         say(EQUAL)
 
 

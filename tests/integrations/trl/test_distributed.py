@@ -5,14 +5,21 @@ from __future__ import annotations
 import pytest
 
 from tests import tiny
-from tests.integrations.trl import vision
+from tests.integrations.trl import distributed_images
 from tests.integrations.trl.distributed_training import EQUAL, MODE
 from tests.integrations.trl.training import run_python
 
 pytestmark = pytest.mark.slow
 
-OF_TEXT = ["full", "checkpointing", "groups over several micro-batches", "rows ahead", "unequal parts"]
-MODES = [*OF_TEXT, "one process", "images", "sharded"]
+OF_TEXT = [
+    "full",
+    "checkpointing",
+    "groups over several micro-batches",
+    "rows ahead",
+    "unequal parts",
+    "unequal pieces",
+]
+MODES = [*OF_TEXT, "one process", "images", *distributed_images.CASES, "sharded"]
 
 
 GEOMETRIES = ["1/8/8", "2/8/8", "1/4/4", "4/8/16", "3/4/6", "8/4/8"]
@@ -25,7 +32,8 @@ def errors(tmp_path_factory):
 
 
 def errors_of(folder, modes):
-    models = tiny.saved_model(folder / "text", "qwen3"), vision.saved_model(folder / "images", "qwen2_5_vl")
+    models = tiny.saved_model(folder / "text", "qwen3"), str(folder)
+    distributed_images.save_models(folder)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = run_python(folder, *torchrun, "-m", "tests.integrations.trl.distributed_training", *models, *modes)
     parts = dict(part.split("\n", 1) for part in done.stderr.split(MODE)[1:])
@@ -52,6 +60,11 @@ def test_sharded_processes_learn_the_stock_weights_and_verify_each_step(errors):
 def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(errors):
     """DDP would stop: "Expected to have finished reduction in the prior iteration"."""
     assert errors["images"].count("so it gets a dummy image, which changes no result") == 1
+
+
+@pytest.mark.parametrize("mode", distributed_images.CASES)
+def test_two_processes_that_reuse_prompts_with_images_learn_the_stock_weights(errors, mode):
+    assert EQUAL in errors[mode]
 
 
 @pytest.mark.exhaustive

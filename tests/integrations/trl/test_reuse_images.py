@@ -7,8 +7,9 @@ import torch
 import trl.trainer.utils as trl_utils
 
 from prefix_grouper_plugins import enable_prefix_grouper
+from prefix_grouper_plugins.batch import blocks_on_host
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
-from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of
+from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages, given_of
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, _blocks_of
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling.images import TOKEN_TENSORS
@@ -169,3 +170,50 @@ def test_micro_batches_whose_images_cannot_be_packed_stay_apart_and_say_so(more,
         reuse.enter(batches, number)
         assert reuse.score_update(model, None, entropy=False) is None
     assert len(said) == 1 and reason in said[0]
+
+
+def of_two_processes(model, batches):
+    """A stub as DDP's trainers are, whose generation batch is ``batches``; and what it says."""
+    trainer, said = stub_trainer(model, len(batches), 2), []
+    trainer.accelerator.num_processes, trainer.gate.warn = 2, said.append
+    trainer.dummy_image_row = DummyImageRow(enabled=True, warn=False)
+    trainer.dummy_image_row.choose(model, batches)
+    return trainer, said
+
+
+def test_with_several_processes_micro_batches_stay_apart_where_no_row_can_lend_its_image():
+    model = families.build("llava")
+    batches = micro_batches_of("llava", [row for row in families.rows("llava") if row.images])
+    for batch in batches:
+        batch["completion_ids"][:, 0] = families.IMAGE
+    trainer, said = of_two_processes(model, batches)
+    reuse = PromptReuse(trainer, PackedForward(trainer))
+    reuse.enter(batches, 0)
+    assert not reuse.is_entered and said == [
+        "micro-batches share nothing with each other: no row has its images in its prompt alone"
+    ]
+
+
+@pytest.mark.parametrize(("finds_unused", "reason"), [(None, "set ddp_find_unused_parameters=False"), (False, None)])
+def test_experts_that_a_dummy_image_does_not_meet_are_not_taken_for_unused(finds_unused, reason):
+    model = families.build("qwen3_vl_moe")
+    trainer, _ = of_two_processes(model, micro_batches_of("qwen3_vl_moe", families.rows("qwen3_vl_moe")))
+    trainer.args.ddp_find_unused_parameters = finds_unused
+    found = PromptReuse(trainer, PackedForward(trainer)).why_not(model)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_dummy_image_by_itself_is_forwarded_as_a_row(model_type):
+    model = families.build(model_type)
+    enable_prefix_grouper(model, self_check=False)
+    if hasattr(trl_utils, "add_fused_lm_head"):
+        trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    batches = micro_batches_of(model_type, families.rows(model_type))
+    trainer, _ = of_two_processes(model, batches)
+    blocks, images = trainer.dummy_image_row.alone(torch.device("cpu"))
+    rows = Rows.of_blocks(blocks, blocks_on_host(*blocks), images)
+    seen = vision_calls(model, lambda: PackedForward(trainer).nothing_to_score(model, rows, entropy=False))
+    assert len(seen) == 1 and len(rows) == 1
+    shortest = min(int(batch["prompt_mask"].sum()) for batch in batches if batch["num_images"][0])
+    assert rows.input_ids.shape[1] <= shortest + 1, "the image alone, and not the whole prompt"
