@@ -30,6 +30,16 @@ def pays_to_pack(packed: int, padded: int, rows: int) -> bool:
     return padded - packed >= min(LEAST_SHARE_SAVED * padded, LEAST_SAVED_PER_ROW * rows)
 
 
+def remark_on_ordinary(ordinary: int, forwards: int) -> str | None:
+    """What to say of a first update with ``ordinary`` forwards that did not pay to pack, of all its ``forwards``; None without any."""
+    if not ordinary:
+        return None
+    return (
+        f"{ordinary} of {forwards} forwards of the first update took the ordinary path, which is no fallback: packing their "
+        f"rows would have saved less than {LEAST_SHARE_SAVED:.0%} of the tokens, and less than {LEAST_SAVED_PER_ROW} of each row"
+    )
+
+
 class RowTokens(NamedTuple):
     """What a row adds to a packed forward.
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front
 from prefix_grouper_plugins.metrics import Counts
-from prefix_grouper_plugins.token_budget import LEAST_SAVED_PER_ROW, LEAST_SHARE_SAVED
+from prefix_grouper_plugins.token_budget import remark_on_ordinary
 
 
 class SharingWatch(TrainerCallback):
@@ -57,12 +57,8 @@ class SharingWatch(TrainerCallback):
     @staticmethod
     def _what_is_not_shared(update: Counts) -> str | None:
         """What to say where settings do not limit the sharing, of the first update, as counted on all processes."""
-        if update.ordinary:
-            return (
-                f"{update.ordinary} of {update.forwards} forwards of the first update took the ordinary path, which is no "
-                f"fallback: packing their rows would have saved less than {LEAST_SHARE_SAVED:.0%} of the tokens, and less than "
-                f"{LEAST_SAVED_PER_ROW} of each row"
-            )
+        if (remark := remark_on_ordinary(update.ordinary, update.forwards)) is not None:
+            return remark
         if update.packed and update.rows_per_group == 1.0:
             return (
                 "no two rows of a micro-batch had equal prompts in the first update, so only what rows begin alike with was "

@@ -73,6 +73,7 @@ from prefix_grouper_plugins.modeling import (
 from prefix_grouper_plugins.modeling.model_types import known_of
 from prefix_grouper_plugins.modeling.self_check.schedule import Schedule
 from prefix_grouper_plugins.sharing import SharingGate
+from prefix_grouper_plugins.token_budget import remark_on_ordinary
 
 _NO_SELF_CHECK_UNDER_ULYSSES = (
     "no self-check: Ulysses cuts rows into pieces, and the few tokens of the check are too short for that; "
@@ -261,6 +262,10 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         counts = self.sharing.take().summed(get_device_name(), self.get_data_parallel_group())
         self.sharing.warn_of(counts)
         self.forwarded = counts.total
+        if not forward_only and self._updates == 1:
+            update = counts.update
+            if (remark := remark_on_ordinary(update.ordinary, update.forwards)) is not None:
+                self.gate.warn(remark)
         counts += self.unlogged.counts
         self.unlogged.counts = counts if forward_only else SharingCounts()
         metrics = counts.metrics()
@@ -413,6 +418,9 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
                 self._reuse.refuse(str(reason))
             lengths = micro_batch["input_ids"].offsets().diff().tolist()
             self.sharing.count_fallback(str(reason), lengths, during=self._pass)
+            return self._ordinary_inputs(micro_batch)
+        if self._reuse is None and not self._compares and not packed.pays:
+            self.sharing.count_rows(packed.row_lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
         if packed.some_share_nothing:
             self.gate.warn("rows with an image in the response, or at the very end of the prompt, share nothing")

@@ -36,6 +36,7 @@ from prefix_grouper_plugins.modeling.images import (
     set_blocks,
     sharing_keys,
 )
+from prefix_grouper_plugins.token_budget import pays_to_pack
 
 # Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
 _SETTINGS = (
@@ -151,6 +152,7 @@ class PackedMicroBatch:
         num_tokens: of the surrogate: those that are forwarded, and then the placeholders of a dummy image.
         labels (`LongTensor[T]`): next token of each packed position; with ``forward_last``, where there may be none, -100.
         images (`dict[str, Tensor]`): those whose placeholders the packed row holds, as the model takes them.
+        row_lengths (`list[int]`): tokens of each row.
         some_share_nothing (`bool`): whether the images of some rows keep them from sharing.
         reason_not_to_share: None, unless rows differ in what they should share.
         counts (`Counts`): what is forwarded, and what would have been.
@@ -171,6 +173,7 @@ class PackedMicroBatch:
         self.some_share_nothing = any(key[0] is SHARES_NOTHING for key in keyed.keys)
         layout = keyed.layout(min_level)
         self.images = merged([keyed.inputs[row] for row in first_rows(layout)])
+        self.row_lengths = keyed.lengths
         self.counts = Counts.of_rows(keyed.lengths)
         self.counts.tokens_forwarded = layout.num_tokens
         self.counts.squares = 2 * int(layout.position_ids.sum()) + layout.num_tokens  # here, while it is on the host
@@ -211,6 +214,13 @@ class PackedMicroBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def pays(self) -> bool:
+        """Whether this is worth more than verl's own forward of the rows, see `pays_to_pack`; with images it is."""
+        lengths = self.row_lengths
+        forwarded = sum(lengths) if self._settings.get("use_remove_padding", True) else len(lengths) * max(lengths)
+        return bool(self.images) or pays_to_pack(self.num_tokens, forwarded, len(lengths))
 
     @property
     def surrogate(self) -> TensorDict:

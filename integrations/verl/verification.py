@@ -78,6 +78,7 @@ class ComparesPaths:
     _score = "log_probs"  # the output of the model that a first batch is compared by
     _forward_last = False  # whether the model's output at the last token of a row is read
     _leaks = _leaked = False
+    _compares = False  # whether all is packed that can be, for a comparison, even where it does not pay
 
     @property
     def _waits_for_towers(self) -> bool:
@@ -87,12 +88,14 @@ class ComparesPaths:
 
     @contextmanager
     def _comparing(self, reason: str | None) -> Iterator[None]:
-        """Forwards in here are not counted; with a ``reason`` they take the ordinary path."""
+        """Forwards in here are not counted; with a ``reason`` they take the ordinary path, else all are packed that can be."""
         sharing, self.sharing = self.sharing, SharingMeter(warn=False)
         before, self.gate.reason = self.gate.reason, reason
+        self._compares = True
         try:
             yield
         finally:
+            self._compares = False
             self.gate.reason, self.sharing = before, sharing
 
     def _compare_first_batch(self, data: TensorDict, forward_only: bool) -> None:

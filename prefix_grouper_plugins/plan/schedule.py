@@ -339,14 +339,17 @@ def _ordinary(prompts: Prompts, rows: Sequence[RowSize], sizes: VerlSizes) -> li
 def _planned(prompts: Prompts, ranks: Sequence[Sequence[RowSize]], sizes: VerlSizes) -> list[Load]:
     """Ours, equally many on each rank; the parts of a group that exceeds a micro-batch reuse its prompt, as under FSDP2."""
     most = sizes.max_token_len, sizes.micro_batch_size if sizes.max_token_len is None else None
-    loads = []
-    for (plan, runs), rows in zip(plan_all_ranks(ranks, *most), ranks, strict=True):
+    loads, plans = [], plan_all_ranks(ranks, *most)
+    reuses = any(runs for _, runs in plans)
+    for (plan, runs), rows in zip(plans, ranks, strict=True):
         first_of = {number: first for first, end in runs for number in range(first, end)}
         for number, batch in enumerate(plan):
             members = [rows[i] for i in batch]
             if number in first_of:
                 loads.append(_part(prompts, members, is_first=number == first_of[number]))
             else:
-                packed = prompts.packed(members)
-                loads.append(packed._replace(scored=packed.tokens))
+                packed, ordinary = prompts.packed(members), _ordinary_rows(prompts, members)
+                pays = reuses or pays_to_pack(packed.tokens, ordinary.tokens, len(members))
+                load = packed if pays else ordinary
+                loads.append(load._replace(scored=load.tokens))
     return loads

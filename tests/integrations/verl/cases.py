@@ -25,6 +25,7 @@ class Case:
     rows_per_group: int = 4
     groups: int = 3
     members: list[int] = field(default_factory=list)  # rows of each group, dealt group by group, in place of those two
+    prompt_tokens: int = 9  # of the first group, those of each other group are 7 longer than the last
     token_budget: int = 100_000
     micro_batch_size: int = 8
     loss_mode: str = "vanilla"
@@ -61,7 +62,7 @@ def make_rows(case: Case) -> list[dict[str, Any]]:
     torch.manual_seed(1)
     rows: list[dict[str, Any]] = []
     for group, members in enumerate(case.members or [case.rows_per_group] * case.groups):
-        prompt = torch.randint(4, 250, (9 + 7 * group,))
+        prompt = torch.randint(4, 250, (case.prompt_tokens + 7 * group,))
         for member in range(members):
             length = int(torch.randint(1, 9, ()))
             rows.append(
