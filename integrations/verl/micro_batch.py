@@ -229,20 +229,18 @@ class PackedMicroBatch:
         return packed
 
     def behind_prompt(self) -> PackedMicroBatch:
-        """This micro-batch, text of one prompt, with the prompt's first ``P - 1`` tokens given: see `PrefixLayout.given`.
+        """This micro-batch, of one prompt, with the prompt's first ``P - 1`` tokens given: see `PrefixLayout.given`.
 
-        Its counts are of the part alone.
+        All of its images are in those. Its counts are of the part alone.
 
         Raises:
-            ValueError: the micro-batch has several prompts, or images.
+            ValueError: the micro-batch has several prompts, or a dummy image.
         """
-        if self.counts.groups != 1 or self.images:
-            raise ValueError(
-                f"a part has one prompt and no image, this one {self.counts.groups} and {len(self.images)}"
-            )
+        if self.counts.groups != 1 or self.num_tokens != self.layout.num_tokens:
+            raise ValueError(f"a part has one prompt and no dummy image, this one {self.counts.groups} prompts")
         part, given = copy(self), self._prompt_length - 1
-        part.layout = self.layout.given(given)
-        part.labels, part.ids, part.positions = self.labels[given:], self.ids[given:], self.positions[given:]
+        part.layout, part.images = self.layout.given(given), {}
+        part.labels, part.ids, part.positions = self.labels[given:], self.ids[given:], self.positions[..., given:]
         part._source = self._source[given:]
         part.counts = self.counts + Counts(-given, squares=-(given**2), groups=-1, shared_1=given)
         return part

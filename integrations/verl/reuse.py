@@ -8,7 +8,7 @@ forward, prompt included, leaves the keys and values behind.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prefix_grouper_plugins.integrations.verl.losses import why_prompts_are_read
 from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, row_lengths
 from prefix_grouper_plugins.integrations.verl.planning import Plan
+from prefix_grouper_plugins.integrations.verl.vision.model_patches import has_verls_forward
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import prompt_cache, transformers_model
@@ -45,8 +46,8 @@ def why_not_reuse(engine: Any, loss_function: Any, *, gradients: bool) -> str | 
     if unverified := engine.gate.reports[0].unverified:
         return "; ".join(unverified)
     config = transformers_model(engine.module).config
-    if config.get_text_config(decoder=True) is not config:
-        return "the model takes images"
+    if config.get_text_config(decoder=True) is not config and not has_verls_forward(engine.module):
+        return f"verl does not run the vision tower of {config.model_type} where a micro-batch has no images"
     with torch.set_grad_enabled(gradients):
         return prompt_cache.why_not_reuse(engine.module, engine.gate.anatomies[0])
 
@@ -59,10 +60,25 @@ def why_not_reuse_rows(data: TensorDict) -> str | None:
     if any(length <= prompt for length, prompt in zip(lengths, prompt_lengths, strict=True)):
         return "a row has an empty response"
     positions, offsets = data["position_ids"], data["input_ids"].offsets()
+    if positions.dim() == 3:
+        return _why_positions_differ(data, prompt_lengths)
     counted = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(offsets.diff())
-    if positions.dim() == 2 and torch.equal(positions.values(), counted.to(positions.values())):
+    if torch.equal(positions.values(), counted.to(positions.values())):
         return None
     return "rows have positions that do not count from 0"
+
+
+def _why_positions_differ(data: TensorDict, prompt_lengths: Sequence[int]) -> str | None:
+    """Whether rows of equal prompts have unequal positions ``[4, L]`` there, so that parts would not be of one prompt."""
+    ends = data["input_ids"].offsets().tolist()
+    ids, positions = data["input_ids"].values().cpu(), data["position_ids"].values().cpu()
+    found: dict[bytes, bytes] = {}
+    for start, length in zip(ends, prompt_lengths, strict=False):
+        prompt = slice(start, start + length)
+        own = positions[:, prompt].numpy().tobytes()
+        if found.setdefault(ids[prompt].numpy().tobytes(), own) != own:
+            return "rows of equal prompts number their tokens differently"
+    return None
 
 
 class PromptReuse:
@@ -107,7 +123,7 @@ class PromptReuse:
 
         def run() -> PromptCache:
             cache, prompt = PromptCache(), PrefixLayout.from_groups([length], [[1]], device=device)
-            cache.run(self._module, prompt, packed.ids[:length], packed.positions[:length])
+            cache.run(self._module, prompt, packed.ids[:length], packed.positions[..., :length], packed.images)
             return cache
 
         with self._autocast():

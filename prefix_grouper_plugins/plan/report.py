@@ -15,7 +15,7 @@ BAR_WIDTH = 30
 ASSUMED = {
     "trl": "one process or several with DDP (not FSDP or DeepSpeed), and a loss that is a sum over rows (not bnpo, "
     "no entropy terms, no router loss)",
-    "verl": "FSDP2 (not FSDP1) without Ulysses, text, and one of verl's PPO losses",
+    "verl": "FSDP2 (not FSDP1) without Ulysses, and one of verl's PPO losses",
 }
 GIB = 2**30
 
