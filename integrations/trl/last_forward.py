@@ -54,7 +54,7 @@ def row_besides(
         model: as DDP wraps it.
         rows: of the micro-batch.
         tokens: of the same rows.
-        window: of all rows that may share forwards with them.
+        window: of all rows of the optimizer step so far that may share forwards with them, these included.
         dummy: lends the image, where a row of the generation batch has one.
         ahead: whether an earlier micro-batch has forwarded them.
 

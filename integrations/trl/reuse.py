@@ -316,7 +316,7 @@ class PromptReuse:
         if not accelerator.sync_gradients or accelerator.num_processes == 1:
             return None
         first = number - number % self.window()
-        window = [row for of_one in self._tokens[first : first + self.window()] for row in of_one]
+        window = [row for of_one in self._tokens[first : number + 1] for row in of_one]
         is_known = self._are_of(rows, number)
         tokens = self._tokens[number] if is_known else _tokens_of_unknown(model, rows)
         ahead = self._ahead is not None and number != self._scored

@@ -10,10 +10,12 @@ from prefix_grouper_plugins import enable_prefix_grouper
 from prefix_grouper_plugins.batch import blocks_on_host
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages, given_of
+from prefix_grouper_plugins.integrations.trl.last_forward import row_besides
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, _blocks_of
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling.images import TOKEN_TENSORS
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MULTIMODAL_TYPES
+from prefix_grouper_plugins.token_budget import RowTokens
 from tests import tiny
 from tests.integrations.trl import vision
 from tests.integrations.trl.test_images import compare, settings
@@ -217,3 +219,28 @@ def test_a_dummy_image_by_itself_is_forwarded_as_a_row(model_type):
     assert len(seen) == 1 and len(rows) == 1
     shortest = min(int(batch["prompt_mask"].sum()) for batch in batches if batch["num_images"][0])
     assert rows.input_ids.shape[1] <= shortest + 1, "the image alone, and not the whole prompt"
+
+
+@pytest.mark.parametrize(
+    ("finds_unused", "window", "own", "ahead", "expected"),
+    [
+        (False, [0], [0], False, "image"),  # DDP waits for the tower whatever the rows of the step show
+        (False, [1], [1], False, None),
+        (False, [1], [1], True, "image"),
+        (True, [1, 0], [0], False, "image"),
+        (True, [1, 0], [0], True, "image"),
+        (True, [0], [0], False, None),  # the tower stays without a gradient, as in the stock trainer
+        (True, [0], [0], True, "rows"),
+    ],
+)
+def test_what_the_last_forward_under_ddp_takes_besides(finds_unused, window, own, ahead, expected):
+    model = families.build("llava")
+    batches = micro_batches_of("llava", families.rows("llava"))
+    trainer, _ = of_two_processes(model, batches)
+    model.find_unused_parameters = finds_unused
+    blocks = _blocks_of(batches[0])
+    rows = Rows.of_blocks(blocks, blocks_on_host(*blocks))
+    of_window, of_own = ([RowTokens(object(), 3, 2, images=shown) for shown in images] for images in (window, own))
+    found = row_besides(model, rows, of_own, of_window, trainer.dummy_image_row, ahead=ahead)
+    kind = None if found is None else "rows" if found is rows else "image" if found.images.images[0] else "other"
+    assert kind == expected
