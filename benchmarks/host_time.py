@@ -4,8 +4,8 @@
 
 A layer's forward and backward run through the CUDA driver with flash and Triton kernels that do nothing, so what is left is
 Python, torch's dispatch, and the few operators between the kernels; the layers of a model follow one another as in a
-training step. `machinery` is an operator with the same signature that returns copies of its inputs: what torch takes for any
-custom operator with a backward. `kernels` is what the stand-ins of the flash kernels take to make their outputs, as the
+training step. `machinery` is an autograd function that saves as many tensors and returns copies of its inputs: what torch takes
+for any function with a backward of its own. `kernels` is what the stand-ins of the flash kernels take to make their outputs, as the
 real ones would in C++. Ours is `attention` less both. `calls` are the functions that a layer calls, in Python or from it, and
 `ours_calls` those less the machinery's: a busy machine changes the microseconds, and not these.
 
@@ -32,7 +32,7 @@ from unittest import mock
 import torch
 from emulation import flash_on_cpu
 from harness import RESULTS, number, use, write_csv
-from torch import Tensor, library
+from torch import Tensor
 
 from prefix_grouper_plugins import (
     PrefixLayout,
@@ -43,7 +43,6 @@ from prefix_grouper_plugins import (
     shared_prefix_attention,
 )
 from prefix_grouper_plugins.attention.backends.merged_lse import merge
-from prefix_grouper_plugins.attention.op import _OPTIONS
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 28
@@ -58,41 +57,20 @@ LAYOUTS = {
 # ---------------------------------------------------------------------------------------------------------- host time
 
 
-@library.custom_op(
-    "benchmarks::machinery",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-def _machinery(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return query.clone(), query.new_empty(0)
+class Machinery(torch.autograd.Function):
+    """What attention asks of torch, whatever it computes: a forward that saves six tensors, and a backward of three gradients."""
 
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: None, call: None) -> Tensor:  # type: ignore[override]
+        out = query.clone()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(0), sinks)
+        return out
 
-@library.custom_op(
-    "benchmarks::machinery_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _machinery_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return query.clone(), key.clone(), value.clone(), query.new_empty(0)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    query, key, value, segments, ctx.num_given, sinks, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output, segments, sinks)
-
-
-def _give(ctx: Any, grad: Any, _: Any) -> tuple[Any, ...]:
-    *tensors, segments, sinks = ctx.saved_tensors
-    grads = _machinery_backward(grad, *tensors, segments, ctx.num_given, sinks, *ctx.options)
-    return *grads[:3], None, None, None, None, None, None, None
-
-
-_machinery.register_autograd(_give, setup_context=_keep)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, *_ = ctx.saved_tensors
+        return query.clone(), key.clone(), value.clone(), None, None
 
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -164,8 +142,8 @@ def no_kernels(*tensors: Tensor) -> type[NoKernels]:
     return NoKernels
 
 
-def _machinery_alone(layout: PrefixLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _machinery(query, key, value, layout.segments, 0, None, 1.0, None, None, "")[0]
+def _machinery_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return Machinery.apply(query, key, value, None, None)  # type: ignore[no-any-return]
 
 
 def calls_of(run: Attention, layout: PrefixLayout) -> float:
@@ -189,9 +167,8 @@ def host_times(rounds: int) -> list[dict[str, Any]]:
     for name, packed in LAYOUTS.items():
         with flash_on_cpu(*no_flash()), mock.patch.object(merge, "_fused", no_kernels):
             ours = functools.partial(shared_prefix_attention, layout=packed)
-            torchs = functools.partial(_machinery_alone, packed)
-            attention, machinery = microseconds((ours, torchs), packed, rounds)
-            calls, torchs_calls = calls_of(ours, packed), calls_of(torchs, packed)
+            attention, machinery = microseconds((ours, _machinery_alone), packed, rounds)
+            calls, torchs_calls = calls_of(ours, packed), calls_of(_machinery_alone, packed)
         kernels = microseconds_of_kernels(ours, packed, rounds)
         found = {"attention_us": attention, "machinery_us": machinery, "kernels_us": kernels}
         found |= {"ours_us": attention - machinery - kernels, "calls": calls, "ours_calls": calls - torchs_calls}

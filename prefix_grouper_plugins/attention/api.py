@@ -12,6 +12,7 @@ from torch import Tensor
 from prefix_grouper_plugins.attention.backends.dense import dense_attention
 from prefix_grouper_plugins.attention.backends.merged_lse import cpu
 from prefix_grouper_plugins.attention.bidirectional import attend_within_blocks
+from prefix_grouper_plugins.attention.eager import attend, is_traced
 from prefix_grouper_plugins.attention.op import attention_op
 from prefix_grouper_plugins.attention.registry import BACKEND_NAMES, check_backend_name, choose
 from prefix_grouper_plugins.attention.request import Options, Request
@@ -79,7 +80,8 @@ def shared_prefix_attention(
         scale, softcap = _number("scale", scale), _number("softcap", softcap)
         sliding_window = _number("sliding_window", sliding_window)
     _check_options(query, scale, sliding_window, softcap, sinks, backend)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    traced = is_traced(query, key, value, sinks)
+    if traced and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         _check_no_function_transform(query, key, value, sinks)
     if backend != "dense" and forward_ad._current_level >= 0:
         _check_no_tangent(query, key, value, sinks)
@@ -87,15 +89,17 @@ def shared_prefix_attention(
         scale = query.shape[2] ** -0.5
     elif scale <= 0:  # flash kernels take a factor above 0 for granted: they compare scores before they scale them
         query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
-    if _is_one_causal_call(query, value, layout, Options(scale, sliding_window, softcap), sinks, backend):
-        out = cpu.causal(query, key, value, float(scale))
-    elif backend == "dense":
-        forest = forest_of(layout.segments, layout.num_given)
-        options = Options(scale, forest.effective_window(sliding_window), softcap)
+    options, forest_args = Options(float(scale), sliding_window, softcap), (layout.segments, layout.num_given)
+    if backend == "dense":
+        forest = forest_of(*forest_args)
+        options = options._replace(window=forest.effective_window(sliding_window))
         out = dense_attention(query, key, value, forest, options, sinks)
+    elif traced:
+        out, _ = attention_op(query, key, value, *forest_args, sinks, *options, backend)
+    elif _is_one_causal_call(query, value, layout, options, sinks, backend):
+        out = cpu.causal(query, key, value, options.scale)
     else:
-        forest_args = (layout.segments, layout.num_given)
-        out, _ = attention_op(query, key, value, *forest_args, sinks, float(scale), sliding_window, softcap, backend)
+        out = attend(query, key, value, *forest_args, sinks, options, backend)
     if layout.blocks is None or (layout.blocks_in_windows_only and sliding_window is None):
         return out
     if softcap is not None or sinks is not None:
@@ -106,20 +110,18 @@ def shared_prefix_attention(
 def _is_one_causal_call(
     query: Tensor, value: Tensor, layout: PrefixLayout, options: Options, sinks: Tensor | None, backend: str
 ) -> bool:
-    """Whether our operator would call torch's CPU flash kernel once, as where the layout holds one row.
+    """Whether our backend would call torch's CPU flash kernel once, as where the layout holds one row.
 
-    torch has the derivative of that call itself. Around it the operator takes longer than the attention of a short row.
+    torch has the derivative of that call itself. Around it ours takes longer than the attention of a short row.
     What traces (torch.compile, make_fx, fake tensors) gets the operator, which is the same for all layouts.
     """
-    if query.device.type != "cpu" or sinks is not None or options.softcap is not None or layout.num_given:
-        return False
-    if torch.compiler.is_compiling() or type(query) is not Tensor or torch._C._len_torch_dispatch_stack():
+    if not query.is_cpu or sinks is not None or options.softcap is not None or layout.num_given:
         return False
     forest, (_, _, head_dim) = forest_of(layout.segments), query.shape
     if not forest.is_one_row or forest.effective_window(options.window) is not None or value.shape[2] != head_dim:
         return False
     request = Request(query.device, query.dtype, head_dim, head_dim)
-    return backend != "dense" and choose(backend, request) == "merged_lse"
+    return choose(backend, request) == "merged_lse"
 
 
 def _check_no_tangent(*tensors: Tensor | None) -> None:

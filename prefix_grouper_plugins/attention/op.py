@@ -3,22 +3,22 @@
 One operator hides everything that depends on the layout (plans, a window that hides nothing, the choice of a backend)
 from ``torch.compile``, which sees tensors alone and so compiles once for all layouts. Being an operator it also works
 with gradient checkpointing of both kinds, selective checkpointing and saved-tensor hooks. Saved for the backward are
-query, key, value, the output and the merged log-sum-exp.
+query, key, value, the output and the merged log-sum-exp. Where nothing traces, the same `forward` and `backward` are called
+without the operators (`eager`).
 
 Attention sinks belong here: a sink is one more partial with output 0 and a constant log-sum-exp, whatever the backend.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
 from prefix_grouper_plugins.attention.device import accumulation_dtype, cast
 from prefix_grouper_plugins.attention.first_derivative import no_second_derivative
-from prefix_grouper_plugins.attention.registry import run
+from prefix_grouper_plugins.attention.registry import choose, run
 from prefix_grouper_plugins.attention.request import Options, Request
 from prefix_grouper_plugins.forest import Forest, forest_of
 
@@ -47,13 +47,8 @@ def attention_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``out [Q, H, D_v]`` in the query's dtype and ``lse [H, Q]`` (not differentiable); arguments already validated."""
-    forest, options, request = _prepare(query, value, segments, num_given, Options(scale, window, softcap))
-    with _without_autocast(query.device.type):
-        out, lse = run(backend, request, lambda chosen: chosen.forward(query, key, value, forest, options))
-        if sinks is not None:
-            merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-            out, lse = out * (lse - merged).exp_().t()[..., None], merged
-    return cast(out, query.dtype).contiguous(), lse.contiguous()  # as the operators promise it
+    call = prepare(query, value, segments, num_given, Options(scale, window, softcap), backend)
+    return forward(call, query, key, value, sinks)
 
 
 @library.custom_op(
@@ -79,34 +74,87 @@ def attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty without sinks), each in its input's dtype."""
-    forest, options, request = _prepare(query, value, segments, num_given, Options(scale, window, softcap))
-    tensors = (grad_out, query, key, value, out, lse)
-    with _without_autocast(query.device.type):
-        grads = run(backend, request, lambda chosen: chosen.backward(*tensors, forest, options))
-        dq, dk, dv = [cast(grad, query.dtype).contiguous() for grad in grads]
-        if sinks is None:
-            return dq, dk, dv, query.new_empty(0)
-        delta_HT = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
-        dsinks = -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta_HT).sum(1)
-        return dq, dk, dv, dsinks.to(sinks.dtype)
+    call = prepare(query, value, segments, num_given, Options(scale, window, softcap), backend)
+    dq, dk, dv, dsinks = backward(call, grad_out, query, key, value, out, lse, sinks)
+    return dq, dk, dv, query.new_empty(0) if dsinks is None else dsinks
 
 
-def _prepare(
-    query: Tensor, value: Tensor, segments: Tensor, num_given: int, options: Options
-) -> tuple[Forest, Options, Request]:
-    """The forest, the options with the window that is left of theirs, and the request; alike in forward and backward."""
-    if query.is_cuda:
-        _refuse_capture(query.device)
+class Call(NamedTuple):
+    """What the operators' arguments come to, alike in forward and backward.
+
+    Attributes:
+        forest: of the layout.
+        options: with the window that is left of theirs.
+        request: what the backend has to serve.
+        backend: the one that is chosen for it.
+    """
+
+    forest: Forest
+    options: Options
+    request: Request
+    backend: str
+
+
+def prepare(query: Tensor, value: Tensor, segments: Tensor, num_given: int, options: Options, backend: str) -> Call:
+    """The `Call` of an operator's arguments.
+
+    Raises:
+        ValueError: the backend asked for by name cannot serve the request.
+    """
     forest = forest_of(segments, num_given)
     if options.window is not None:
         options = options._replace(window=forest.effective_window(options.window))
     request = Request(query.device, query.dtype, query.shape[2], value.shape[2], options.window, options.softcap)
-    return forest, options, request
+    return Call(forest, options, request, choose(backend, request))
 
 
-def _without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Inside an operator autocast would narrow the matrix products. Where it is off already, switching takes longer than asking."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+def forward(call: Call, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``out [Q, H, D_v]`` in the query's dtype and ``lse [H, Q]``, both contiguous.
+
+    Raises:
+        RuntimeError: the current stream is recording a CUDA graph.
+    """
+    if query.is_cuda:
+        _refuse_capture(query.device)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # it would narrow the matrix products
+        with torch.autocast(kind, enabled=False):
+            return forward(call, query, key, value, sinks)
+    out, lse = run(call.backend, call.request, "forward", query, key, value, call.forest, call.options)
+    if sinks is not None:
+        merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        out, lse = out * (lse - merged).exp_().t()[..., None], merged
+    return cast(out, query.dtype).contiguous(), lse.contiguous()  # as the operators promise it
+
+
+def backward(
+    call: Call,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and sinks (None without sinks), each in its input's dtype.
+
+    Raises:
+        RuntimeError: the current stream is recording a CUDA graph.
+    """
+    if query.is_cuda:
+        _refuse_capture(query.device)
+    kind, tensors = query.device.type, (grad_out, query, key, value, out, lse)
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return backward(call, *tensors, sinks)
+    grads = run(call.backend, call.request, "backward", *tensors, call.forest, call.options)
+    dq, dk, dv = [cast(grad, query.dtype).contiguous() for grad in grads]
+    if sinks is None:
+        return dq, dk, dv, None
+    delta_HT = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()
+    dsinks = -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta_HT).sum(1)
+    return dq, dk, dv, dsinks.to(sinks.dtype)
 
 
 def _refuse_capture(device: torch.device) -> None:

@@ -6,8 +6,7 @@ docs/attention.md has the table of what ``auto`` takes for which layer on which 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from prefix_grouper_plugins.attention.backends import blockwise, flex, merged_ls
 from prefix_grouper_plugins.attention.request import CannotRun, Options, Request
 from prefix_grouper_plugins.forest import Forest
 from prefix_grouper_plugins.metrics import ReasonCounter
-
-Result = TypeVar("Result")
 
 
 class Backend(Protocol):
@@ -105,21 +102,21 @@ def choose(name: str, request: Request) -> str:
     return name
 
 
-def run(name: str, request: Request, call: Callable[[Backend], Result]) -> Result:
-    """``call`` of the backend that `choose` names; where that one finds that it cannot run it, of the next one that can.
+def run(chosen: str, request: Request, direction: Literal["forward", "backward"], *arguments: Any) -> Any:
+    """Run the backend that `choose` named; where that one finds that it cannot serve the call, the next one that can.
 
-    Raises:
-        ValueError: as in `choose`.
+    Args:
+        chosen: by `choose`; request: what it was chosen for.
+        direction: which function of the backend; arguments: of that function.
     """
-    chosen = choose(name, request)
     try:
-        return call(BACKENDS[chosen])
+        return getattr(BACKENDS[chosen], direction)(*arguments)
     except CannotRun as error:
         names = list(BACKENDS)
         behind = names[names.index(chosen) + 1 :]
         instead = next(other for other in behind if BACKENDS[other].why_not(request) is None)
         _count_fallback(chosen, instead, str(error))
-    return call(BACKENDS[instead])
+    return getattr(BACKENDS[instead], direction)(*arguments)
 
 
 def _count_fallback(name: str, instead: str, reason: str) -> None:

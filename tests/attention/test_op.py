@@ -1,19 +1,21 @@
-"""The custom operator among compile, checkpointing, offloading, autocast and odd tensors."""
+"""The custom operator, and the way past it, among compile, checkpointing, offloading, autocast and odd tensors."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, library
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
+from prefix_grouper_plugins.attention import api, shared_prefix_attention
 from prefix_grouper_plugins.attention import op as ops
-from prefix_grouper_plugins.attention import shared_prefix_attention
 from prefix_grouper_plugins.attention.op import attention_backward_op, attention_op
-from prefix_grouper_plugins.attention.request import Options
 from prefix_grouper_plugins.layout import PrefixLayout
 from tests.attention.forests import Features, assert_all_close, inputs, output_and_gradients
 
@@ -95,6 +97,77 @@ def test_operator_passes_opcheck(features: Features, dtype: torch.dtype) -> None
     library.opcheck(attention_op, args)
 
 
+every_way = pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES, Features()], ids=["sinks", "all", "plain"])
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_and_the_way_past_it_give_the_same_bits(
+    features: Features, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = inputs(LAYOUT, features, dtype)
+
+    def run() -> list[Tensor]:
+        return output_and_gradients(lambda *x: attend(*x, LAYOUT, features), tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "attention_op", None)
+        patch.setattr(ops, "attention_backward_op", None)
+        past = run()
+    monkeypatch.setattr(api, "is_traced", lambda *tensors: True)
+    assert all(torch.equal(a, b) for a, b in zip(past, run(), strict=True))
+
+
+@every_way
+def test_a_mode_sees_the_operator_that_it_is_there_for(features: Features) -> None:
+    """Forward and backward each for itself: FLOPs of neither are lost because the other one was not counted."""
+    tensors = inputs(LAYOUT, features)
+    counted, uncounted = FlopCounterMode(display=False), contextlib.nullcontext()
+    for forward, backward in ((counted, uncounted), (uncounted, counted)):
+        with forward:
+            out = attend(*tensors, *[None] * (4 - len(tensors)), LAYOUT, features)
+        with backward:
+            out.sum().backward()
+        assert counted.get_total_flops() > 0
+
+
+def test_factories_of_a_default_device_make_nothing_of_ours_elsewhere() -> None:
+    tensors = inputs(LAYOUT, PLAIN)
+    expected = output_and_gradients(lambda *x: attend(*x, LAYOUT, PLAIN), tensors)
+    with torch.device("meta"):
+        out = attend(*tensors, LAYOUT, PLAIN)
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    with torch.device("meta"):
+        actual = [out, *torch.autograd.grad(attend(*tensors, LAYOUT, PLAIN), tensors, grad_out)]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@every_way
+def test_gradients_for_several_gradients_at_once_are_those_for_each(features: Features) -> None:
+    tensors = inputs(LAYOUT, features)
+    out = attend(*tensors, *[None] * (4 - len(tensors)), LAYOUT, features)
+    grad_outs = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    together = torch.autograd.grad(out, tensors, grad_outs, is_grads_batched=True, retain_graph=True)
+    for i, grad_out in enumerate(grad_outs):
+        alone = torch.autograd.grad(out, tensors, grad_out, retain_graph=True)
+        assert_all_close([x[i] for x in together], list(alone), 1e-12)
+
+
+def test_compiled_autograd_traces_the_backward_of_an_eager_forward() -> None:
+    tensors = inputs(LAYOUT, PLAIN)
+    expected = torch.autograd.grad(attend(*tensors, LAYOUT, PLAIN).sum(), tensors)
+    graphs: list[str] = []
+
+    def compiler(graph: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return torch.compile(graph, backend="aot_eager")
+
+    with compiled_autograd._enable(compiler):
+        attend(*tensors, LAYOUT, PLAIN).sum().backward()
+    assert graphs and all(torch.equal(x.grad, g) for x, g in zip(tensors, expected, strict=True) if x.grad is not None)
+
+
 @both
 def test_log_sum_exp_is_not_differentiable(features: Features) -> None:
     q, k, v, sinks = inputs(LAYOUT, features)
@@ -173,8 +246,8 @@ def test_second_derivatives_are_refused_loudly(layout: PrefixLayout) -> None:
 def test_no_cuda_graph_repeats_the_layout_of_another_batch(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor cuts its graphs at the operators, and a capture by hand is refused: replays never read the segments."""
     assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
-    query = torch.empty(LAYOUT.num_tokens, 2, 8)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert ops._prepare(query, query, LAYOUT.segments, 0, Options(1.0))[0].num_tokens == LAYOUT.num_tokens
+    tensors = inputs(LAYOUT, PLAIN)
+    torch.autograd.grad(attend(*tensors, LAYOUT, PLAIN).sum(), tensors)  # what is on the CPU is in no capture
     with pytest.raises(RuntimeError, match="leave packed forwards and backwards out of CUDA graphs"):
         ops._refuse_capture(torch.device("cuda"))

@@ -17,7 +17,7 @@ often, so they keep sums in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -171,13 +171,24 @@ def _rows(ranges: list[tuple[int, int]], device: torch.device) -> Rows:
     return Rows(start, end, upload(gaps, device) if gaps.any() else None)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy where a token or a head begins within 16 bytes: CUDA flash kernels read so many at once, unchecked.
+def _aligned(*tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors, each copied where a token or a head begins within 16 bytes: CUDA flash kernels read so many at once, unchecked.
 
-    They also want a dense last dimension.
+    They also want a dense last dimension. All have one head dim and one dtype.
     """
-    if x.is_contiguous() and not (x.data_ptr() | x.shape[2] * x.itemsize) & 15:
-        return x
+    first = tensors[0]
+    places = first.shape[2] * first.itemsize
+    for x in tensors:
+        if not x.is_contiguous():
+            break
+        places |= x.data_ptr()
+    else:
+        if not places & 15:
+            return tensors
+    return [_aligned_one(x) for x in tensors]
+
+
+def _aligned_one(x: Tensor) -> Tensor:
     tokens, heads, last = x.stride()
     inside = (x.data_ptr() | tokens * x.itemsize | heads * x.itemsize) & 15
     return x.clone(memory_format=torch.contiguous_format) if inside or last != 1 else x
@@ -200,16 +211,18 @@ def varlen_forward(
     Returns:
         ``out [Q, H, D]``, in the query's dtype with up to two calls, else in float32 or float64, and ``lse [H, Q]``.
     """
-    q, k, v = map(_aligned, (q, k, v))
+    q, k, v = _aligned(q, k, v)
     causal, *levels = calls  # the causal one reaches every query
-    out, lse = op(q, *_behind(causal.keys.start, k, v), *causal[:4], 0.0, True, False, scale=scale)[:2]
+    start = causal.keys.start
+    keys = (k[start:], v[start:]) if start else (k, v)
+    out, lse = op(q, *keys, *causal[:4], 0.0, True, False, scale=scale)[:2]
     lse = cast(lse, accumulation_dtype(q.dtype))
     if len(levels) > 1:
         out = out.to(_sum_dtype(calls, q.dtype))
     for call in levels:
         (q0, q1, gaps), (k0, k1, _) = call.queries, call.keys
         partial = op(q[q0:q1], k[k0:k1], v[k0:k1], *call[:4], 0.0, False, False, scale=scale)
-        merge(out[q0:q1], lse.narrow(1, q0, q1 - q0), partial[0], cast(partial[1], lse.dtype), gaps)
+        merge(out[q0:q1], lse[:, q0:q1], partial[0], cast(partial[1], lse.dtype), gaps)
     return out, lse
 
 
@@ -234,12 +247,13 @@ def varlen_backward(
     Returns:
         Gradients of q, k and v, in the dtype of ``q`` with up to two calls, else in float32 or float64.
     """
-    do, q, k, v, out = map(_aligned, (do, q, k, v, out))
+    do, q, k, v, out = _aligned(do, q, k, v, out)
     causal, *levels = calls
     states = unread_states(q.device)
-    keys = _behind(causal.keys.start, k, v)
+    start = causal.keys.start
+    keys = (k[start:], v[start:]) if start else (k, v)
     grads = op(do, q, *keys, out, lse, *causal[:4], 0.0, True, *states, scale=scale)
-    if causal.keys.start or len(levels) > 1:
+    if start or len(levels) > 1:
         dtype = _sum_dtype(calls, q.dtype)
         grads = (grads[0].to(dtype), *(_whole(grad, k.size(0), dtype) for grad in grads[1:3]))
     dq, dk, dv = grads[:3]
@@ -247,13 +261,9 @@ def varlen_backward(
         (q0, q1, q_gaps), (k0, k1, k_gaps) = call.queries, call.keys
         tensors = (do[q0:q1], q[q0:q1], k[k0:k1], v[k0:k1], out[q0:q1], lse.narrow_copy(1, q0, q1 - q0))
         partial = op(*tensors, *call[:4], 0.0, False, *states, scale=scale)
-        add([dq[q0:q1], dk[k0:k1], dv[k0:k1]], list(partial[:3]), [q_gaps, k_gaps, k_gaps])
+        gaps = None if q_gaps is None and k_gaps is None else [q_gaps, k_gaps, k_gaps]
+        add([dq[q0:q1], dk[k0:k1], dv[k0:k1]], list(partial[:3]), gaps)
     return dq, dk, dv
-
-
-def _behind(start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values that the causal call gets: without the chains in front of ``start``, which have no queries."""
-    return (k[start:], v[start:]) if start else (k, v)
 
 
 def _whole(grad: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:

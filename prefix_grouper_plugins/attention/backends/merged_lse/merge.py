@@ -39,11 +39,12 @@ def merge(out: Tensor, lse: Tensor, partial_out: Tensor, partial_lse: Tensor, ga
     lse.copy_(torch.logaddexp(lse, partial_lse))
 
 
-def add(totals: list[Tensor], partials: list[Tensor], gaps: list[Tensor | None]) -> None:
-    """``total += partial`` for each of them outside of its ``gaps``, ``[N, H, D]`` each, in any dtypes."""
-    if all(x is None for x in gaps) and totals[0].dtype == partials[0].dtype:
+def add(totals: list[Tensor], partials: list[Tensor], gaps: list[Tensor | None] | None) -> None:
+    """``total += partial`` for each of them outside of its ``gaps``, ``[N, H, D]`` each, in any dtypes; None for no gaps."""
+    if gaps is None and totals[0].dtype == partials[0].dtype:
         torch._foreach_add_(totals, partials)  # one kernel for all, which adds in float32 inside
         return
+    gaps = gaps or [None] * len(totals)
     for total, partial, gap in zip(totals, partials, gaps, strict=True):
         fused = _fused(total, total)
         if fused is not None:

@@ -92,7 +92,7 @@ def test_whether_the_kernel_groups_heads_is_found_by_asking_it() -> None:
         torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, repeated, repeated))
 
 
-@pytest.mark.parametrize("kernel_groups_heads", [True, False])
+@pytest.mark.parametrize("kernel_groups_heads", sorted({False, cpu.kernel_groups_heads()}))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[301], [201, 301]], ids=["one row", "a row and its beginning"])
 def test_one_row_is_one_causal_call_past_the_operator(
@@ -109,6 +109,7 @@ def test_one_row_is_one_causal_call_past_the_operator(
         [x.detach().double().requires_grad_() for x in tensors],
     )
     monkeypatch.setattr(api, "attention_op", None)
+    monkeypatch.setattr(api, "attend", None)
     actual = output_and_gradients(lambda q, k, v, _: shared_prefix_attention(q, k, v, layout), tensors)
     assert actual[0].dtype == dtype and actual[0].is_contiguous()
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
@@ -119,9 +120,9 @@ def test_one_row_is_one_causal_call_past_the_operator(
 def test_the_operator_runs_what_is_more_than_one_causal_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def calls_of(layout: PrefixLayout, **options: Any) -> int:
         calls: list[int] = []
-        real = api.attention_op
+        real = api.attend
         with monkeypatch.context() as patch:
-            patch.setattr(api, "attention_op", lambda *args: (calls.append(1), real(*args))[1])
+            patch.setattr(api, "attend", lambda *args: (calls.append(1), real(*args))[1])
             query, key, value = inputs(layout, Features(heads=4, kv_heads=2))[:3]
             shared_prefix_attention(query[layout.num_given :], key, value, layout, **options)
         return len(calls)

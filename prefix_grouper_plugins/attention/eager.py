@@ -1,0 +1,81 @@
+"""Attention past the custom operators: torch takes longer to dispatch one with a backward than its functions take.
+
+`torch.autograd.Function` calls the functions of the operators instead, under the conditions that they have there, and saves
+the same tensors. Whoever looks at operators (torch.compile, selective checkpointing, fake tensors, a FLOP counter) has
+to see ours, so `is_traced` is asked in the forward and again in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_grouper_plugins.attention import op
+from prefix_grouper_plugins.attention.request import Options
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")  # torch.autograd.grad(is_grads_batched=True)
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether a trace, a mode, a transform of functions or a subclass of tensors gets to see the operators of a call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)  # type: ignore[arg-type]
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    num_given: int,
+    sinks: Tensor | None,
+    options: Options,
+    backend: str,
+) -> Tensor:
+    """``out [Q, H, D_v]`` in the query's dtype, of arguments that are already validated, where nothing traces."""
+    call = op.prepare(query, value, segments, num_given, options, backend)
+    arguments = (segments, num_given, *options, backend)
+    return SharedPrefixAttention.apply(query, key, value, sinks, (call, arguments))  # type: ignore[no-any-return]
+
+
+class SharedPrefixAttention(torch.autograd.Function):
+    """The forward and backward of the operators, whose derivative is taken once."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        call: tuple[op.Call, tuple[Any, ...]],
+    ) -> Tensor:
+        ctx.call, ctx.arguments = call
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = op.forward(ctx.call, query, key, value, sinks)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, out, lse, sinks)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_out is None:
+            return (None,) * 5
+        query, key, value, out, lse, sinks = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_traced(grad_out, query):  # the operator refuses a second derivative
+            segments, num_given, *options = ctx.arguments
+            rest = (segments, num_given, sinks, *options)
+            dq, dk, dv, dsinks = op.attention_backward_op(grad_out, query, key, value, out, lse, *rest)
+            return dq, dk, dv, None if sinks is None else dsinks, None
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = op.backward(ctx.call, grad_out, query, key, value, out, lse, sinks)
+        return *grads, None
