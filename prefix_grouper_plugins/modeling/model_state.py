@@ -6,7 +6,7 @@ changed it in between: then later micro-batches would get the results of another
 weights than the forward did.
 
 Weights are compared by identity, by the version that autograd counts, and by a sum over their bits, since changes through
-``.data`` are not counted. Buffers and other attributes of modules are not compared: forwards change them.
+``.data`` are not counted. Under FSDP2 they are this process's shards, which outlive what is gathered of them. Buffers and other attributes of modules are not compared: forwards change them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from prefix_grouper_plugins.modeling.anatomy import transformers_model
 from prefix_grouper_plugins.modeling.self_check.changes import codes_of_classes, fingerprint, modules_of
@@ -40,7 +42,7 @@ class ModelState:
         self._modes = [module.training for module in modules]
         self._adapters = _adapters(modules)
         self._learn = [weight.requires_grad for weight in weights]
-        self._versions = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
+        self._versions = [(id(weight), _address(weight), weight._version) for weight in weights]
         self._sums = [_sum(weight.data) for weight in weights]
 
     def what_differs(self, later: ModelState) -> str | None:
@@ -70,8 +72,29 @@ class ModelState:
 
 def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """As ``parameters()``, each once."""
+    modules = list(modules)
     found = (weight for module in modules if module._parameters for weight in module._parameters.values())
-    return list(dict.fromkeys(weight for weight in found if weight is not None))
+    weights = dict.fromkeys(weight for weight in found if weight is not None)
+    shards = _shards_of_gathered(modules)
+    return [shards.get(id(weight), weight) for weight in weights] if shards else list(weights)
+
+
+def _shards_of_gathered(modules: Iterable[nn.Module]) -> dict[int, nn.Parameter]:
+    """By the id of a parameter that FSDP2 has gathered: this process's shard, which modules show between forwards."""
+    shards: dict[int, nn.Parameter] = {}
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for parameter in (own for group in groups if group is not None for own in group.fsdp_params):
+                for name in ("_unsharded_param", "_sharded_post_forward_param"):
+                    if (gathered := getattr(parameter, name, None)) is not None:
+                        shards[id(gathered)] = parameter.sharded_param
+    return shards
+
+
+def _address(weight: Tensor) -> int:
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).data_ptr()
 
 
 def _adapters(modules: Iterable[nn.Module]) -> list[tuple[str, ...]]:
@@ -81,6 +104,8 @@ def _adapters(modules: Iterable[nn.Module]) -> list[tuple[str, ...]]:
 
 def _sum(values: Tensor) -> Tensor | None:
     """The bits of ``values``, added up as integers; None where it holds no plain numbers (meta device, torchao)."""
+    if isinstance(values, DTensor):
+        values = values.to_local()
     size = values.element_size()
     if type(values) is not Tensor or values.is_meta or size not in _INTEGERS:
         return None

@@ -6,7 +6,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.modeling import packed_inputs
@@ -153,3 +156,34 @@ def test_weights_of_every_layout_are_compared(dtype, shape):
     assert what_differs(before, model) is None
     a_weight(model).data[-1, -1] += 1
     assert WEIGHT in what_differs(before, model)
+
+
+def changes_under_fsdp2(group: dist.ProcessGroup) -> list[str | None]:
+    """What differs: where parameters are gathered, after a forward and backward, and after a shard has changed past autograd."""
+    model = build(lora=False)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    rows = tiny.rows({6: [4, 3]})
+    layout = PrefixLayout.from_rows(rows)
+    model(**packed_inputs(layout, layout.pack(rows))).logits.sum().backward()
+    before, found = ModelState(model), []
+    with torch.no_grad():
+        model(**packed_inputs(layout, layout.pack(rows)))
+    assert type(model.lm_head.weight) is torch.nn.Parameter and not hasattr(model.lm_head.weight, "to_local")
+    found.append(what_differs(before, model))
+    model(**packed_inputs(layout, layout.pack(rows))).logits.sum().backward()
+    found.append(what_differs(before, model))
+    if dist.get_rank(group) == 0:
+        a_weight(model).data.to_local()[0, 0] += 1.0
+    found.append(what_differs(before, model))
+    return found
+
+
+@pytest.mark.slow
+def test_under_fsdp2_the_shards_are_compared_and_not_what_is_gathered_of_them(processes):
+    here, there = processes.run(2, changes_under_fsdp2)
+    assert here[:2] == there[:2] == [None, None]
+    assert WEIGHT in here[2] and there[2] is None
