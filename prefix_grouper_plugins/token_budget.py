@@ -9,6 +9,7 @@ the forwards that follow. The plan is pure: it depends on numbers of tokens alon
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -194,3 +195,86 @@ def plan_forwards(
         opened |= {row.prompt: row.prompt_tokens for i in taken for row in micro_batches[i] if row.prompt in shared}
         start += count
         opened = {prompt: tokens for prompt, tokens in opened.items() if last[prompt] >= start}
+
+
+class RowsOfProcess(NamedTuple):
+    """What one of several processes forwards.
+
+    Attributes:
+        micro_batches, budget, max_scored: as in :func:`next_forward`.
+    """
+
+    micro_batches: Sequence[Sequence[RowTokens]]
+    budget: int
+    max_scored: int | None = None
+
+
+class MatchedForward(NamedTuple):
+    """One forward of the plan of several processes. They run equally many prompts, and then equally many parts of rows.
+
+    Attributes:
+        micro_batches: those whose rows it takes, by number; the same on all processes.
+        prompts: of each prompt that is forwarded before the rows, the number of the forward in which it closes, in order.
+        shared: for each process, the prompts of its rows that other forwards hold too, and when they close.
+        num_parts: on the process that has most, the prompts in ``shared``, each with its rows, and the other rows together.
+    """
+
+    micro_batches: range
+    prompts: Sequence[int]
+    shared: Sequence[Mapping[Hashable, int]]
+    num_parts: int
+
+
+def matched_forwards(
+    processes: Sequence[RowsOfProcess], group: int, *, stays_open: bool = True
+) -> list[MatchedForward]:
+    """The forwards of an optimizer step on processes that have to make equally many, as where parameters are sharded.
+
+    A forward takes as many micro-batches as fit on each of them. Every process can work out the plan of all.
+
+    Args:
+        processes: with equally many micro-batches, all of them in one optimizer step.
+        group, stays_open: as in :func:`next_forward`.
+    """
+    found: list[tuple[range, list[list[Hashable]]]] = []
+    opened: list[dict[Hashable, int]] = [{} for _ in processes]
+    last = [{row.prompt: i for i, rows in enumerate(own.micro_batches) for row in rows} for own in processes]
+    start = 0
+    while start < len(processes[0].micro_batches):
+        coming = [own.micro_batches[start:] for own in processes]
+        fitting = (
+            next_forward(rows, own.budget, group, opened=held, stays_open=stays_open, max_scored=own.max_scored)[0]
+            for rows, own, held in zip(coming, processes, opened, strict=True)
+        )
+        count = min(fitting)
+        shared = [prompts_to_share(rows, count, held, stays_open) for rows, held in zip(coming, opened, strict=True)]
+        found.append((range(start, start + count), shared))
+        start += count
+        for number, (rows, prompts) in enumerate(zip(coming, shared, strict=True)):
+            taken = (row for of_one in rows[:count] for row in of_one if row.prompt in prompts)
+            opened[number] |= {row.prompt: row.prompt_tokens for row in taken}
+            opened[number] = {key: size for key, size in opened[number].items() if last[number][key] >= start}
+    return _matched(processes, found)
+
+
+def _matched(
+    processes: Sequence[RowsOfProcess], found: Sequence[tuple[range, list[list[Hashable]]]]
+) -> list[MatchedForward]:
+    """The forwards of :func:`matched_forwards`, by their micro-batches and the prompts that each process shares in them."""
+    ends = [
+        {key: number for number, (_, shared) in enumerate(found) for key in shared[process]}
+        for process in range(len(processes))
+    ]
+    begun: list[set[Hashable]] = [set() for _ in processes]
+    plan = []
+    for taken, shared in found:
+        prompts: Counter[int] = Counter()
+        num_parts = 1
+        for process, keys in enumerate(shared):
+            prompts |= Counter(ends[process][key] for key in keys if key not in begun[process])
+            begun[process].update(keys)
+            own = {row.prompt for i in taken for row in processes[process].micro_batches[i]}
+            num_parts = max(num_parts, len(keys) + bool(own - {None, *keys}))
+        of_all = [{key: ends[process][key] for key in keys} for process, keys in enumerate(shared)]
+        plan.append(MatchedForward(taken, sorted(prompts.elements()), of_all, num_parts))
+    return plan

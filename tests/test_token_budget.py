@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
+import pytest
+
 from prefix_grouper_plugins.token_budget import (
     Forward,
+    RowsOfProcess,
     RowTokens,
     forwarded_tokens,
+    matched_forwards,
     next_forward,
     num_that_fit,
     plan_forwards,
@@ -113,3 +120,82 @@ def test_a_forward_has_no_more_rows_than_a_group():
 def test_a_prompt_of_one_token_and_a_row_without_a_completion_share_nothing():
     rows = [[RowTokens.of("a", 1, R)], [RowTokens.of("a", 1, R)], [RowTokens.of("a", P, 0)], [RowTokens.of("a", P, 0)]]
     assert not any(forward.shared for forward in plan_forwards(rows, 1, G))
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def test_one_process_plans_as_if_it_were_alone():
+    rows = batches(*[("a", 9, 3)] * 6, *[("b", 7, 3)] * 6)
+    for budget in (12, 14, 20, 40):
+        alone = list(plan_forwards(rows, budget, 6))
+        matched = matched_forwards([RowsOfProcess(rows, budget)], 6)
+        assert [forward.micro_batches for forward in matched] == [forward.micro_batches for forward in alone]
+        assert [list(forward.shared[0]) for forward in matched] == [list(forward.shared) for forward in alone]
+        assert [len(forward.prompts) for forward in matched] == [sum(forward.shared.values()) for forward in alone]
+
+
+def test_a_forward_takes_what_fits_on_every_process():
+    short, long = batches(*[("a", 2, 1)] * 4), batches(*[("b", 9, 3)] * 4)
+    assert [x.micro_batches for x in matched_forwards([RowsOfProcess(short, 99)], 4)] == [range(4)]
+    plan = matched_forwards([RowsOfProcess(short, 99), RowsOfProcess(long, 15)], 4)
+    assert [forward.micro_batches for forward in plan] == [range(2), range(2, 4)]
+    assert [forward.shared for forward in plan] == [[{"a": 1}, {"b": 1}]] * 2
+    assert [(list(forward.prompts), forward.num_parts) for forward in plan] == [([1], 1), ([], 1)]
+
+
+def test_prompts_that_close_at_different_times_are_forwarded_for_each_other():
+    """Process 0 has one group of four rows, process 1 two of two: no prompt of one closes with one of the other."""
+    first, second = batches(*[("a", 9, 3)] * 4), batches(("b", 9, 3), ("b", 9, 3), ("c", 9, 3), ("c", 9, 3))
+    plan = matched_forwards([RowsOfProcess(first, 12), RowsOfProcess(second, 12)], 4)
+    assert [list(forward.prompts) for forward in plan] == [[1, 3], [], [3], []]
+    assert {forward.num_parts for forward in plan} == {1}
+
+
+def test_a_forward_with_the_ends_of_two_groups_has_a_part_for_each():
+    first = [*batches(("a", 9, 3)), [RowTokens("a", 9, 3), RowTokens("b", 9, 3)], *batches(("b", 9, 3))]
+    plan = matched_forwards([RowsOfProcess(first, 24), RowsOfProcess(batches(*[("c", 9, 3)] * 3), 12)], 2)
+    assert [forward.num_parts for forward in plan] == [1, 2, 1]
+    assert [list(forward.prompts) for forward in plan] == [[1, 2], [2], []]
+
+
+def some_rows(source: random.Random, micro_batches: int, rows: int) -> list[list[RowTokens]]:
+    """Groups of any size side by side, some of whose rows have no completion."""
+    found: list[RowTokens] = []
+    while len(found) < micro_batches * rows:
+        prompt, tokens = len(found), source.choice([0, 1, 5, 20, 60])
+        for _ in range(source.randint(1, 6)):
+            found.append(RowTokens.of(prompt, tokens + 1, source.choice([0, 0, 1, 5, 10])))
+    return [found[i * rows : (i + 1) * rows] for i in range(micro_batches)]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_processes_with_any_rows_make_the_same_forwards(seed):
+    source = random.Random(seed)
+    micro_batches, rows = source.randint(1, 8), source.randint(1, 4)
+    processes = [
+        RowsOfProcess(some_rows(source, micro_batches, rows), source.randint(1, 200), source.choice([None, 10, 20]))
+        for _ in range(source.randint(1, 4))
+    ]
+    plan = matched_forwards(processes, source.randint(1, 8), stays_open=source.random() < 0.8)
+    assert [i for forward in plan for i in forward.micro_batches] == list(range(micro_batches))
+    needed = [Counter() for _ in plan]
+    for process, own in enumerate(processes):
+        taken = [[row for i in forward.micro_batches for row in own.micro_batches[i]] for forward in plan]
+        shared = [forward.shared[process] for forward in plan]
+        begins = [Counter() for _ in plan]
+        for key in {key for keys in shared for key in keys}:
+            places = [n for n, of_one in enumerate(taken) if key in {row.prompt for row in of_one}]
+            assert len(places) > 1
+            assert [n for n, keys in enumerate(shared) if key in keys] == places
+            assert {shared[n][key] for n in places} == {places[-1]}
+            begins[places[0]][places[-1]] += 1
+        needed = [of_all | begun for of_all, begun in zip(needed, begins, strict=True)]
+        for rows_of_one, keys, forward in zip(taken, shared, plan, strict=True):
+            others = {row.prompt for row in rows_of_one} - {None, *keys}
+            assert forward.num_parts >= max(1, len(keys) + bool(others))
+            if len(forward.micro_batches) > 1:
+                forwarded = [row for row in rows_of_one if row.prompt is not None]
+                held = {row.prompt: row.prompt_tokens for row in forwarded}
+                assert sum(held.values()) + sum(row.completion_tokens for row in forwarded) <= own.budget
+    assert [sorted(of_all.elements()) for of_all in needed] == [list(forward.prompts) for forward in plan]

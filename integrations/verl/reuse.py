@@ -127,13 +127,13 @@ class PromptReuse:
             return cache
 
         with self._autocast():
-            own, added = self._matched.forward(self._number, own_end, run)
+            caches, added = self._matched.forward(self._number, [] if own_end is None else [(own_end, run)])
         part.counts += Counts(added)
         if key is None:
             return part
-        if own is not None:
+        if caches:
             part.counts += Counts(length, squares=length**2, groups=1, shared_1=-length)
-        cache = own or self._prompts.cache(key)
+        cache = caches[0] if caches else self._prompts.cache(key)
         assert cache is not None
         cache.prepare(part.layout, last=self._prompts.is_last(key))
         self._prompts.keep(key, cache)

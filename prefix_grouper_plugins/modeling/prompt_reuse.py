@@ -47,6 +47,10 @@ class OpenPrompts:
         """The cache of the prompt ``key``; None where it has to be forwarded first."""
         return self._open.get(key)
 
+    def begin(self, key: Hashable, cache: PromptCache) -> None:
+        """``cache`` has been forwarded, before the rows of this micro-batch that hold the prompt ``key``."""
+        self._open[key] = cache
+
     def is_last(self, key: Hashable) -> bool:
         """Whether this micro-batch is the last one that holds the prompt ``key``."""
         return not self._later[key]
@@ -93,53 +97,78 @@ class MatchedForwards:
     Args:
         model: the root of the sharded model.
         ends: for each micro-batch, when the prompts that some process forwards in it close, as numbers of micro-batches;
-            the same on every process.
+            the same on every process. A number comes as often as the process has such prompts that has most.
         device: of token ids.
     """
 
     def __init__(self, model: nn.Module, ends: Sequence[Collection[int]], device: torch.device) -> None:
         self._model, self._device = model, device
-        self._ends = [sorted(set(of_one)) for of_one in ends]
+        self._ends = [sorted(of_one) for of_one in ends]
         self._closing: dict[int, list[PromptCache]] = {}
+        self._is_deferred = False
 
     def forward(
-        self, number: int, own_end: int | None, run: Callable[[], PromptCache]
-    ) -> tuple[PromptCache | None, int]:
+        self, number: int, own: Sequence[tuple[int, Callable[[], PromptCache]]]
+    ) -> tuple[list[PromptCache], int]:
         """The forwards of prompts that come before that of micro-batch ``number``.
 
         Args:
             number: of the micro-batch.
-            own_end: when the prompt that this process forwards here closes, one of ``ends[number]``; None if it has none.
-            run: forwards that prompt.
+            own: for each prompt that this process forwards here, when it closes, one of ``ends[number]``, and what forwards
+                it. Those that close first come first.
 
         Returns:
-            this process's prompt, and how many single tokens were forwarded for those of others.
+            this process's prompts, and how many single tokens were forwarded for those of others.
         """
-        own, added = None, 0
+        found, added, left = [], 0, list(own)
         for end in self._ends[number]:
-            if end == own_end:
-                cache = own = run()
+            if left and left[0][0] == end:
+                cache = left.pop(0)[1]()
+                found.append(cache)
             else:
                 cache, added = PromptCache.of_one_token(self._model, self._device), added + 1
             self._closing.setdefault(end, []).append(cache)
-        return own, added
+        assert not left
+        return found, added
 
-    def attach(self, number: int, values: Sequence[Tensor], *, synchronizes: bool) -> Sequence[Tensor]:
+    def closes(self, number: int) -> bool:
+        """Whether prompts close in micro-batch ``number`` on any process."""
+        return number in self._closing
+
+    def attach(
+        self, number: int, values: Sequence[Tensor], *, synchronizes: bool, first: Tensor | None = None
+    ) -> Sequence[Tensor]:
         """``values``, computed in micro-batch ``number``, whose backward runs through the prompts that close in it.
 
         Args:
             number: of the micro-batch.
             values: those that may enter the loss.
-            synchronizes: whether gradients are reduced over the processes in this micro-batch. They are so once, in the
-                last backward that reaches a layer, as without reuse.
+            synchronizes: see :meth:`defer`, which is called if so and several backwards reach the layers.
+            first: of ``values``, what the first of several forwards has computed.
         """
         closing = self._closing.pop(number, [])
-        if closing and synchronizes:
-            self._synchronize_layers(False)
-            closing[0].when_reached(lambda: self._synchronize_layers(True))  # what was forwarded first comes last
+        if closing:  # what was forwarded first comes last
+            closing[0].when_reached(self._synchronize)
+        elif first is not None and first.requires_grad:
+            first.register_hook(lambda _: self._synchronize())
+        if synchronizes and (closing or first is not None):
+            self.defer()
         for cache in closing:
             values = cache.attach(*values)
         return values
+
+    def defer(self) -> None:
+        """Gradients of layers are reduced over the processes in the backward that comes, after which the optimizer steps.
+
+        They are so once, in the last backward that reaches a layer, as without reuse.
+        """
+        self._is_deferred = True
+        self._synchronize_layers(False)
+
+    def _synchronize(self) -> None:
+        if self._is_deferred:
+            self._is_deferred = False
+            self._synchronize_layers(True)
 
     def _synchronize_layers(self, synchronizes: bool) -> None:
         """Of decoder layers alone, which every backward reaches: a head, say, is not part of a prompt's."""

@@ -107,10 +107,10 @@ def reuse(model: Any, rank: int, ranks: list[int], attaches: bool) -> None:
             new.run(model, PrefixLayout.from_groups([prompt - 1], [[1]]), row[: prompt - 1])
             return new
 
-        own, added = matched.forward(number, begins and begins[1], run)
+        own, added = matched.forward(number, [(begins[1], run)] if begins else [])
         assert added == len(ends[number]) - (begins is not None)
-        if own is not None:
-            cache, end = own, begins[1]
+        if own:
+            (cache,), end = own, begins[1]
         layout = PrefixLayout.from_rows([row])
         if number < 4:
             layout = layout.given(prompt - 1)
