@@ -229,20 +229,31 @@ class PackedForward:
         )
         counts += Counts.of_levels(part.layout.shared_by_level)
         if cache is None:
-            cache = PromptCache()
-            prompt = PrefixLayout.from_groups([given], [[1]], device=part.input_ids.device)
-            more = {name: kind[:, :given] for name, kind in kinds.items()}
-            if images is not None:
-                images.set_blocks(prompt, whole)
-                more |= images.shown(whole)
-            with self._trainer.accelerator.autocast():
-                cache.run(model, prompt, whole.input_ids[:given], positions[..., :given], more)
-            counts += Counts(tokens_forwarded=given, groups=1, shared_1=-given)
+            cache, count = self._prompt(model, whole, images)
+            counts += count
         cache.prepare(part.layout, last=is_last)
         inputs = packed_inputs(part.layout, part.input_ids, positions[..., given:])
         inputs |= {name: kind[:, given:] for name, kind in kinds.items()}
         logps, entropies = self._forward(model, part, inputs, entropy)
         return (part.scatter(logps), None if entropies is None else part.scatter(entropies)), counts, cache
+
+    def prompt(self, model: Any, rows: Rows) -> tuple[PromptCache, Counts]:
+        """The forward of the prompt that ``rows`` have in common, for :meth:`score_part`. Arguments as there."""
+        images = rows.images.image_rows(model, rows.blocks)
+        return self._prompt(model, self._batch(model, rows.blocks, rows.on_host, images, forward_last=False), images)
+
+    def _prompt(self, model: Any, whole: GroupedBatch, images: ImageRows | None) -> tuple[PromptCache, Counts]:
+        """That of ``whole``, a batch of rows with one prompt."""
+        given = whole.behind_prompt().layout.num_given
+        positions, kinds = (whole.position_ids, {}) if images is None else images.of_tokens(whole)
+        cache, prompt = PromptCache(), PrefixLayout.from_groups([given], [[1]], device=whole.input_ids.device)
+        more = {name: kind[:, :given] for name, kind in kinds.items()}
+        if images is not None:
+            images.set_blocks(prompt, whole)
+            more |= images.shown(whole)
+        with self._trainer.accelerator.autocast():
+            cache.run(model, prompt, whole.input_ids[:given], positions[..., :given], more)
+        return cache, Counts(tokens_forwarded=given, groups=1, shared_1=-given)
 
     def nothing_to_score(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, Counts]:
         """Zeros, for rows whose completions are all masked, that hang on a forward of one token.

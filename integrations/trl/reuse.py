@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from prefix_grouper_plugins.batch import Blocks, blocks_on_host, prompt_group
 from prefix_grouper_plugins.integrations.trl.forward import (
@@ -31,6 +32,7 @@ from prefix_grouper_plugins.integrations.trl.forward import (
     PackedForward,
     Rows,
     Scores,
+    ScoringCall,
     joined_blocks,
 )
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_share
@@ -138,9 +140,8 @@ class PromptReuse:
     def why_not_ahead(self, model: Any, *, update: bool = True) -> str | None:
         """Why each micro-batch is forwarded by itself; None if a forward may take several. Arguments of :meth:`why_not`."""
         trainer = self._trainer
-        if trainer.accelerator.distributed_type not in _KINDS:
-            kind = trainer.accelerator.distributed_type.value
-            return f"under {kind} every process has to make the same number of forwards"
+        if (reason := self._why_not_of_its_kind(model)) is not None:
+            return reason
         if self._needs_towers(model) and self._may_leave_experts_out(model):
             return (
                 "DDP may take experts that a dummy image does not meet for unused: set ddp_find_unused_parameters=False"
@@ -156,6 +157,23 @@ class PromptReuse:
                 f"steps_per_generation={args.steps_per_generation} have no common factor"
             )
         return None
+
+    def _why_not_of_its_kind(self, model: Any) -> str | None:
+        """Why the way in which processes train ``model`` together does not let each make its own forwards."""
+        kind = self._trainer.accelerator.distributed_type
+        if kind in _KINDS and not isinstance(transformers_model(model), FSDPModule):
+            return None
+        name = "FSDP2 past accelerate" if kind in _KINDS else kind.value
+        remedy = ", on which they agree under FSDP2 of accelerate" if kind == DistributedType.FSDP else ""
+        return f"under {name} every process has to make the same number of forwards{remedy}"
+
+    def reuses_prompts(self, model: Any) -> bool:
+        """Whether prompts stay open in the micro-batch of the update that was entered. The same on all processes."""
+        return self.why_not(model) is None
+
+    def reuses_prompts_everywhere(self, model: Any, shares: bool) -> bool:
+        """Whether prompts may stay open, and rows of this process are shared; under FSDP2, of all. A collective there."""
+        return shares and self.why_not(model, update=torch.is_grad_enabled()) is None
 
     # ----------------------------------------------------------------------------------------------------- the update
 
@@ -354,8 +372,8 @@ class PromptReuse:
         """Whether forwards of this optimizer step have not got their gradient, since other micro-batches share them."""
         return self._ahead is not None or bool(self._prompts.open)
 
-    def stop_sharing(self, reason: str) -> None:
-        """Micro-batches take the ordinary path from here on.
+    def stop_sharing(self, reason: str, call: ScoringCall) -> None:
+        """The rows of ``call`` take the ordinary path, for ``reason``.
 
         Raises:
             RuntimeError: earlier ones of this optimizer step wait for them.
@@ -537,8 +555,8 @@ class PromptReuse:
                 (values, more), count = self._score_piece(model, rows.take(members), key, prompts, entropy)
             counts.append(count)
             place = on_device(torch.tensor(members), values.device)
-            logps = _placed(logps, values, place, len(rows))
-            entropies = None if more is None else _placed(entropies, more, place, len(rows))
+            logps = placed(logps, values, place, len(rows))
+            entropies = None if more is None else placed(entropies, more, place, len(rows))
         assert logps is not None
         return (logps, entropies, None), counts
 
@@ -586,7 +604,7 @@ def _blocks_of(micro_batch: MicroBatch) -> Blocks:
     return tuple(micro_batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))  # type: ignore[return-value]
 
 
-def _placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:
+def placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:
     """``values [N, C]`` as the rows ``place`` of ``[count, C]``, added to ``total``. Differentiable."""
     rows = values.new_zeros((count, values.shape[1])).index_copy(0, place, values)
     return rows if total is None else total + rows

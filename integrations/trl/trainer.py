@@ -35,6 +35,7 @@ from prefix_grouper_plugins.integrations.trl.losses import (
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
+from prefix_grouper_plugins.integrations.trl.sharded_reuse import ShardedReuse, is_fsdp2
 from prefix_grouper_plugins.integrations.trl.verify import Verification
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
 from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
@@ -93,7 +94,7 @@ class PrefixGrouperMixin:
         self._shares = bool(self._option("use_prefix_grouper"))
         self.verification = Verification(self, self._option("prefix_grouper_verify"))
         self._packed_forward = PackedForward(self)
-        self._reuse = PromptReuse(self, self._packed_forward)
+        self._reuse = (ShardedReuse if is_fsdp2(self.accelerator) else PromptReuse)(self, self._packed_forward)
         self.dummy_image_row = DummyImageRow(
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
         )
@@ -343,7 +344,7 @@ class PrefixGrouperMixin:
             reason = reason or self.gate.reason
         if reason is not None:
             if self._shares:
-                self._reuse.stop_sharing(reason)
+                self._reuse.stop_sharing(reason, call)
                 lengths = call.attention_mask.sum(1).tolist()
                 self.sharing.count_fallback(reason, lengths, during=self._pass(model))
             return call.run(super()._get_per_token_logps_and_entropies)  # type: ignore[misc]
@@ -393,13 +394,14 @@ class PrefixGrouperMixin:
         if size is not None and not call.has_images:  # images are not cut so easily: there all chunks are compared
             call = call._replace(input_ids=call.input_ids[:size], attention_mask=call.attention_mask[:size])
         shared: dict[str, Callable[[Any], Tensor]] = {}
+        reuses = self._reuse.reuses_prompts_everywhere(call.model, shares)
         if shares:
-            shared = self._shared_paths(call.model, list(call.rows.chunks(size)))
+            shared = self._shared_paths(list(call.rows.chunks(size)), reuses)
         self.gate.first_batch(
             call.model, lambda inner: call._replace(model=inner).run(stock)[0], shared, call.scored_mask
         )
 
-    def _shared_paths(self, model: Any, chunks: list[Rows]) -> dict[str, Callable[[Any], Tensor]]:
+    def _shared_paths(self, chunks: list[Rows], reuses: bool) -> dict[str, Callable[[Any], Tensor]]:
         """The ways in which rows of this trainer are forwarded, by name; each returns log-probs ``[B, C]``."""
 
         def packed(inner: Any) -> Tensor:
@@ -407,7 +409,7 @@ class PrefixGrouperMixin:
             return torch.cat([logps for logps, *_ in scores])
 
         paths: dict[str, Callable[[Any], Tensor]] = {"packed": packed}
-        if self._reuse.why_not(model, update=torch.is_grad_enabled()) is None:
+        if reuses:
             paths["prompts reused"] = lambda inner: torch.cat(
                 [self._reuse.score_apart(inner, chunk, entropy=False)[0] for chunk in chunks]
             )
@@ -440,10 +442,15 @@ class PrefixGrouperMixin:
             return "use_prefix_grouper is off"
         if self.gate.reason is not None:
             return self.gate.reason
-        limit, columns = self._row_limit(call.model), call.input_ids.shape[1]
-        if limit is not None and columns >= limit[0]:  # the stock path numbers padded columns too
-            return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} changes the angles of the whole batch"
-        return why_not_share_images(call.model, call.given)
+        reason = self.why_not_columns(call.model, call.input_ids.shape[1])
+        return why_not_share_images(call.model, call.given) if reason is None else reason
+
+    def why_not_columns(self, model: Any, columns: int) -> str | None:
+        """Why rows that are padded to ``columns`` are not shared; None if they are."""
+        limit = self._row_limit(model)
+        if limit is None or columns < limit[0]:  # the stock path numbers padded columns too
+            return None
+        return f"the rows have {columns} columns, and from {limit[0]} on rope_type {limit[1]!r} changes the angles of the whole batch"
 
     def _row_limit(self, model: Any) -> tuple[int, str] | None:
         """`row_limit`, which walks all modules, worked out once for each model."""

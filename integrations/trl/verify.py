@@ -66,7 +66,7 @@ class Verification:
         """
         trainer, device = self._trainer, self._trainer.accelerator.device
         shared = {"packed": self._path(loss_of)}
-        if trainer._reuse.why_not(trainer.model) is None:
+        if trainer._reuse.reuses_prompts(trainer.model):
             shared["prompts reused"] = self._path(loss_of, score_reused=trainer._reuse.score_apart)
         if trainer._reuse.takes_rows_ahead(model):
             shared["rows ahead"] = self._path(loss_of, score_reused=trainer._reuse.score_with_rows_ahead)

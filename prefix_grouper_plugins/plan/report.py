@@ -13,8 +13,8 @@ from prefix_grouper_plugins.usage import UsageError
 BAR_WIDTH = 30
 # What the micro-batches of a plan take for granted, by trainer. Elsewhere parts of a group forward its prompt again.
 ASSUMED = {
-    "trl": "one process or several with DDP (not FSDP or DeepSpeed), and a loss that is a sum over rows (not bnpo, "
-    "no entropy terms, no router loss)",
+    "trl": "one process or several with DDP or, for text, FSDP2 (not FSDP1 or DeepSpeed), and a loss that is a sum over rows "
+    "(not bnpo, no entropy terms, no router loss)",
     "verl": "FSDP2 (not FSDP1) without Ulysses, and one of verl's PPO losses",
 }
 GIB = 2**30

@@ -119,7 +119,7 @@ def test_what_is_printed_and_drawn(capsys: Any, folder: Path, monkeypatch: pytes
     assert "12 prompts (the first 12; --limit 0 reads all), tokens estimated as words between spaces" in printed
     assert "█" in printed and "Token ratio 0." in printed and "The largest group in one micro-batch" in printed
     assert "per_device_train_batch_size=8" in printed and "actor.ppo_max_token_len_per_gpu=256" in printed
-    assert "Assumed: one process or several with DDP (not FSDP or DeepSpeed)" in printed
+    assert "Assumed: one process or several with DDP or, for text, FSDP2 (not FSDP1 or DeepSpeed)" in printed
     assert with_rich or picture.read_bytes()[1:4] == b"PNG"
 
 

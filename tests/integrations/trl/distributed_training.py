@@ -25,12 +25,12 @@ from trl import GRPOTrainer
 from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer, forward, reuse
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward
 from tests import tiny
-from tests.integrations.trl import distributed_images, vision
-from tests.integrations.trl.sharded_training import trains_sharded
+from tests.integrations.trl import distributed_images, sharded_training, vision
 from tests.integrations.trl.training import largest_difference, logged, train, use_float64_head
 from tests.logs import messages
 
 MODE, EQUAL = "## mode: ", "both ranks have learned the stock weights"  # before and after what a mode writes to stderr
+SHARDED = "FSDP2: "
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 REUSE: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 6}
 # A group, that of both micro-batches, in the forward of the first: that in which gradients are synchronised has none.
@@ -251,8 +251,8 @@ def main() -> None:
             unequal_pieces(path)
         elif mode in distributed_images.CASES:
             distributed_images.trains_with_images(with_images, mode)
-        elif mode == "sharded":
-            trains_sharded(path)
+        elif mode.startswith(SHARDED):
+            sharded_training.MODES[mode.removeprefix(SHARDED)](path)
         elif mode == "one process":
             nothing_to_score(path)
             falls_back_on_rank_1(path)

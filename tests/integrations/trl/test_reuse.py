@@ -12,6 +12,7 @@ import pytest
 import torch
 import trl.trainer.utils as trl_utils
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import prefix_grouper_plugins.integrations.trl.reuse as reuse_module
@@ -529,6 +530,15 @@ def test_under_deepspeed_and_fsdp_the_reason_is_named(kind):
         )
     reuse.enter(one_group(12, 4, 1), 0)
     assert reuse.score_update(trainer.model, None, entropy=False) is None
+
+
+def test_a_model_that_accelerate_has_not_sharded_itself_does_not_reuse_prompts():
+    """But transformers, when it was loaded, or a script: nobody asks the other processes there."""
+    model = enabled_model()
+    trainer = stub_trainer(model, 8, 8)
+    assert PromptReuse(trainer, None).why_not(model) is None
+    model.__class__ = type("FSDPQwen3ForCausalLM", (FSDPModule, type(model)), {})
+    assert "under FSDP2 past accelerate every process has to" in PromptReuse(trainer, None).why_not(model)
 
 
 def test_where_every_process_must_forward_alike_the_reason_is_said_once_and_the_weights_are_stock(
