@@ -201,6 +201,7 @@ CASES = {
     "64 rollouts, one of 4 tool calls first": lambda: rollouts(64, 256, 34, 4, 128),
     "tool use, depth 4, branching 2": lambda: tool_use(4, 2, 512, 48, 96),
     "tool use, depth 4, branching 3": lambda: tool_use(4, 3, 256, 24, 48),
+    "tool use, depth 4, branching 4": lambda: tool_use(4, 4, 256, 24, 48),
 }
 
 
