@@ -121,6 +121,14 @@ TRL_REGROUP = Setting(
     "step of the same generation batch; 'none' leaves the shuffle alone.",
     ("exact", "group", "none"),
 )
+MAX_TOKENS = Setting(
+    "max_tokens",
+    "auto",
+    "Tokens that one packed forward may hold, open prompts included. As many micro-batches of a group as fit share a forward. "
+    "'auto' is what the stock trainer holds, the rows of a micro-batch with their padding. Where memory is left, a larger "
+    "number N makes fewer forwards, with the same results. A micro-batch is never cut.",
+    words=("auto",),
+)
 GENERATION = Setting(
     "generation",
     True,
@@ -136,7 +144,7 @@ VERIFY = Setting(
     "of defence after the self-check; it costs a few forwards and backwards.",
     words=("off", "first"),
 )
-TRL_SETTINGS = (USE, SHARE, BACKEND, TRL_REGROUP, GENERATION, ON_UNSUPPORTED, SELF_CHECK, VERIFY)
+TRL_SETTINGS = (USE, SHARE, BACKEND, TRL_REGROUP, MAX_TOKENS, GENERATION, ON_UNSUPPORTED, SELF_CHECK, VERIFY)
 
 # Of verl's engine config, below `fsdp_config.prefix_grouper`.
 SHARDING = Setting(

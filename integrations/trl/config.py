@@ -26,6 +26,7 @@ class PrefixGrouperArguments:
     prefix_grouper_share: str = settings.SHARE.field()
     prefix_grouper_backend: str = settings.BACKEND.field()
     prefix_grouper_regroup: str = settings.TRL_REGROUP.field()
+    prefix_grouper_max_tokens: str = settings.MAX_TOKENS.field()
     prefix_grouper_generation: bool = settings.GENERATION.field()
     prefix_grouper_on_unsupported: str = settings.ON_UNSUPPORTED.field()
     prefix_grouper_self_check: bool = settings.SELF_CHECK.field()
@@ -33,6 +34,9 @@ class PrefixGrouperArguments:
 
     def __post_init__(self) -> None:
         _resolve(self)
+        self.prefix_grouper_max_tokens = settings.MAX_TOKENS.read(
+            self.prefix_grouper_max_tokens, "prefix_grouper_max_tokens"
+        )
         self.prefix_grouper_verify = settings.VERIFY.read(self.prefix_grouper_verify)
         super().__post_init__()  # type: ignore[misc]
 

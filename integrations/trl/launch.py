@@ -11,6 +11,7 @@ The options may come before or after the script, or in the YAML file of TRL's --
     --prefix_grouper_share WHAT                 auto (default), prompt, or tree: sampled tokens too
     --prefix_grouper_backend BACKEND            attention backend: auto (default), merged_lse, triton, flex, blockwise
     --prefix_grouper_regroup MODE               exact (default), group or none
+    --prefix_grouper_max_tokens N               tokens of one forward; auto (default): those of a padded micro-batch
     --prefix_grouper_on_unsupported ACTION      error (default) or fallback
     --prefix_grouper_generation [true|false]    without vLLM, prefill each distinct prompt once (default true)
     --prefix_grouper_self_check [true|false]    check on a few tokens that the model can share (default true)

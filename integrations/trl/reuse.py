@@ -2,7 +2,8 @@
 
 TRL's micro-batches stay as they are, rows, losses, normalisers, metrics and gathers included. The rows of a prompt have
 been brought side by side (:mod:`.regroup`), so a group that is larger than a micro-batch lies in consecutive ones. They
-share in two ways, and neither holds more tokens than the ``b`` padded rows of a micro-batch in the stock trainer:
+share in two ways, and neither holds more tokens than the ``b`` padded rows of a micro-batch in the stock trainer, or than
+``prefix_grouper_max_tokens``:
 
 - rows *ahead*: a forward takes the rows of the micro-batches that follow too, as many as fit into that number of tokens,
   and each micro-batch gets its log-probs from it (:class:`~prefix_grouper_plugins.modeling.scores_ahead.ScoresAhead`);
@@ -19,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import DistributedType
@@ -95,6 +96,20 @@ def with_levels(rows: Sequence[RowTokens], on_host: Blocks, min_level: int | Non
     users = Counter(segment for path in layout.row_segments for segment in path)
     levels = [tuple((s, lengths[s]) for s in path if users[s] > 1) for path in layout.row_segments]
     return [row._replace(levels=own) for row, own in zip(rows, levels, strict=True)]
+
+
+class Most(NamedTuple):
+    """What a forward may hold.
+
+    Attributes:
+        tokens: open prompts included.
+        scored: completion tokens whose logits are kept; None where they are not.
+        images: of the prompts.
+    """
+
+    tokens: int
+    scored: int | None
+    images: int
 
 
 class PromptReuse:
@@ -262,8 +277,8 @@ class PromptReuse:
         for start in range(0, len(self._tokens), window):
             coming = self._tokens[start : start + window]
             prompts, scored = (self._micro_batches[start][name].numel() for name in ("prompt_ids", "completion_ids"))
-            max_scored = None if HAS_FUSED_HEAD else scored
-            counted = forwarded_tokens(coming, prompts + scored, self._trainer.num_generations, max_scored)
+            most = self.most(prompts + scored, scored)
+            counted = forwarded_tokens(coming, most.tokens, self._trainer.num_generations, most.scored)
             apart, together = apart + counted[0], together + counted[1]
         if apart == together:
             return
@@ -486,10 +501,24 @@ class PromptReuse:
 
     # -------------------------------------------------------------------------------------------------------- planning
 
-    @property
-    def bound(self) -> str:
-        """Of what a forward of several micro-batches holds no more than the stock trainer in one."""
-        return "tokens" if HAS_FUSED_HEAD else "tokens and the logits"
+    def bound(self, rows: int) -> str:
+        """What a forward of several micro-batches holds at most, in words, where micro-batches have ``rows`` rows."""
+        of_what = "tokens" if HAS_FUSED_HEAD else "tokens and the logits"
+        given = self._trainer._option("prefix_grouper_max_tokens")
+        return f"the {of_what} of {rows} padded ones" if given == "auto" else f"prefix_grouper_max_tokens={given}"
+
+    def most(self, padded: int, scored: int, images: int = 0) -> Most:
+        """What a forward may hold: what a micro-batch of the stock trainer does, or as many times that as is set.
+
+        Args:
+            padded: tokens of that micro-batch.
+            scored: those of completions among them.
+            images: of its prompts.
+        """
+        given = self._trainer._option("prefix_grouper_max_tokens")
+        tokens = padded if given == "auto" else int(given)
+        scored, images = (-(-number * tokens // padded) for number in (scored, images))
+        return Most(tokens, None if HAS_FUSED_HEAD else scored, images)
 
     def _plan(
         self,
@@ -500,16 +529,17 @@ class PromptReuse:
         *,
         may_join: bool = True,
     ) -> tuple[int, list[Hashable]]:
-        """What the next forward takes, see `next_forward`; it holds no more than ``first``, the first of ``coming``, padded."""
+        """What the next forward takes, see `next_forward`, by the size of ``first``, the first of ``coming``."""
         opened = {key: cache.num_tokens for key, cache in prompts.open.items()}
+        most = self.most(first.input_ids.numel(), len(first) * first.num_scored, sum(first.images.num_images))
         count, shared = next_forward(
             coming,
-            first.input_ids.numel(),
+            most.tokens,
             self._trainer.num_generations if may_join else 1,
             opened=opened,
             stays_open=stays_open,
-            max_scored=None if HAS_FUSED_HEAD else len(first) * first.num_scored,
-            max_images=sum(first.images.num_images),
+            max_scored=most.scored,
+            max_images=most.images,
         )
         prompts.expect(row.prompt for rows in coming[count:] for row in rows if stays_open)
         return count, shared

@@ -184,8 +184,8 @@ class ShardedReuse(PromptReuse):
         prompts, scored = (micro_batches[self._asked.start][name] for name in ("prompt_ids", "completion_ids"))
         columns = prompts.shape[1] + scored.shape[1]
         tokens = _renamed([self._tokens[number] for number in self._asked]) if self._coming else []
-        max_scored = None if reuse.HAS_FUSED_HEAD else scored.numel()
-        rows = RowsOfProcess(tokens, columns * len(prompts), max_scored)
+        most = self.most(columns * len(prompts), scored.numel())
+        rows = RowsOfProcess(tokens, most.tokens, most.scored)
         told = self._tell(model, rows, columns, update=True)
         if told.reason is None and not self._coming:
             told = told._replace(reason="the rows of a process cannot be forwarded together")
@@ -302,8 +302,8 @@ class ShardedReuse(PromptReuse):
         on_host, images = joined_blocks([chunk.on_host for chunk in chunks]), [chunk.images for chunk in chunks]
         tokens = _renamed(self._tokens_of(model, on_host, images))
         first = chunks[0]
-        max_scored = None if reuse.HAS_FUSED_HEAD else len(first) * first.num_scored
-        rows = RowsOfProcess(tokens, first.input_ids.numel(), max_scored)
+        most = self.most(first.input_ids.numel(), len(first) * first.num_scored)
+        rows = RowsOfProcess(tokens, most.tokens, most.scored)
         told = self._tell(model, rows, first.input_ids.shape[1], update=False)
         return self._agree(model, told, first.input_ids.device)
 

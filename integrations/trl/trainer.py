@@ -155,7 +155,7 @@ class PrefixGrouperMixin:
             if (why := self._reuse.why_not(self.model)) is None:
                 return []
             if self._reuse.why_not_ahead(self.model) is None:
-                shared = f"only those rows share a prompt that fit into the {self._reuse.bound} of {rows} padded ones"
+                shared = f"only those rows share a prompt that fit into {self._reuse.bound(rows)}"
             else:
                 shared = (
                     "nothing is shared in the update" if rows == 1 else f"only {rows} of {group} rows share a prompt"

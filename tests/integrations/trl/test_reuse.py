@@ -275,6 +275,28 @@ def test_a_forward_takes_the_rows_of_as_many_micro_batches_as_fit_into_a_stock_o
         assert "set use_reentrant=False" in limit
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [("auto", [1] * 8), (1000, [8]), ("1", [1] * 8)])
+def test_max_tokens_says_how_much_a_forward_may_hold(monkeypatch, paths, tokens, expected):
+    """Rows of each forward of the update, for one group in micro-batches of one row."""
+    use_float64_head(monkeypatch)
+    settings = {**LONG_PROMPTS, **geometry_of(1, 8, 8), "max_steps": 1}
+    stock, _ = train(paths["llama"], shared=False, **settings)
+    rows = forwards_with_gradients(monkeypatch)
+    shared, trainer = train(paths["llama"], shared=True, **settings, prefix_grouper_max_tokens=tokens)
+    assert rows == expected
+    assert largest_difference(stock, shared) <= 1e-12
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [8]
+    assert trainer._reuse.bound(1).endswith("of 1 padded ones" if tokens == "auto" else f"max_tokens={tokens}")
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "many", 1.5])
+def test_max_tokens_is_a_positive_whole_number(paths, tokens):
+    with pytest.raises(
+        ValueError, match=f"prefix_grouper_max_tokens is '?{tokens}'?: choose auto or a positive whole number"
+    ):
+        make_trainer(paths["llama"], shared=True, prefix_grouper_max_tokens=tokens)
+
+
 def test_where_the_head_keeps_logits_a_forward_holds_no_more_of_them_than_a_stock_one(monkeypatch, paths):
     """Completions that fill their columns leave room for the rows of the micro-batch alone; masked ones leave more."""
     use_float64_head(monkeypatch)
@@ -288,7 +310,7 @@ def test_where_the_head_keeps_logits_a_forward_holds_no_more_of_them_than_a_stoc
     shared, trainer = train(paths["llama"], shared=True, **settings, mask_truncated_completions=True)
     assert len(rows) < 8
     assert largest_difference(stock, shared) <= 1e-12
-    assert trainer._reuse.bound == "tokens and the logits"
+    assert trainer._reuse.bound(2) == "the tokens and the logits of 2 padded ones"
 
 
 class ScoresOtherRows:
@@ -406,7 +428,7 @@ def stub_trainer(model, micro_batches, group):
         gate=SimpleNamespace(anatomies=[Anatomy(model)]),
         verification=SimpleNamespace(leaks=False),
         loss_is_sum_over_rows=True,
-        _option={"prefix_grouper_regroup": "exact"}.get,
+        _option={"prefix_grouper_regroup": "exact", "prefix_grouper_max_tokens": "auto"}.get,
     )
 
 

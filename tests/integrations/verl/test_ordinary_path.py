@@ -9,7 +9,9 @@ pytest.importorskip("verl")
 from tests.integrations.verl.cases import Case
 from tests.integrations.verl.test_equality import assert_equal
 
-REMARK = "forwards of the first update took the ordinary path, which is no fallback: packing their rows would have saved"
+REMARK = (
+    "forwards of the first update took the ordinary path, which is no fallback: packing their rows would have saved"
+)
 
 
 @pytest.mark.slow
