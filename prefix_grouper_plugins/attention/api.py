@@ -12,7 +12,7 @@ from torch import Tensor
 from prefix_grouper_plugins.attention.backends.dense import dense_attention
 from prefix_grouper_plugins.attention.backends.merged_lse import cpu
 from prefix_grouper_plugins.attention.bidirectional import attend_within_blocks
-from prefix_grouper_plugins.attention.eager import attend, is_traced
+from prefix_grouper_plugins.attention.eager import attend, is_in_function_mode, is_traced
 from prefix_grouper_plugins.attention.op import attention_op
 from prefix_grouper_plugins.attention.registry import BACKEND_NAMES, check_backend_name, choose
 from prefix_grouper_plugins.attention.request import Options, Request
@@ -94,10 +94,10 @@ def shared_prefix_attention(
         forest = forest_of(*forest_args)
         options = options._replace(window=forest.effective_window(sliding_window))
         out = dense_attention(query, key, value, forest, options, sinks)
-    elif traced:
-        out, _ = attention_op(query, key, value, *forest_args, sinks, *options, backend)
-    elif _is_one_causal_call(query, value, layout, options, sinks, backend):
+    elif not traced and _is_one_causal_call(query, value, layout, options, sinks, backend):
         out = cpu.causal(query, key, value, options.scale)
+    elif traced or is_in_function_mode():
+        out, _ = attention_op(query, key, value, *forest_args, sinks, *options, backend)
     else:
         out = attend(query, key, value, *forest_args, sinks, options, backend)
     if layout.blocks is None or (layout.blocks_in_windows_only and sliding_window is None):

@@ -1,8 +1,12 @@
 """Attention past the custom operators: torch takes longer to dispatch one with a backward than its functions take.
 
-`torch.autograd.Function` calls the functions of the operators instead, under the conditions that they have there, and saves
-the same tensors. Whoever looks at operators (torch.compile, selective checkpointing, fake tensors, a FLOP counter) has
-to see ours, so `is_traced` is asked in the forward and again in the backward.
+`torch.autograd.Function` calls the functions of the operators instead, under the conditions that they have there. Whoever
+looks at operators (torch.compile, selective checkpointing, fake tensors, a FLOP counter) has to see ours, so `is_traced` is
+asked in the forward and again in the backward. A mode of functions (a default device) gets the operators too, in which it
+changes nothing.
+
+It saves what the operator saves, in the same order: a layer that is checkpointed under a mode of functions may run again
+without it, since torch takes such modes off for `Tensor.backward`.
 """
 
 from __future__ import annotations
@@ -20,15 +24,19 @@ _BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")  # torch.autograd.
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether a trace, a mode, a transform of functions or a subclass of tensors gets to see the operators of a call."""
+    """Whether a trace, a mode of operators, a transform of functions or a subclass of tensors gets to see those of a call."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)  # type: ignore[arg-type]
         or not _PLAIN.issuperset(map(type, tensors))
     )
+
+
+def is_in_function_mode() -> bool:
+    """Whether a mode changes functions, also those that attention would call."""
+    return bool(torch._C._len_torch_function_stack() > 0)
 
 
 def attend(
@@ -59,20 +67,20 @@ class SharedPrefixAttention(torch.autograd.Function):
         sinks: Tensor | None,
         call: tuple[op.Call, tuple[Any, ...]],
     ) -> Tensor:
-        ctx.call, ctx.arguments = call
+        ctx.call, (segments, *ctx.arguments) = call
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = op.forward(ctx.call, query, key, value, sinks)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse, sinks)
+        ctx.save_for_backward(query, key, value, out, lse, segments, sinks)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_out is None:
             return (None,) * 5
-        query, key, value, out, lse, sinks = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_traced(grad_out, query):  # the operator refuses a second derivative
-            segments, num_given, *options = ctx.arguments
+        query, key, value, out, lse, segments, sinks = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_traced(grad_out, query) or is_in_function_mode():
+            num_given, *options = ctx.arguments  # the operator refuses a second derivative
             rest = (segments, num_given, sinks, *options)
             dq, dk, dv, dsinks = op.attention_backward_op(grad_out, query, key, value, out, lse, *rest)
             return dq, dk, dv, None if sinks is None else dsinks, None

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, library
 from torch._dynamo import compiled_autograd
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,6 +88,22 @@ def test_checkpointed_gradients_are_bit_equal(features: Features, mode: str) -> 
     assert torch.equal(out, expected[0])
     assert all(torch.equal(x.grad, g) for x, g in zip(tensors, expected[1:], strict=True) if x.grad is not None)
     assert all(x.grad is not None for x in tensors)
+
+
+@pytest.mark.parametrize("features", [PLAIN, ALL_FEATURES, Features()], ids=["sinks", "all", "plain"])
+@pytest.mark.parametrize("layout", [LAYOUT, PrefixLayout.from_groups([8], [[1]])], ids=["groups", "one row"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_is_checkpointed_under_a_mode_runs_again_without_it(
+    features: Features, layout: PrefixLayout, reentrant: bool
+) -> None:
+    """A mode of functions that is over before the backward, or that torch takes off for it, as that by which `verify` drops dropout."""
+    tensors = inputs(layout, features)
+    given = (*tensors, *[None] * (4 - len(tensors)), layout, features)
+    expected = torch.autograd.grad(attend(*given).square().sum(), tensors)
+    with BaseTorchFunctionMode():
+        loss = checkpoint(attend, *given, use_reentrant=reentrant).square().sum()
+    loss.backward()
+    assert all(torch.equal(x.grad, g) for x, g in zip(tensors, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
