@@ -267,6 +267,20 @@ def update_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def training_table(rows: list[Row]) -> str:
+    """One line for each training and way."""
+    lines = [
+        "| Prompt, response, G | Optimizer steps | Way | Seconds | Times as fast | Largest difference of a weight, float32 |",
+        "|---" * 6 + "|",
+    ]
+    lines += [
+        f"| {r['prompt']}, {r['response']}, {r['group']} | {r['steps']} | {NAMES.get(r['way'], r['way'])} | {r['seconds']} | "
+        f"{r['times_as_fast']} | {r['difference']} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
 def plan_table(rows: list[Row]) -> str:
     """Estimates of `prefix-grouper plan`, what was measured, and how far they are apart."""
 
@@ -322,6 +336,7 @@ PARTS: dict[str, tuple[str, Table | None]] = {
     "actor-update-cpu": ("actor-update-cpu.csv", update_table),
     "actor-update-cuda": ("actor-update-cuda.csv", update_table),
     "prompt-reuse-cpu": ("prompt-reuse-cpu.csv", reuse_table),
+    "training-cpu": ("training-cpu.csv", training_table),
     "plan-check-cpu": ("plan-check-cpu.csv", plan_table),
     "recipes-cpu": ("recipes-cpu.csv", recipes_table),
 }
