@@ -96,7 +96,7 @@ def shared_prefix_attention(
         out = dense_attention(query, key, value, forest, options, sinks)
     elif not traced and _is_one_causal_call(query, value, layout, options, sinks, backend):
         out = cpu.causal(query, key, value, options.scale)
-    elif traced or is_in_function_mode():
+    elif traced or is_in_function_mode() or torch._C._is_tracing():  # torch.jit cannot save a Python function
         out, _ = attention_op(query, key, value, *forest_args, sinks, *options, backend)
     else:
         out = attend(query, key, value, *forest_args, sinks, options, backend)

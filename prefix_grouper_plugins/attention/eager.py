@@ -6,7 +6,7 @@ asked in the forward and again in the backward. A mode of functions (a default d
 changes nothing.
 
 It saves what the operator saves, in the same order: a layer that is checkpointed under a mode of functions may run again
-without it, since torch takes such modes off for `Tensor.backward`.
+without it, since torch takes such modes off for `Tensor.backward`, and so may one whose operators are counted in one pass only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _BATCHED_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")  # torch.autograd.grad(is_grads_batched=True)
 
 
-def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether a trace, a mode of operators, a transform of functions or a subclass of tensors gets to see those of a call."""
+def is_traced(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a trace, a mode of operators, a transform of functions or a subclass of tensors gets to see those of a call.
+
+    So does the meta device, for which operators know shapes, and backends nothing.
+    """
     return (
         torch.compiler.is_compiling()
+        or first.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHED_GRADIENTS)  # type: ignore[arg-type]
-        or not _PLAIN.issuperset(map(type, tensors))
+        or not _PLAIN.issuperset(map(type, (first, *others)))
     )
 
 
@@ -78,12 +82,12 @@ class SharedPrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_out is None:
             return (None,) * 5
-        query, key, value, out, lse, segments, sinks = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_traced(grad_out, query) or is_in_function_mode():
+        query, key, value, out, lse, segments, sinks = ctx.saved_tensors  # hooks may return others than were saved
+        tensors = (grad_out, query, key, value, out, lse)
+        if torch.is_grad_enabled() or is_traced(*tensors, sinks) or is_in_function_mode():
             num_given, *options = ctx.arguments  # the operator refuses a second derivative
-            rest = (segments, num_given, sinks, *options)
-            dq, dk, dv, dsinks = op.attention_backward_op(grad_out, query, key, value, out, lse, *rest)
+            dq, dk, dv, dsinks = op.attention_backward_op(*tensors, segments, num_given, sinks, *options)
             return dq, dk, dv, None if sinks is None else dsinks, None
         with torch._C._AutoDispatchBelowAutograd():
-            grads = op.backward(ctx.call, grad_out, query, key, value, out, lse, sinks)
+            grads = op.backward(ctx.call, *tensors, sinks)
         return *grads, None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch._dynamo
 from torch import Tensor, library
 from torch._dynamo import compiled_autograd
 from torch.overrides import BaseTorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -158,6 +161,59 @@ def test_factories_of_a_default_device_make_nothing_of_ours_elsewhere() -> None:
     with torch.device("meta"):
         actual = [out, *torch.autograd.grad(attend(*tensors, LAYOUT, PLAIN), tensors, grad_out)]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@every_way
+@pytest.mark.parametrize("counted", ["forward", "backward"])
+def test_a_checkpoint_of_which_one_pass_is_traced_gives_the_same(features: Features, counted: str) -> None:
+    """The recomputation has to save what the forward saved, though one of them takes the operator."""
+    tensors = inputs(LAYOUT, features)
+    none = [None] * (4 - len(tensors))
+    expected = torch.autograd.grad(attend(*tensors, *none, LAYOUT, features).sum(), tensors)
+    modes = {counted: FlopCounterMode(display=False)}
+    with modes.get("forward", contextlib.nullcontext()):
+        out = checkpoint(attend, *tensors, *none, LAYOUT, features, use_reentrant=False)
+    with modes.get("backward", contextlib.nullcontext()):
+        actual = torch.autograd.grad(out.sum(), tensors)
+    assert_all_close(list(actual), list(expected), 0.0)
+
+
+@every_way
+def test_the_meta_device_has_shapes(features: Features) -> None:
+    tensors = [x.detach().to("meta").requires_grad_() for x in inputs(LAYOUT, features)]
+    out = attend(*tensors, *[None] * (4 - len(tensors)), LAYOUT, features)
+    assert out.is_meta and out.shape == (LAYOUT.num_tokens, features.heads, features.value_dim)
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert all(grad.is_meta and grad.shape == x.shape for grad, x in zip(grads, tensors, strict=True))
+
+
+@both
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "out", "lse"])
+def test_a_saved_tensor_that_comes_back_as_a_subclass_meets_the_operator(features: Features, which: int) -> None:
+    """A subclass has its values where only operators find them: a kernel that is given its memory computes with anything."""
+    tensors = inputs(LAYOUT, features)
+    expected = torch.autograd.grad(attend(*tensors, LAYOUT, features).sum(), tensors)
+    number = itertools.count()
+
+    def unpack(saved: tuple[int, Tensor]) -> Tensor:
+        return TwoTensor(saved[1].detach(), saved[1].detach()) if saved[0] == which else saved[1]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (next(number), x), unpack):
+        out = attend(*tensors, LAYOUT, features)
+    actual = torch.autograd.grad(out.sum(), tensors)
+    assert_all_close([getattr(grad, "a", grad) for grad in actual], list(expected), 0.0)
+
+
+@both
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_torch_jit_holds_the_operator(features: Features) -> None:
+    """A call of a Python function could not be saved."""
+    tensors = [x.detach() for x in inputs(LAYOUT, features)]
+    traced = torch.jit.trace(lambda *x: attend(*x, LAYOUT, features), tuple(tensors), check_trace=False)
+    torch.jit.save(traced, io.BytesIO())
+    others = [x * 1.5 for x in tensors]
+    # A trace computes with shapes, of which the scale is made, in float32.
+    assert_all_close([traced(*others)], [attend(*others, LAYOUT, features)], 1e-6)
 
 
 @every_way
