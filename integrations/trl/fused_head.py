@@ -7,10 +7,12 @@ zero afterwards. So there the backbone hands it nothing but what is scored: the 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import trl.trainer.utils as trl_utils
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -54,10 +56,16 @@ def _scores_everything(model: nn.Module, labels: Tensor) -> bool:
 
 @contextmanager
 def _hidden_states_at(positions: Tensor, backbone: nn.Module) -> Iterator[None]:
-    """In this context ``backbone`` returns the last hidden states ``[1, N, H]`` at ``positions [N]`` of ``[1, T, H]``."""
+    """In this context ``backbone`` returns the last hidden states ``[1, N, H]`` at ``positions [N]`` of ``[1, T, H]``.
+
+    To this thread alone: others may forward the same model meanwhile, with positions of their own. What a compiled forward
+    traces takes the hook as it is, for Dynamo does not know threads.
+    """
+    thread = threading.get_ident()
 
     def select(module: Any, args: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state[:, positions]
+        if torch.compiler.is_compiling() or threading.get_ident() == thread:
+            output.last_hidden_state = output.last_hidden_state[:, positions]
         return output
 
     hook = backbone.register_forward_hook(select)

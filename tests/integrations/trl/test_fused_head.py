@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,22 @@ def test_it_projects_what_is_scored_and_gives_the_scores_and_gradients_of_the_ro
     assert not model.model._forward_hooks, "the context leaves the backbone as it was"
     for ours, theirs in zip(found, of_padded_rows(model), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_thread_that_forwards_the_model_meanwhile_keeps_its_positions(model, projected):
+    expected = scores_and_gradient(model)[:2]
+    other = []
+
+    def forward_another() -> None:
+        other.append(threading.Thread(target=lambda: found.extend(scores_and_gradient(model)[:2])))
+        other[0].start()
+        other[0].join()
+
+    found: list[torch.Tensor] = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: None if other else forward_another())
+    mine = scores_and_gradient(model)[:2]
+    hook.remove()
+    assert len(found) == 2 and all(map(torch.equal, found, expected)) and all(map(torch.equal, mine, expected))
 
 
 def test_a_compiled_forward_which_knows_no_later_hook_projects_all_positions(model, projected):
