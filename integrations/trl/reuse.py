@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -175,7 +175,11 @@ class PromptReuse:
 
     def _why_not_of_its_kind(self, model: Any) -> str | None:
         """Why the way in which processes train ``model`` together does not let each make its own forwards."""
-        kind = self._trainer.accelerator.distributed_type
+        accelerator = self._trainer.accelerator
+        kind = accelerator.distributed_type
+        # Once accelerate has unwrapped the model for generation, only the compiled forward leads to DDP.
+        if accelerator.num_processes > 1 and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            return "torch.compile of accelerate hides DDP, so forwards cannot be kept from synchronising"
         if kind in _KINDS and not isinstance(transformers_model(model), FSDPModule):
             return None
         name = "FSDP2 past accelerate" if kind in _KINDS else kind.value

@@ -54,8 +54,10 @@ def load_balancing_loss(model: Any, captured: RouterLogits, weights: Tensor) -> 
     """
     causal_lm = transformers_model(model)
     config = causal_lm.config.get_text_config()
-    own = sys.modules[type(causal_lm).__module__]
+    # FSDP2 makes a class of its own of a model's, in a module of torch.
+    modules = [sys.modules.get(kind.__module__) for kind in type(causal_lm).__mro__]
+    loss = next(found for own in modules if (found := getattr(own, "load_balancing_loss_func", None)) is not None)
     experts = getattr(causal_lm, "num_experts", None) or config.num_experts
     chosen = getattr(causal_lm, "num_experts_per_tok", None) or config.num_experts_per_tok
     # The last: a model that has changed is checked again inside of its forward, before it runs.
-    return own.load_balancing_loss_func(captured[-1], experts, chosen, weights[None])
+    return loss(captured[-1], experts, chosen, weights[None])  # type: ignore[no-any-return]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
+from prefix_grouper_plugins.integrations.trl.router_loss import load_balancing_loss
 from tests import tiny
 from tests.integrations.trl.training import (
     HAS_ROUTER_LOSS,
@@ -52,6 +54,15 @@ def test_router_loss_and_weights_equal_the_stock_ones(monkeypatch, tmp_path, mod
     assert largest_difference(stock, shared) <= 1e-6
     assert logged(trainer, "aux_loss") == pytest.approx(logged(stock_trainer, "aux_loss"), rel=1e-6)
     assert bool(logged(trainer, "aux_loss")) == (HAS_ROUTER_LOSS and coefficient > 0)
+
+
+def test_router_loss_of_a_class_that_was_made_elsewhere_is_that_of_its_base():
+    """FSDP2 makes such a class of a model's."""
+    model = tiny.model("qwen3_moe", **MOE["qwen3_moe"])
+    logits = [tuple(torch.randn(7, model.num_experts) for _ in range(2))]
+    expected = load_balancing_loss(model, logits, torch.ones(7))
+    model.__class__ = type("FSDPQwen3Moe", (FSDPModule, type(model)), {})
+    assert torch.equal(load_balancing_loss(model, logits, torch.ones(7)), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

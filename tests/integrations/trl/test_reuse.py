@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl.trainer.utils as trl_utils
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch.distributed.fsdp import FSDPModule
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -418,6 +418,7 @@ def stub_trainer(model, micro_batches, group):
         sync_gradients=False,
         autocast=contextlib.nullcontext,
         unwrap_model=lambda model: model,
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
     )
     return SimpleNamespace(
         model=model,
@@ -550,6 +551,16 @@ def test_under_deepspeed_and_fsdp_the_reason_is_named(kind):
         )
     reuse.enter(one_group(12, 4, 1), 0)
     assert reuse.score_update(trainer.model, None, entropy=False) is None
+
+
+def test_processes_whose_ddp_accelerate_has_compiled_make_one_forward_in_each_micro_batch():
+    """One with several pieces would synchronise in each, and wait for the others for ever."""
+    trainer = stub_trainer(enabled_model(), 8, 8)
+    trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.EAGER
+    reuse = PromptReuse(trainer, None)
+    assert reuse.why_not(trainer.model) is None
+    trainer.accelerator.num_processes = 2
+    assert "torch.compile of accelerate hides DDP" in reuse.why_not_ahead(trainer.model)
 
 
 def test_a_model_that_accelerate_has_not_sharded_itself_does_not_reuse_prompts():
