@@ -11,7 +11,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,32 +253,32 @@ def flops_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def table_of(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    head = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join([*head, *("| " + " | ".join(cells) + " |" for cells in lines)])
+
+
 def update_table(rows: list[Row]) -> str:
     """One line for each update and way."""
-    lines = [
-        "| Model | Training | Prompt, response, G | Way | Seconds | Times as fast as rows | Peak MiB |",
-        "|---" * 7 + "|",
-    ]
-    lines += [
-        f"| {r['model']} | {r['training']} | {r['prompt']}, {r['response']}, {r['group']} | {NAMES[r['way']]} | "
-        f"{DID_NOT_RUN if r['seconds'] == 'nan' else r['seconds']} | {ratio_of(r)} | {r['peak_mib']} |"
+    columns = ["Model", "Training", "Prompt, response, G", "Way", "Seconds", "Times as fast as rows", "Peak MiB"]
+    lines = (
+        [r["model"], r["training"], f"{r['prompt']}, {r['response']}, {r['group']}", NAMES[r["way"]],
+         DID_NOT_RUN if r["seconds"] == "nan" else r["seconds"], ratio_of(r), r["peak_mib"]]
         for r in rows
-    ]
-    return "\n".join(lines)
+    )  # fmt: skip
+    return table_of(columns, lines)
 
 
 def training_table(rows: list[Row]) -> str:
     """One line for each training and way."""
-    lines = [
-        "| Prompt, response, G | Optimizer steps | Way | Seconds | Times as fast | Largest difference of a weight, float32 |",
-        "|---" * 6 + "|",
-    ]
-    lines += [
-        f"| {r['prompt']}, {r['response']}, {r['group']} | {r['steps']} | {NAMES.get(r['way'], r['way'])} | {r['seconds']} | "
-        f"{r['times_as_fast']} | {r['difference']} |"
+    columns = ["Prompt, response, G", "Optimizer steps", "Way", "Seconds", "Times as fast"]
+    lines = (
+        [f"{r['prompt']}, {r['response']}, {r['group']}", r["steps"], NAMES.get(r["way"], r["way"]), r["seconds"],
+         r["times_as_fast"], r["difference"]]
         for r in rows
-    ]
-    return "\n".join(lines)
+    )  # fmt: skip
+    return table_of([*columns, "Largest difference of a weight, float32"], lines)
 
 
 def plan_table(rows: list[Row]) -> str:
@@ -306,16 +306,10 @@ def plan_table(rows: list[Row]) -> str:
 
 def recipes_table(rows: list[Row]) -> str:
     """One line for each recipe."""
-    lines = [
-        "| Recipe | Token ratio | Stock, seconds | Shared, seconds | Times as fast | Largest difference of a weight, float32 |",
-        "|---" * 6 + "|",
-    ]
-    lines += [
-        f"| {r['recipe']}.py | {r['token_ratio']} | {r['stock_seconds']} | {r['shared_seconds']} | {r['times_as_fast']} | "
-        f"{r['largest_difference']} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    columns = ["Recipe", "Token ratio", "Stock, seconds", "Shared, seconds", "Times as fast"]
+    measured = ("token_ratio", "stock_seconds", "shared_seconds", "times_as_fast", "largest_difference")
+    lines = ([f"{r['recipe']}.py", *(r[name] for name in measured)] for r in rows)
+    return table_of([*columns, "Largest difference of a weight, float32"], lines)
 
 
 def origin(path: Path) -> str:

@@ -6,7 +6,8 @@ changed it in between: then later micro-batches would get the results of another
 weights than the forward did.
 
 Weights are compared by identity, by the version that autograd counts, and by a sum over their bits, since changes through
-``.data`` are not counted. Under FSDP2 they are this process's shards, which outlive what is gathered of them. Buffers and other attributes of modules are not compared: forwards change them.
+``.data`` are not counted. Under FSDP2 they are this process's shards, which outlive what is gathered of them. Buffers and
+other attributes of modules are not compared: forwards change them.
 """
 
 from __future__ import annotations
