@@ -58,13 +58,14 @@ LAYOUTS = {
 
 
 class Machinery(torch.autograd.Function):
-    """What attention asks of torch, whatever it computes: a forward that saves six tensors, and a backward of three gradients."""
+    """What attention asks of torch, whatever it computes: a forward that saves seven tensors, and a backward of three gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: None, call: None) -> Tensor:  # type: ignore[override]
         out = query.clone()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(0), sinks)
+        lse = query.new_empty(0)
+        ctx.save_for_backward(query, key, value, out, lse, lse, sinks)
         return out
 
     @staticmethod
