@@ -72,6 +72,20 @@ class RowTokens(NamedTuple):
         return cls(name, prompt_length - 1, completion_length)
 
 
+class Most(NamedTuple):
+    """What a forward may hold.
+
+    Attributes:
+        tokens: open prompts included.
+        scored: completion tokens whose logits are kept; None where they are not.
+        images: of the prompts.
+    """
+
+    tokens: int
+    scored: int | None
+    images: int
+
+
 class Forward(NamedTuple):
     """One forward of the plan.
 

@@ -222,14 +222,14 @@ class PackedForward:
         images = rows.images.image_rows(model, rows.blocks)
         whole = self._batch(model, rows.blocks, rows.on_host, images, forward_last=False)
         part = whole.behind_prompt()
-        positions, kinds = (whole.position_ids, {}) if images is None else images.of_tokens(whole)
+        positions, kinds = _of_tokens(whole, images)
         given = part.layout.num_given
         counts = Counts(
             part.layout.num_queries, part.num_row_tokens, rows=part.num_rows, shared_1=given * part.num_rows
         )
         counts += Counts.of_levels(part.layout.shared_by_level)
         if cache is None:
-            cache, count = self._prompt(model, whole, images)
+            cache, count = self._prompt(model, whole, images, given, positions, kinds)
             counts += count
         cache.prepare(part.layout, last=is_last)
         inputs = packed_inputs(part.layout, part.input_ids, positions[..., given:])
@@ -240,12 +240,19 @@ class PackedForward:
     def prompt(self, model: Any, rows: Rows) -> tuple[PromptCache, Counts]:
         """The forward of the prompt that ``rows`` have in common, for :meth:`score_part`. Arguments as there."""
         images = rows.images.image_rows(model, rows.blocks)
-        return self._prompt(model, self._batch(model, rows.blocks, rows.on_host, images, forward_last=False), images)
+        whole = self._batch(model, rows.blocks, rows.on_host, images, forward_last=False)
+        return self._prompt(model, whole, images, whole.behind_prompt().layout.num_given, *_of_tokens(whole, images))
 
-    def _prompt(self, model: Any, whole: GroupedBatch, images: ImageRows | None) -> tuple[PromptCache, Counts]:
-        """That of ``whole``, a batch of rows with one prompt."""
-        given = whole.behind_prompt().layout.num_given
-        positions, kinds = (whole.position_ids, {}) if images is None else images.of_tokens(whole)
+    def _prompt(
+        self,
+        model: Any,
+        whole: GroupedBatch,
+        images: ImageRows | None,
+        given: int,
+        positions: Tensor,
+        kinds: dict[str, Tensor],
+    ) -> tuple[PromptCache, Counts]:
+        """That of ``whole``, rows of one prompt, whose first ``given`` tokens are the prompt's; their positions and kinds."""
         cache, prompt = PromptCache(), PrefixLayout.from_groups([given], [[1]], device=whole.input_ids.device)
         more = {name: kind[:, :given] for name, kind in kinds.items()}
         if images is not None:
@@ -311,6 +318,11 @@ def _packed_inputs(batch: GroupedBatch, images: ImageRows | None) -> dict[str, A
     if images is None:
         return packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
     return images.packed_inputs(batch)
+
+
+def _of_tokens(batch: GroupedBatch, images: ImageRows | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Positions of the packed tokens, and kinds of tokens by name, as the model takes them."""
+    return (batch.position_ids, {}) if images is None else images.of_tokens(batch)
 
 
 def _row_with_images(rows: Rows) -> int | None:

@@ -19,19 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from prefix_grouper_plugins.batch import blocks_on_host
 from prefix_grouper_plugins.integrations.trl.forward import Rows
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow
-from prefix_grouper_plugins.modeling import transformers_model
+from prefix_grouper_plugins.modeling import is_multimodal, transformers_model
 from prefix_grouper_plugins.token_budget import RowTokens
 
 
 def unseen(model: Any) -> contextlib.AbstractContextManager[Any]:
     """Forwards in here are not the one by which DDP synchronises gradients."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
-
-
-def takes_images(model: Any) -> bool:
-    """Whether ``model`` has parts that forwards of text may leave out."""
-    config = transformers_model(model).config
-    return config.get_text_config(decoder=True) is not config
 
 
 def shows_images(rows: Iterable[RowTokens]) -> bool:
@@ -62,7 +56,7 @@ def row_besides(
         rows of which ``nothing_to_score`` forwards what is needed.
     """
     waits = not getattr(model, "find_unused_parameters", False)  # even if no process has shown the tower an image
-    if takes_images(model) and dummy.is_chosen and (waits or shows_images(window)):
+    if is_multimodal(transformers_model(model).config) and dummy.is_chosen and (waits or shows_images(window)):
         if shows_images(tokens) and not ahead:
             return None
         if not shows_images(tokens):

@@ -17,17 +17,16 @@ In passes without gradients (old-policy and reference log-probs) the chunks of a
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from prefix_grouper_plugins.batch import Blocks, blocks_on_host, prompt_group
+from prefix_grouper_plugins.batch import Blocks, blocks_on_host
 from prefix_grouper_plugins.integrations.trl.forward import (
     HAS_FUSED_HEAD,
     PackedForward,
@@ -37,18 +36,19 @@ from prefix_grouper_plugins.integrations.trl.forward import (
     joined_blocks,
 )
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_share
-from prefix_grouper_plugins.integrations.trl.last_forward import row_besides, shows_images, takes_images, unseen
+from prefix_grouper_plugins.integrations.trl.last_forward import row_besides, shows_images, unseen
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
-from prefix_grouper_plugins.layout import PrefixLayout, on_device
+from prefix_grouper_plugins.integrations.trl.row_tokens import tokens_of_rows, tokens_of_unknown, with_levels
+from prefix_grouper_plugins.layout import on_device
 from prefix_grouper_plugins.metrics import Counts
-from prefix_grouper_plugins.modeling import transformers_model
+from prefix_grouper_plugins.modeling import is_multimodal, transformers_model
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.model_state import ModelState
 from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
 from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
-from prefix_grouper_plugins.token_budget import RowTokens, forwarded_tokens, next_forward
+from prefix_grouper_plugins.token_budget import Most, RowTokens, forwarded_tokens, next_forward
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
@@ -56,60 +56,7 @@ _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_C
 
 _REMEDY = "prefix_grouper_regroup='none'"
 
-
-def tokens_of_rows(model: Any, on_host: Blocks, images: RowsOfImages) -> list[RowTokens]:
-    """What each row adds to a packed forward.
-
-    Rows have a prompt in common where it is equal, padding and images included.
-
-    Args:
-        model: that takes the rows.
-        on_host: ids and masks as `blocks_on_host` returns them.
-        images: those of the rows.
-    """
-    prompt_ids, prompt_mask, _, completion_mask = on_host
-    ids = prompt_ids.masked_fill(~prompt_mask, -1)
-    prompts, completions = prompt_mask.sum(1).tolist(), completion_mask.sum(1).tolist()
-    rows = zip(images.keys(model, on_host), ids, prompts, completions, images.num_images, strict=True)
-    return [
-        RowTokens.of(prompt_group(key, row), prompt, completion)._replace(images=shown)
-        for key, row, prompt, completion, shown in rows
-    ]
-
-
-def with_levels(rows: Sequence[RowTokens], on_host: Blocks, min_level: int | None) -> list[RowTokens]:
-    """``rows``, from `tokens_of_rows`, with what completions of a prompt share.
-
-    Args:
-        rows, on_host: as there.
-        min_level: as in `PrefixLayout.from_rows`.
-    """
-    prompts = [row.prompt for row in rows if row.prompt is not None]
-    if min_level is None or len(set(prompts)) == len(prompts):
-        return list(rows)
-    mark = torch.tensor([-1])  # in the place of the prompt, whose last token is forwarded with each completion
-    completions = [ids[own] for ids, own in zip(*on_host[2:], strict=True)]
-    layout = PrefixLayout.from_rows(
-        [torch.cat([mark, ids]) for ids in completions], [row.prompt for row in rows], min_level=min_level
-    )
-    lengths = (layout.segments[:, 1] - layout.segments[:, 0]).tolist()
-    users = Counter(segment for path in layout.row_segments for segment in path)
-    levels = [tuple((s, lengths[s]) for s in path if users[s] > 1) for path in layout.row_segments]
-    return [row._replace(levels=own) for row, own in zip(rows, levels, strict=True)]
-
-
-class Most(NamedTuple):
-    """What a forward may hold.
-
-    Attributes:
-        tokens: open prompts included.
-        scored: completion tokens whose logits are kept; None where they are not.
-        images: of the prompts.
-    """
-
-    tokens: int
-    scored: int | None
-    images: int
+PieceScores = tuple[list[int], Tensor, Tensor | None]  # which rows, and their log-probs and entropies [N, C]
 
 
 class PromptReuse:
@@ -258,7 +205,7 @@ class PromptReuse:
 
     def _needs_towers(self, model: Any) -> bool:
         """Whether other processes wait for this one's vision tower."""
-        return self._trainer.accelerator.num_processes > 1 and takes_images(model)
+        return self._trainer.accelerator.num_processes > 1 and is_multimodal(transformers_model(model).config)
 
     def _may_leave_experts_out(self, model: Any) -> bool:
         """Whether DDP may be asked to find unused parameters, of a model with experts."""
@@ -355,7 +302,7 @@ class PromptReuse:
         first = number - number % self.window()
         window = [row for of_one in self._tokens[first : number + 1] for row in of_one]
         is_known = self._are_of(rows, number)
-        tokens = self._tokens[number] if is_known else _tokens_of_unknown(model, rows)
+        tokens = self._tokens[number] if is_known else tokens_of_unknown(model, rows)
         ahead = self._ahead is not None and number != self._scored
         return row_besides(model, rows, tokens, window, self._trainer.dummy_image_row, ahead=ahead)
 
@@ -371,7 +318,7 @@ class PromptReuse:
             self._stays_open = self.why_not(model) is None
         first, *later = self._coming
         is_known = self._are_of(rows, first)  # a loss of the user's own may score other rows
-        tokens = self._tokens[first] if is_known else _tokens_of_unknown(model, rows)
+        tokens = self._tokens[first] if is_known else tokens_of_unknown(model, rows)
         coming = [tokens, *(self._tokens[number] for number in later)]
         may_join = is_known and not self._leaves_experts_out(model)
         count, shared = self._plan(coming, rows, self._prompts, self._stays_open, may_join=may_join)
@@ -580,19 +527,15 @@ class PromptReuse:
         """Scores of ``rows``, whose prompts in ``shared`` go through the caches of ``prompts``; None if there are none."""
         if not shared:
             return None
-        logps: Tensor | None = None
-        entropies: Tensor | None = None
+        found: list[PieceScores] = []
         counts = []
         pieces = self._pieces(tokens, shared)
         for number, (members, key) in enumerate(pieces, 1):
             with unseen(model) if number < len(pieces) else nullcontext():
                 (values, more), count = self._score_piece(model, rows.take(members), key, prompts, entropy)
             counts.append(count)
-            place = on_device(torch.tensor(members), values.device)
-            logps = placed(logps, values, place, len(rows))
-            entropies = None if more is None else placed(entropies, more, place, len(rows))
-        assert logps is not None
-        return (logps, entropies, None), counts
+            found.append((members, values, more))
+        return (*joined_scores(found, len(rows)), None), counts
 
     def _score_piece(
         self, model: Any, rows: Rows, key: Hashable, prompts: OpenPrompts, entropy: bool
@@ -628,17 +571,23 @@ def _why_not_join(model: Any, given: Sequence[dict[str, Any]]) -> str | None:
     return reason
 
 
-def _tokens_of_unknown(model: Any, rows: Rows) -> list[RowTokens]:
-    """Those of rows that are in no micro-batch: text may have a prompt that is open, images are not compared with such."""
-    tokens = tokens_of_rows(model, rows.on_host, rows.images)
-    return [row._replace(prompt=object()) if row.images and row.prompt is not None else row for row in tokens]
-
-
 def _blocks_of(micro_batch: MicroBatch) -> Blocks:
     return tuple(micro_batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))  # type: ignore[return-value]
 
 
-def placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:
+def joined_scores(found: Iterable[PieceScores], count: int) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies ``[count, C]`` of rows whose scores were ``found`` piece by piece. Differentiable."""
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
+    for members, values, more in found:
+        place = on_device(torch.tensor(members), values.device)
+        logps = _placed(logps, values, place, count)
+        entropies = None if more is None else _placed(entropies, more, place, count)
+    assert logps is not None
+    return logps, entropies
+
+
+def _placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:
     """``values [N, C]`` as the rows ``place`` of ``[count, C]``, added to ``total``. Differentiable."""
     rows = values.new_zeros((count, values.shape[1])).index_copy(0, place, values)
     return rows if total is None else total + rows

@@ -18,16 +18,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from prefix_grouper_plugins.integrations.trl import reuse
 from prefix_grouper_plugins.integrations.trl.forward import Rows, Scores, ScoringCall, joined_blocks
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
-from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, tokens_of_rows
-from prefix_grouper_plugins.layout import on_device
+from prefix_grouper_plugins.integrations.trl.reuse import PieceScores, PromptReuse, joined_scores
+from prefix_grouper_plugins.integrations.trl.row_tokens import tokens_of_rows
 from prefix_grouper_plugins.metrics import Counts
-from prefix_grouper_plugins.modeling import transformers_model
+from prefix_grouper_plugins.modeling import is_multimodal, transformers_model
 from prefix_grouper_plugins.modeling.model_state import ModelState
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.prompt_reuse import MatchedForwards, OpenPrompts
@@ -119,10 +117,9 @@ class ShardedReuse(PromptReuse):
         self._several = False  # whether several backwards reach the layers in that of the rows ahead
 
     def _why_not_of_its_kind(self, model: Any) -> str | None:
-        config, accelerator = transformers_model(model).config, self._trainer.accelerator
-        if config.get_text_config(decoder=True) is not config:
+        if is_multimodal(transformers_model(model).config):
             return "under FSDP every process runs the vision tower in each micro-batch"
-        parallelism = getattr(accelerator, "parallelism_config", None)
+        parallelism = getattr(self._trainer.accelerator, "parallelism_config", None)
         if any((getattr(parallelism, name, None) or 1) > 1 for name in _SPLIT_ROWS):
             return "tensor, context and sequence parallelism split rows among processes"
         return None
@@ -341,7 +338,7 @@ class ShardedReuse(PromptReuse):
         counts = self._open(agreed, place, model, rows, prompts)
         shared = list(agreed.shared(place))
         parts = self._pieces(tokens, shared) if shared else [(list(range(len(rows))), None)]
-        found: list[tuple[list[int], Tensor, Tensor | None]] = []
+        found: list[PieceScores] = []
         for members, key in parts:
             (values, more), count = self._score_piece(model, rows.take(members), key, prompts, entropy)
             counts.append(count)
@@ -350,13 +347,7 @@ class ShardedReuse(PromptReuse):
             (zeros, more, _), count = self._forward.nothing_to_score(model, rows[:1], entropy=entropy)
             counts.append(Counts(tokens_forwarded=count.tokens_forwarded))
             found.append(([0], zeros, more))
-        logps: Tensor | None = None
-        entropies: Tensor | None = None
-        for members, values, more in found:
-            at = on_device(torch.tensor(members), values.device)
-            logps = reuse.placed(logps, values, at, len(rows))
-            entropies = None if more is None else reuse.placed(entropies, more, at, len(rows))
-        assert logps is not None
+        logps, entropies = joined_scores(found, len(rows))
         self._several = num_parts > 1 or agreed.matched.closes(place)
         first = found[0][1] if num_parts > 1 else None
         (logps,) = agreed.matched.attach(place, [logps], synchronizes=synchronizes, first=first)

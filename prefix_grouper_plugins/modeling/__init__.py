@@ -1,6 +1,6 @@
 """How a transformers model is made to use a layout, and which models can."""
 
-from prefix_grouper_plugins.modeling.anatomy import Anatomy, decoder_of, row_limit, transformers_model
+from prefix_grouper_plugins.modeling.anatomy import Anatomy, decoder_of, is_multimodal, row_limit, transformers_model
 from prefix_grouper_plugins.modeling.attention import base_implementation
 from prefix_grouper_plugins.modeling.enable import (
     disable_prefix_grouper,
@@ -29,6 +29,7 @@ __all__ = [
     "decoder_of",
     "disable_prefix_grouper",
     "is_enabled",
+    "is_multimodal",
     "layout_inputs",
     "numbers_padded_columns",
     "on_all_ranks",

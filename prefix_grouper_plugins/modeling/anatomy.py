@@ -289,9 +289,14 @@ def transformers_model(model: nn.Module) -> Any:
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
+def is_multimodal(config: Any) -> bool:
+    """Whether a decoder of text is one part of several, so that forwards of text may leave parts out."""
+    return config.get_text_config(decoder=True) is not config
+
+
 def text_part(base: Any) -> Any:
     """The part of a multimodal model that mixes tokens; any other transformers model itself."""
-    if base.config.is_encoder_decoder or base.config.get_text_config(decoder=True) is base.config:
+    if base.config.is_encoder_decoder or not is_multimodal(base.config):
         return base
     return base.get_decoder() or base
 

@@ -28,7 +28,7 @@ from transformers.models.gemma3 import modeling_gemma3
 from prefix_grouper_plugins.attention.bidirectional import blocks_of
 from prefix_grouper_plugins.batch import GroupedBatch, prompt_group
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.anatomy import transformers_model
+from prefix_grouper_plugins.modeling.anatomy import is_multimodal, transformers_model
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
 from prefix_grouper_plugins.modeling.model_types import known_of
@@ -59,9 +59,9 @@ def why_not_pack(model: nn.Module, names: Sequence[str]) -> str | None:
     if unknown := [name for name in names if name not in IMAGE_TENSORS + TOKEN_TENSORS]:
         return f"`{unknown[0]}` is an input that packed rows of images do not know"
     config = transformers_model(model).config
-    kind, is_multimodal = config.model_type, config.get_text_config(decoder=True) is not config
+    kind = config.model_type
     # Kinds of tokens too: a model may read text both ways by them, which the self-check, without them, does not see.
-    brings = set(names) & {*IMAGE_TENSORS, *(TOKEN_TENSORS if is_multimodal else ())}
+    brings = set(names) & {*IMAGE_TENSORS, *(TOKEN_TENSORS if is_multimodal(config) else ())}
     if brings and not known_of(kind).verified_with_images:
         return f"images of {kind} have not been compared with single rows"
     if "image_grid_thw" in names and "mm_token_type_ids" not in names and _rope_index(model) is not None:
