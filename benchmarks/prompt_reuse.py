@@ -7,8 +7,9 @@ One optimizer step of a policy-gradient loss on a small Qwen2 model, in micro-ba
     stock     each micro-batch as padded rows, as TRL forwards it
     packed    each micro-batch as a packed row of its own: its rows share their prompt, the next micro-batch runs it again
     reused    as our TRL trainer does it: one forward takes as many micro-batches as hold no more tokens than one of stock, and
-              where the group does not fit into one, each runs its completions against the prompt, which was forwarded once;
-              micro-batches that would save next to nothing are padded rows
+              where the group does not fit into one, each runs its completions against the prompt, which was forwarded once, and
+              whose layers run again in the backward where that costs less; micro-batches that would save next to nothing are
+              padded rows
 
 Two cases have nothing to gain: a group of one row, and a short prompt. ``bound`` is the ratio of the FLOPs of stock and reused
 (prefix_grouper_plugins/cost.py): attention between completions and prompt, and the head, cost what they cost in stock.
@@ -35,8 +36,10 @@ from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
 from prefix_grouper_plugins.cost import ModelShape, compare
 from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
-from prefix_grouper_plugins.token_budget import RowTokens, pays_to_pack, plan_forwards
+from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
+from prefix_grouper_plugins.token_budget import Most, RowTokens, pays_to_pack, plan_forwards
 
 SHAPE = ModelShape(256, 4, 8, 2, 32, 1024, 4096, tied_head=True)
 LENGTHS = ((1024, 64), (512, 512))  # prompt and response
@@ -80,12 +83,13 @@ def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) ->
     row = RowTokens.of("the prompt", prompt, response)
     micro_batches = [[row] * len(part) for part in range_parts(group, rows)]
     cache = PromptCache()
-    for forward in plan_forwards(micro_batches, rows * (prompt + response), group):
+    for forward in plan_forwards(micro_batches, Most(rows * (prompt + response)), group, may_recompute=True):
         first, end = (number * rows for number in (forward.micro_batches.start, forward.micro_batches.stop))
         (batch,) = _batches(prompts[first:end], completions[first:end], end - first)
         if forward.shared:
             if first == 0:
-                cache.run(model, PrefixLayout.from_rows([prompts[0]]), prompts[0, :-1])
+                again = recomputable_layers(Anatomy(model)) if forward.recomputed else ()
+                cache.run(model, PrefixLayout.from_rows([prompts[0]]), prompts[0, :-1], recompute=again)
             batch = batch.behind_prompt()
             cache.prepare(batch.layout, last=end >= group)
         _backward(model, batch)

@@ -3,7 +3,9 @@
 Trainers choose the rows of a micro-batch by the memory they have, and a stock micro-batch of ``b`` rows holds ``b`` padded
 rows. Where rows share their prompts, several micro-batches fit into as many tokens, and one forward for all of them keeps
 the device busier than one for each. A prompt whose rows do not fit into one forward is forwarded once, and stays open for
-the forwards that follow. The plan is pure: it depends on numbers of tokens alone.
+the forwards that follow. Its graph is kept until the last of them, or its layers run again in the backward, which costs one
+more forward of the prompt and leaves its rows more room: the plan takes what costs less. It is pure: it depends on numbers of
+tokens alone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,18 @@ from typing import NamedTuple
 # Packing pays where it saves this share of the tokens of padded rows, or as many tokens for each row.
 LEAST_SHARE_SAVED = 0.05
 LEAST_SAVED_PER_ROW = 16
+
+# What a forward and its backward cost whatever they hold, in tokens: the weights are read once more, kernels are launched. On a
+# CPU in a model of 4 layers about 76. On a GPU it is more.
+COST_OF_FORWARD = 64
+# Of the graph of a prompt, what is left where its layers run again: their inputs, keys and values twice, and gradients of those.
+# With a key head for each query head these are 7 of the some 34 hidden states that a layer keeps, with fewer key heads less.
+HELD_OF_RECOMPUTED = 0.25
+
+
+def held_tokens(prompt_tokens: int, is_recomputed: bool) -> int:
+    """What a prompt that stays open counts for in a budget, of its tokens."""
+    return math.ceil(HELD_OF_RECOMPUTED * prompt_tokens) if is_recomputed else prompt_tokens
 
 
 def pays_to_pack(packed: int, padded: int, rows: int) -> bool:
@@ -78,12 +92,12 @@ class Most(NamedTuple):
     Attributes:
         tokens: open prompts included.
         scored: completion tokens whose logits are kept; None where they are not.
-        images: of the prompts.
+        images: in memory, those of open prompts included; None for no limit.
     """
 
     tokens: int
-    scored: int | None
-    images: int
+    scored: int | None = None
+    images: int | None = None
 
 
 class Forward(NamedTuple):
@@ -93,12 +107,14 @@ class Forward(NamedTuple):
         micro_batches: those whose rows it takes, by number.
         shared: for each prompt of its rows that other forwards hold too, whether this one is the first of them, which
             forwards it. The rows of each run against its keys; the other rows run together as one packed row.
-        held: tokens of the prompts that have been forwarded before and are still in memory.
+        held: what the prompts count for that have been forwarded before and are still in memory.
+        recomputed: of the prompts that it forwards, those whose layers run again in the backward.
     """
 
     micro_batches: range
     shared: dict[Hashable, bool]
     held: int
+    recomputed: frozenset[Hashable] = frozenset()
 
 
 def num_that_fit(
@@ -127,41 +143,79 @@ def num_that_fit(
     return len(micro_batches)
 
 
+class NextForward(NamedTuple):
+    """What a forward takes.
+
+    Attributes:
+        num_micro_batches: how many of those that come.
+        shared: those prompts of their rows that go through a cache, since other forwards hold them too, or since their layers
+            run again in the backward; and whether they do.
+    """
+
+    num_micro_batches: int
+    shared: dict[Hashable, bool]
+
+
 def next_forward(
     coming: Sequence[Sequence[RowTokens]],
-    budget: int,
+    most: Most,
     group: int,
     *,
     opened: Mapping[Hashable, int] | None = None,
     stays_open: bool = True,
-    max_scored: int | None = None,
-    max_images: int | None = None,
-) -> tuple[int, list[Hashable]]:
+    may_recompute: bool = False,
+) -> NextForward:
     """What the forward of the first of ``coming`` takes: micro-batches until it has as many rows as a group, if they fit.
 
     Args:
         coming: micro-batches that certainly lie in one optimizer step, at least one, in the order in which they run.
-        budget: tokens that a forward may hold, open prompts included.
+        most: what a forward may hold.
         group: rows of a group.
-        opened: tokens of each prompt that an earlier forward has left open.
+        opened: of each prompt that an earlier forward has left open, what it counts for, see :func:`held_tokens`.
         stays_open: whether prompts may stay open for later forwards.
-        max_scored: completion tokens that a forward may score, where the logits of all are kept; None for no limit.
-        max_images: images that may be in memory, those of open prompts included; None for no limit.
-
-    Returns:
-        how many micro-batches, and those prompts of their rows that other forwards hold too.
+        may_recompute: whether layers of prompts may run again in the backward.
     """
     opened = opened or {}
+    count = _num_to_take(coming, most, group, opened)
+    shared = dict.fromkeys(prompts_to_share(coming, count, opened, stays_open), False)
+    begun = {row.prompt: row for rows in coming[:count] for row in rows if row.prompt in shared.keys() - opened.keys()}
+    if not may_recompute or not begun or any(row.images for row in begun.values()):
+        return NextForward(count, shared)
+    end = 1 + max(number for number, rows in enumerate(coming) if any(row.prompt in begun for row in rows))
+    held = [
+        {**opened, **{name: held_tokens(row.prompt_tokens, again) for name, row in begun.items()}}
+        for again in (False, True)
+    ]
+    kept, recomputed = (_num_forwards(coming[:end], most, group, of_one) for of_one in held)
+    # Of the FLOPs of a forward and its backward, the forward is a third.
+    if COST_OF_FORWARD * (kept - recomputed) <= sum(row.prompt_tokens for row in begun.values()) / 3:
+        return NextForward(count, shared)
+    count = _num_to_take(coming, most, group, held[True])
+    shared = dict.fromkeys([*begun, *prompts_to_share(coming, count, opened, stays_open)], False)
+    return NextForward(count, shared | dict.fromkeys(begun, True))
+
+
+def _num_to_take(coming: Sequence[Sequence[RowTokens]], most: Most, group: int, opened: Mapping[Hashable, int]) -> int:
+    """How many of ``coming`` the next forward takes. Arguments of :func:`next_forward`."""
     may_join = coming[: max(1, math.ceil(group / len(coming[0])))]
-    count = num_that_fit(may_join, budget, held=sum(opened.values()), opened=opened)
-    if max_scored is not None:
+    count = num_that_fit(may_join, most.tokens, held=sum(opened.values()), opened=opened)
+    if most.scored is not None:
         scored = [[row._replace(prompt_tokens=0, levels=()) for row in rows] for rows in may_join]
-        count = min(count, num_that_fit(scored, max_scored))
-    if max_images is not None:
+        count = min(count, num_that_fit(scored, most.scored))
+    if most.images is not None:
         shown = [[RowTokens(row.prompt, row.images, 0) for row in rows] for rows in may_join]
         held = {row.prompt: row.images for rows in coming for row in rows if row.prompt in opened}
-        count = min(count, num_that_fit(shown, max_images, held=sum(held.values()), opened=opened))
-    return count, prompts_to_share(coming, count, opened, stays_open)
+        count = min(count, num_that_fit(shown, most.images, held=sum(held.values()), opened=opened))
+    return count
+
+
+def _num_forwards(coming: Sequence[Sequence[RowTokens]], most: Most, group: int, opened: Mapping[Hashable, int]) -> int:
+    """How many forwards take all of ``coming`` while ``opened`` stay open."""
+    start = number = 0
+    while start < len(coming):
+        start += _num_to_take(coming[start:], most, group, opened)
+        number += 1
+    return number
 
 
 def prompts_to_share(
@@ -174,16 +228,17 @@ def prompts_to_share(
 
 
 def forwarded_tokens(
-    micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int, max_scored: int | None = None
+    micro_batches: Sequence[Sequence[RowTokens]], most: Most, group: int, *, may_recompute: bool = False
 ) -> tuple[int, int]:
     """Tokens that the forwards of :func:`plan_forwards` process, and those that one forward of all rows would.
 
-    They differ where completions have something in common: only prompts stay open from one forward to the next.
+    They differ where completions have something in common: only prompts stay open from one forward to the next. A second forward
+    of a prompt's layers in the backward does not count.
     """
     apart = together = 0
     prompts: set[Hashable] = set()
     levels: set[Hashable] = set()
-    for forward in plan_forwards(micro_batches, budget, group, max_scored):
+    for forward in plan_forwards(micro_batches, most, group, may_recompute=may_recompute):
         own: set[Hashable] = set()
         for row in (row for number in forward.micro_batches for row in micro_batches[number] if row.prompt is not None):
             added = row.completion_tokens + (0 if row.prompt in prompts else row.prompt_tokens)
@@ -196,17 +251,20 @@ def forwarded_tokens(
 
 
 def plan_forwards(
-    micro_batches: Sequence[Sequence[RowTokens]], budget: int, group: int, max_scored: int | None = None
+    micro_batches: Sequence[Sequence[RowTokens]], most: Most, group: int, *, may_recompute: bool = False
 ) -> Iterator[Forward]:
     """The forwards of micro-batches that lie in one optimizer step. Arguments of :func:`next_forward`."""
     opened: dict[Hashable, int] = {}
     last = {row.prompt: number for number, rows in enumerate(micro_batches) for row in rows}
     start = 0
     while start < len(micro_batches):
-        count, shared = next_forward(micro_batches[start:], budget, group, opened=opened, max_scored=max_scored)
+        coming = micro_batches[start:]
+        count, shared = next_forward(coming, most, group, opened=opened, may_recompute=may_recompute)
         taken = range(start, start + count)
-        yield Forward(taken, {prompt: prompt not in opened for prompt in shared}, sum(opened.values()))
-        opened |= {row.prompt: row.prompt_tokens for i in taken for row in micro_batches[i] if row.prompt in shared}
+        recomputed = frozenset(prompt for prompt, again in shared.items() if again)
+        yield Forward(taken, {prompt: prompt not in opened for prompt in shared}, sum(opened.values()), recomputed)
+        for row in (row for i in taken for row in micro_batches[i] if row.prompt in shared):
+            opened.setdefault(row.prompt, held_tokens(row.prompt_tokens, row.prompt in recomputed))
         start += count
         opened = {prompt: tokens for prompt, tokens in opened.items() if last[prompt] >= start}
 
@@ -215,12 +273,12 @@ class RowsOfProcess(NamedTuple):
     """What one of several processes forwards.
 
     Attributes:
-        micro_batches, budget, max_scored: as in :func:`next_forward`.
+        micro_batches: its rows.
+        most: what a forward of it may hold.
     """
 
     micro_batches: Sequence[Sequence[RowTokens]]
-    budget: int
-    max_scored: int | None = None
+    most: Most
 
 
 class MatchedForward(NamedTuple):
@@ -256,11 +314,10 @@ def matched_forwards(
     start = 0
     while start < len(processes[0].micro_batches):
         coming = [own.micro_batches[start:] for own in processes]
-        fitting = (
-            next_forward(rows, own.budget, group, opened=held, stays_open=stays_open, max_scored=own.max_scored)[0]
+        count = min(
+            next_forward(rows, own.most, group, opened=held, stays_open=stays_open).num_micro_batches
             for rows, own, held in zip(coming, processes, opened, strict=True)
         )
-        count = min(fitting)
         shared = [prompts_to_share(rows, count, held, stays_open) for rows, held in zip(coming, opened, strict=True)]
         found.append((range(start, start + count), shared))
         start += count

@@ -22,7 +22,7 @@ from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling import packed_inputs, transformers_model, without_prefix_grouper
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, decoder
 from prefix_grouper_plugins.scoring import CHUNK_SIZE
-from prefix_grouper_plugins.token_budget import RowTokens, plan_forwards
+from prefix_grouper_plugins.token_budget import Most, RowTokens, plan_forwards
 
 STOCK, SHARED = "stock", "shared"
 IGNORED = -100  # label of a position that is not scored
@@ -68,7 +68,7 @@ class Update:
         lengths = self.completion_mask.sum(1).tolist()
         rows = [RowTokens.of(0, prompt, length) for length in lengths]
         batches = [rows[start : start + self.rows] for start in range(0, len(rows), self.rows)]
-        forwards = plan_forwards(batches, self.rows * (prompt + width), len(rows))
+        forwards = plan_forwards(batches, Most(self.rows * (prompt + width)), len(rows))
         return self._split([len(forward.micro_batches) * self.rows for forward in forwards])
 
     def _split(self, sizes: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -476,7 +476,7 @@ def test_the_table_of_groups_larger_than_a_micro_batch_is_what_the_planner_gives
         schedule = trl_schedule(prompts, [response] * 8, TRLSizes(8, rows, 8 // rows, 8 // rows))
         alone = PrefixLayout.from_groups([prompt], [[response] * rows]).num_tokens / (rows * (prompt + response))
         flops = training.update_flops(schedule.stock) / training.update_flops(schedule.shared)
-        stock, shared = (max(x.tokens + x.open_tokens for x in loads) for loads in (schedule.stock, schedule.shared))
+        stock, shared = (max(x.held_tokens for x in loads) for loads in (schedule.stock, schedule.shared))
         found = rows, len(schedule.stock), len(schedule.shared), f"{alone:.2f}", f"{schedule.token_ratio:.2f}"
         assert cells == " | ".join(map(str, (*found, f"{flops:.2f}", stock, shared)))
 

@@ -9,6 +9,8 @@ import pytest
 
 from prefix_grouper_plugins.token_budget import (
     Forward,
+    Most,
+    NextForward,
     RowsOfProcess,
     RowTokens,
     forwarded_tokens,
@@ -57,10 +59,10 @@ def test_what_completions_have_in_common_counts_once():
 def test_what_completions_have_in_common_is_repeated_by_each_forward():
     turn = (("turn", 5),)
     rows = [[RowTokens("a", 9, 12, turn)] for _ in range(4)]
-    assert forwarded_tokens(rows, 99, 4) == (9 + 4 * 12 - 3 * 5, 9 + 4 * 12 - 3 * 5), "one forward"
-    assert forwarded_tokens(rows, 9 + 12 + 7, 4) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), "two of two rows"
-    assert forwarded_tokens(rows, 9 + 12, 4) == (9 + 4 * 12, 9 + 4 * 12 - 3 * 5)
-    assert forwarded_tokens(rows, 99, 4, max_scored=2 * 12) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), (
+    assert forwarded_tokens(rows, Most(99), 4) == (9 + 4 * 12 - 3 * 5, 9 + 4 * 12 - 3 * 5), "one forward"
+    assert forwarded_tokens(rows, Most(9 + 12 + 7), 4) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), "two of two rows"
+    assert forwarded_tokens(rows, Most(9 + 12), 4) == (9 + 4 * 12, 9 + 4 * 12 - 3 * 5)
+    assert forwarded_tokens(rows, Most(99, scored=2 * 12), 4) == (9 + 4 * 12 - 2 * 5, 9 + 4 * 12 - 3 * 5), (
         "by their logits"
     )
 
@@ -77,7 +79,7 @@ def micro_batches(rows, groups=1):
 
 
 def plan(rows, groups=1):
-    return list(plan_forwards(micro_batches(rows, groups), rows * (P + R), G))
+    return list(plan_forwards(micro_batches(rows, groups), Most(rows * (P + R)), G))
 
 
 def test_a_group_that_fits_into_a_padded_micro_batch_is_one_forward():
@@ -94,7 +96,7 @@ def test_a_prompt_whose_rows_do_not_fit_is_forwarded_with_the_first_and_held_unt
 
 
 def test_a_micro_batch_with_the_ends_of_two_groups_closes_one_prompt_and_opens_the_next():
-    plan_of_3 = list(plan_forwards(micro_batches(3, groups=3), 3 * (P + R) - 17, G))
+    plan_of_3 = list(plan_forwards(micro_batches(3, groups=3), Most(3 * (P + R) - 17), G))
     assert [(forward.micro_batches, forward.shared, forward.held) for forward in plan_of_3] == [
         (range(1), {0: True}, 0),
         (range(1, 2), {0: False, 1: True}, P - 1),
@@ -104,22 +106,83 @@ def test_a_micro_batch_with_the_ends_of_two_groups_closes_one_prompt_and_opens_t
 
 
 def test_prompts_do_not_stay_open_where_they_may_not():
-    assert next_forward(micro_batches(1), P + R, G) == (1, [0])
-    assert next_forward(micro_batches(1), P + R, G, stays_open=False) == (1, [])
+    assert next_forward(micro_batches(1), Most(P + R), G) == NextForward(1, {0: False})
+    assert next_forward(micro_batches(1), Most(P + R), G, stays_open=False) == NextForward(1, {})
 
 
 def test_kept_logits_are_a_limit_of_their_own():
-    assert next_forward(micro_batches(2), 2 * (P + R), G) == (2, [])
-    assert next_forward(micro_batches(2), 2 * (P + R), G, max_scored=4 * R - 1) == (1, [0])
+    assert next_forward(micro_batches(2), Most(2 * (P + R)), G) == NextForward(2, {})
+    assert next_forward(micro_batches(2), Most(2 * (P + R), scored=4 * R - 1), G) == NextForward(1, {0: False})
 
 
 def test_a_forward_has_no_more_rows_than_a_group():
-    assert next_forward(micro_batches(2, groups=2), 1000, G) == (2, [])
+    assert next_forward(micro_batches(2, groups=2), Most(1000), G) == NextForward(2, {})
 
 
 def test_a_prompt_of_one_token_and_a_row_without_a_completion_share_nothing():
     rows = [[RowTokens.of("a", 1, R)], [RowTokens.of("a", 1, R)], [RowTokens.of("a", P, 0)], [RowTokens.of("a", P, 0)]]
-    assert not any(forward.shared for forward in plan_forwards(rows, 1, G))
+    assert not any(forward.shared for forward in plan_forwards(rows, Most(1), G))
+
+
+# ------------------------------------------------------------------------------------- prompts whose layers run again
+
+
+def long_prompt(rows, completion, group=8):
+    """A group with a prompt of 1,024 tokens in micro-batches of ``rows`` rows."""
+    return [[RowTokens.of("a", 1024, completion)] * rows for _ in range(group // rows)]
+
+
+def test_layers_of_a_prompt_run_again_where_the_forwards_that_it_saves_cost_more():
+    """A quarter of the prompt leaves room for 832 of 1,088 tokens: 8 rows of 64 in one forward, not in 8."""
+    most, rows = Most(1024 + 64), long_prompt(1, 64)
+    assert next_forward(rows, most, 8) == NextForward(1, {"a": False})
+    assert next_forward(rows, most, 8, may_recompute=True) == NextForward(8, {"a": True})
+    (forward,) = plan_forwards(rows, most, 8, may_recompute=True)
+    assert forward == Forward(range(8), {"a": True}, 0, frozenset({"a"}))
+
+
+def test_a_forward_more_of_the_prompt_is_not_worth_a_few_forwards_of_rows():
+    """Of 1,023 tokens a third is 341, which is what five forwards and a bit cost."""
+    counts = {
+        group: len(list(plan_forwards(long_prompt(1, 64, group), Most(1088), 8, may_recompute=True)))
+        for group in (6, 7)
+    }
+    assert counts == {6: 6, 7: 1}
+    assert next_forward(long_prompt(2, 64), Most(2 * 1088), 8, may_recompute=True) == NextForward(4, {}), "they fit"
+
+
+def test_where_rows_are_long_layers_of_the_prompt_run_once():
+    rows = [[RowTokens.of("a", 512, 512)] for _ in range(8)]
+    assert next_forward(rows, Most(1024), 8, may_recompute=True) == NextForward(1, {"a": False})
+
+
+def test_a_prompt_whose_layers_run_again_counts_a_quarter_while_it_is_open():
+    first, *others = plan_forwards(long_prompt(1, 64, group=64), Most(1088), 64, may_recompute=True)
+    assert first == Forward(range(13), {"a": True}, 0, frozenset({"a"})), "832 tokens are 13 rows"
+    assert [forward.held for forward in others] == [256] * 4
+    assert [len(forward.micro_batches) for forward in others] == [13, 13, 13, 12]
+
+
+def test_the_next_prompt_begins_with_the_last_rows_of_one_whose_layers_run_again():
+    rows = [RowTokens.of(name, 1024, 64) for name in "ab" for _ in range(8)]
+    micro_batches = [rows[start : start + 1] for start in range(16)]
+    plan = list(plan_forwards(micro_batches, Most(1088), 8, may_recompute=True))
+    assert [(forward.micro_batches, forward.recomputed) for forward in plan] == [
+        (range(8), {"a"}),
+        (range(8, 16), {"b"}),
+    ]
+
+
+def test_prompts_with_images_do_not_run_again():
+    rows = [[row._replace(images=1) for row in batch] for batch in long_prompt(1, 64)]
+    assert next_forward(rows, Most(1088), 8, may_recompute=True) == NextForward(1, {"a": False})
+
+
+def test_an_open_prompt_stays_as_it_was_begun():
+    rows = long_prompt(1, 64)
+    kept = next_forward(rows, Most(1088), 8, opened={"a": 1023}, may_recompute=True)
+    again = next_forward(rows, Most(1088), 8, opened={"a": 256}, may_recompute=True)
+    assert (kept, again) == (NextForward(1, {"a": False}), NextForward(8, {"a": False}))
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -128,8 +191,8 @@ def test_a_prompt_of_one_token_and_a_row_without_a_completion_share_nothing():
 def test_one_process_plans_as_if_it_were_alone():
     rows = batches(*[("a", 9, 3)] * 6, *[("b", 7, 3)] * 6)
     for budget in (12, 14, 20, 40):
-        alone = list(plan_forwards(rows, budget, 6))
-        matched = matched_forwards([RowsOfProcess(rows, budget)], 6)
+        alone = list(plan_forwards(rows, Most(budget), 6))
+        matched = matched_forwards([RowsOfProcess(rows, Most(budget))], 6)
         assert [forward.micro_batches for forward in matched] == [forward.micro_batches for forward in alone]
         assert [list(forward.shared[0]) for forward in matched] == [list(forward.shared) for forward in alone]
         assert [len(forward.prompts) for forward in matched] == [sum(forward.shared.values()) for forward in alone]
@@ -137,8 +200,8 @@ def test_one_process_plans_as_if_it_were_alone():
 
 def test_a_forward_takes_what_fits_on_every_process():
     short, long = batches(*[("a", 2, 1)] * 4), batches(*[("b", 9, 3)] * 4)
-    assert [x.micro_batches for x in matched_forwards([RowsOfProcess(short, 99)], 4)] == [range(4)]
-    plan = matched_forwards([RowsOfProcess(short, 99), RowsOfProcess(long, 15)], 4)
+    assert [x.micro_batches for x in matched_forwards([RowsOfProcess(short, Most(99))], 4)] == [range(4)]
+    plan = matched_forwards([RowsOfProcess(short, Most(99)), RowsOfProcess(long, Most(15))], 4)
     assert [forward.micro_batches for forward in plan] == [range(2), range(2, 4)]
     assert [forward.shared for forward in plan] == [[{"a": 1}, {"b": 1}]] * 2
     assert [(list(forward.prompts), forward.num_parts) for forward in plan] == [([1], 1), ([], 1)]
@@ -147,14 +210,14 @@ def test_a_forward_takes_what_fits_on_every_process():
 def test_prompts_that_close_at_different_times_are_forwarded_for_each_other():
     """Process 0 has one group of four rows, process 1 two of two: no prompt of one closes with one of the other."""
     first, second = batches(*[("a", 9, 3)] * 4), batches(("b", 9, 3), ("b", 9, 3), ("c", 9, 3), ("c", 9, 3))
-    plan = matched_forwards([RowsOfProcess(first, 12), RowsOfProcess(second, 12)], 4)
+    plan = matched_forwards([RowsOfProcess(first, Most(12)), RowsOfProcess(second, Most(12))], 4)
     assert [list(forward.prompts) for forward in plan] == [[1, 3], [], [3], []]
     assert {forward.num_parts for forward in plan} == {1}
 
 
 def test_a_forward_with_the_ends_of_two_groups_has_a_part_for_each():
     first = [*batches(("a", 9, 3)), [RowTokens("a", 9, 3), RowTokens("b", 9, 3)], *batches(("b", 9, 3))]
-    plan = matched_forwards([RowsOfProcess(first, 24), RowsOfProcess(batches(*[("c", 9, 3)] * 3), 12)], 2)
+    plan = matched_forwards([RowsOfProcess(first, Most(24)), RowsOfProcess(batches(*[("c", 9, 3)] * 3), Most(12))], 2)
     assert [forward.num_parts for forward in plan] == [1, 2, 1]
     assert [list(forward.prompts) for forward in plan] == [[1, 2], [2], []]
 
@@ -174,7 +237,9 @@ def test_processes_with_any_rows_make_the_same_forwards(seed):
     source = random.Random(seed)
     micro_batches, rows = source.randint(1, 8), source.randint(1, 4)
     processes = [
-        RowsOfProcess(some_rows(source, micro_batches, rows), source.randint(1, 200), source.choice([None, 10, 20]))
+        RowsOfProcess(
+            some_rows(source, micro_batches, rows), Most(source.randint(1, 200), source.choice([None, 10, 20]))
+        )
         for _ in range(source.randint(1, 4))
     ]
     plan = matched_forwards(processes, source.randint(1, 8), stays_open=source.random() < 0.8)
@@ -197,5 +262,5 @@ def test_processes_with_any_rows_make_the_same_forwards(seed):
             if len(forward.micro_batches) > 1:
                 forwarded = [row for row in rows_of_one if row.prompt is not None]
                 held = {row.prompt: row.prompt_tokens for row in forwarded}
-                assert sum(held.values()) + sum(row.completion_tokens for row in forwarded) <= own.budget
+                assert sum(held.values()) + sum(row.completion_tokens for row in forwarded) <= own.most.tokens
     assert [sorted(of_all.elements()) for of_all in needed] == [list(forward.prompts) for forward in plan]

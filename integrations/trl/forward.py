@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import trl.trainer.utils as trl_utils
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefix_grouper_plugins.batch import Blocks, GroupedBatch, blocks_on_host
 from prefix_grouper_plugins.integrations.trl.fused_head import HAS_FUSED_HEAD, fused_scores
@@ -207,7 +207,14 @@ class PackedForward:
         return (batch.scatter(logps), None if entropies is None else batch.scatter(entropies), loss), counts
 
     def score_part(
-        self, model: Any, rows: Rows, cache: PromptCache | None, is_last: bool, *, entropy: bool
+        self,
+        model: Any,
+        rows: Rows,
+        cache: PromptCache | None,
+        is_last: bool,
+        *,
+        entropy: bool,
+        recompute: Sequence[nn.Module] = (),
     ) -> tuple[tuple[Tensor, Tensor | None], Counts, PromptCache]:
         """:meth:`score` of rows of one prompt, against the prompt in ``cache``.
 
@@ -215,6 +222,7 @@ class PackedForward:
             model, rows, entropy: as in :meth:`score`; each row has a completion.
             cache: of the prompt; None where it has to be forwarded first.
             is_last: whether these are the prompt's last rows, so that their backward goes on through it.
+            recompute: layers that run again in the backward of a prompt that is forwarded here, see `PromptCache.run`.
 
         Returns:
             log-probs and entropies ``[B, C]``, what was forwarded, and the prompt's cache.
@@ -229,7 +237,7 @@ class PackedForward:
         )
         counts += Counts.of_levels(part.layout.shared_by_level)
         if cache is None:
-            cache, count = self._prompt(model, whole, images, given, positions, kinds)
+            cache, count = self._prompt(model, whole, images, given, positions, kinds, recompute)
             counts += count
         cache.prepare(part.layout, last=is_last)
         inputs = packed_inputs(part.layout, part.input_ids, positions[..., given:])
@@ -251,6 +259,7 @@ class PackedForward:
         given: int,
         positions: Tensor,
         kinds: dict[str, Tensor],
+        recompute: Sequence[nn.Module] = (),
     ) -> tuple[PromptCache, Counts]:
         """That of ``whole``, rows of one prompt, whose first ``given`` tokens are the prompt's; their positions and kinds."""
         cache, prompt = PromptCache(), PrefixLayout.from_groups([given], [[1]], device=whole.input_ids.device)
@@ -259,7 +268,7 @@ class PackedForward:
             images.set_blocks(prompt, whole)
             more |= images.shown(whole)
         with self._trainer.accelerator.autocast():
-            cache.run(model, prompt, whole.input_ids[:given], positions[..., :given], more)
+            cache.run(model, prompt, whole.input_ids[:given], positions[..., :given], more, recompute=recompute)
         return cache, Counts(tokens_forwarded=given, groups=1, shared_1=-given)
 
     def nothing_to_score(self, model: Any, rows: Rows, *, entropy: bool) -> tuple[Scores, Counts]:

@@ -7,9 +7,10 @@ share in two ways, and neither holds more tokens than the ``b`` padded rows of a
 
 - rows *ahead*: a forward takes the rows of the micro-batches that follow too, as many as fit into that number of tokens,
   and each micro-batch gets its log-probs from it (:class:`~prefix_grouper_plugins.modeling.scores_ahead.ScoresAhead`);
-- an *open prompt*: where a group does not fit into one forward, the first one forwards the prompt, whose graph is kept,
-  each forwards its completions against the prompt's keys and values, and the backward of the last one goes on through the
-  prompt (:class:`~prefix_grouper_plugins.modeling.prompt_cache.PromptCache`).
+- an *open prompt*: where a group does not fit into one forward, the first one forwards the prompt, each forwards its
+  completions against the prompt's keys and values, and the backward of the last one goes on through the prompt
+  (:class:`~prefix_grouper_plugins.modeling.prompt_cache.PromptCache`). The prompt's graph is kept until then, or its layers run
+  again, where that leaves room for so many more completions in a forward that it costs less.
 
 In passes without gradients (old-policy and reference log-probs) the chunks of a call do the same among themselves.
 """
@@ -17,13 +18,13 @@ In passes without gradients (old-policy and reference log-probs) the chunks of a
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from prefix_grouper_plugins.batch import Blocks, blocks_on_host
@@ -47,8 +48,16 @@ from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.model_state import ModelState
 from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
 from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
+from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
-from prefix_grouper_plugins.token_budget import Most, RowTokens, forwarded_tokens, next_forward
+from prefix_grouper_plugins.token_budget import (
+    Most,
+    NextForward,
+    RowTokens,
+    forwarded_tokens,
+    held_tokens,
+    next_forward,
+)
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
@@ -85,6 +94,7 @@ class PromptReuse:
         # What holds for an optimizer step is asked once in it: whether micro-batches share forwards, and open prompts.
         self._shares: bool | None = None
         self._stays_open: bool | None = None
+        self._recomputable: list[nn.Module] | None = None  # layers that may run again in the backward
         self._said_what_is_repeated = False
         self._scored: int | None = None  # the micro-batch, of those, that has got its scores
 
@@ -229,7 +239,8 @@ class PromptReuse:
             coming = self._tokens[start : start + window]
             prompts, scored = (self._micro_batches[start][name].numel() for name in ("prompt_ids", "completion_ids"))
             most = self.most(prompts + scored, scored)
-            counted = forwarded_tokens(coming, most.tokens, self._trainer.num_generations, most.scored)
+            recomputes = bool(self._layers_to_recompute(self._trainer.model))
+            counted = forwarded_tokens(coming, most, self._trainer.num_generations, may_recompute=recomputes)
             apart, together = apart + counted[0], together + counted[1]
         if apart == together:
             return
@@ -248,7 +259,7 @@ class PromptReuse:
         """
         step_ends, self._coming = self._trainer.accelerator.sync_gradients, range(0)
         if step_ends:
-            self._shares = self._stays_open = None
+            self._shares = self._stays_open = self._recomputable = None
         if self._ahead is not None and self._ahead.num_left and not step_ends:
             return
         ahead, self._ahead = self._ahead, None
@@ -321,7 +332,10 @@ class PromptReuse:
         tokens = self._tokens[first] if is_known else tokens_of_unknown(model, rows)
         coming = [tokens, *(self._tokens[number] for number in later)]
         may_join = is_known and not self._leaves_experts_out(model)
-        count, shared = self._plan(coming, rows, self._prompts, self._stays_open, may_join=may_join)
+        may_recompute = bool(self._layers_to_recompute(model))
+        count, shared = self._plan(
+            coming, rows, self._prompts, self._stays_open, may_join=may_join, may_recompute=may_recompute
+        )
         if count == 1:
             found = self._score(model, rows, tokens, shared, self._prompts, entropy)
         else:
@@ -374,6 +388,15 @@ class PromptReuse:
         """What enabling has found, since finding it walks the whole model."""
         base = transformers_model(model)
         return next((anatomy for anatomy in self._trainer.gate.anatomies if anatomy.base is base), None)
+
+    def _layers_to_recompute(self, model: Any) -> list[nn.Module]:
+        """Layers that may run again in the backward of a prompt; asked once in an optimizer step."""
+        if not torch.is_grad_enabled():
+            return []
+        if self._recomputable is None:
+            anatomy = self._anatomy(model)
+            self._recomputable = [] if anatomy is None else list(recomputable_layers(anatomy))
+        return self._recomputable
 
     def _leaves_experts_out(self, model: Any) -> bool:
         """Whether DDP takes experts that a forward of one token does not meet for unused; see :func:`row_besides`."""
@@ -429,7 +452,8 @@ class PromptReuse:
         """
         tokens = tokens_of_rows(model, rows.on_host, rows.images)
         prompts = dict.fromkeys(row.prompt for row in tokens)
-        own: list[Hashable] = [key for key in prompts if isinstance(key, tuple)]
+        recomputes = bool(self._layers_to_recompute(model))
+        own: dict[Hashable, bool] = {key: recomputes for key in prompts if isinstance(key, tuple)}
         found = self._score(model, rows, tokens, own, OpenPrompts(), entropy)
         return found[0] if found else self._forward.score(model, rows, entropy=entropy, aux_loss=False)[0]
 
@@ -479,21 +503,15 @@ class PromptReuse:
         stays_open: bool,
         *,
         may_join: bool = True,
-    ) -> tuple[int, list[Hashable]]:
+        may_recompute: bool = False,
+    ) -> NextForward:
         """What the next forward takes, see `next_forward`, by the size of ``first``, the first of ``coming``."""
-        opened = {key: cache.num_tokens for key, cache in prompts.open.items()}
+        opened = {key: held_tokens(cache.num_tokens, cache.is_recomputed) for key, cache in prompts.open.items()}
         most = self.most(first.input_ids.numel(), len(first) * first.num_scored, sum(first.images.num_images))
-        count, shared = next_forward(
-            coming,
-            most.tokens,
-            self._trainer.num_generations if may_join else 1,
-            opened=opened,
-            stays_open=stays_open,
-            max_scored=most.scored,
-            max_images=most.images,
-        )
-        prompts.expect(row.prompt for rows in coming[count:] for row in rows if stays_open)
-        return count, shared
+        group = self._trainer.num_generations if may_join else 1
+        taken = next_forward(coming, most, group, opened=opened, stays_open=stays_open, may_recompute=may_recompute)
+        prompts.expect(row.prompt for rows in coming[taken.num_micro_batches :] for row in rows if stays_open)
+        return taken
 
     # -------------------------------------------------------------------------------------------------------- forward
 
@@ -502,7 +520,7 @@ class PromptReuse:
         model: Any,
         parts: Sequence[Rows],
         tokens: Sequence[Sequence[RowTokens]],
-        shared: list[Hashable],
+        shared: Mapping[Hashable, bool],
         prompts: OpenPrompts,
         entropy: bool,
     ) -> tuple[ScoresAhead, list[Counts]]:
@@ -520,11 +538,14 @@ class PromptReuse:
         model: Any,
         rows: Rows,
         tokens: Sequence[RowTokens],
-        shared: list[Hashable],
+        shared: Mapping[Hashable, bool],
         prompts: OpenPrompts,
         entropy: bool,
     ) -> tuple[Scores, list[Counts]] | None:
-        """Scores of ``rows``, whose prompts in ``shared`` go through the caches of ``prompts``; None if there are none."""
+        """Scores of ``rows``, whose prompts in ``shared`` go through the caches of ``prompts``; None if there are none.
+
+        ``shared`` says of those that are forwarded here whether their layers run again in the backward.
+        """
         if not shared:
             return None
         found: list[PieceScores] = []
@@ -532,26 +553,31 @@ class PromptReuse:
         pieces = self._pieces(tokens, shared)
         for number, (members, key) in enumerate(pieces, 1):
             with unseen(model) if number < len(pieces) else nullcontext():
-                (values, more), count = self._score_piece(model, rows.take(members), key, prompts, entropy)
+                again = shared.get(key, False)
+                (values, more), count = self._score_piece(model, rows.take(members), key, prompts, entropy, again)
             counts.append(count)
             found.append((members, values, more))
         return (*joined_scores(found, len(rows)), None), counts
 
     def _score_piece(
-        self, model: Any, rows: Rows, key: Hashable, prompts: OpenPrompts, entropy: bool
+        self, model: Any, rows: Rows, key: Hashable, prompts: OpenPrompts, entropy: bool, recomputes: bool = False
     ) -> tuple[tuple[Tensor, Tensor | None], Counts]:
-        """Log-probs and entropies of rows whose prompt, ``key``, goes through its cache; where it is None, of a packed row."""
+        """Log-probs and entropies of rows whose prompt, ``key``, goes through its cache; where it is None, of a packed row.
+
+        ``recomputes``: whether layers of a prompt that is forwarded here run again in the backward.
+        """
         if key is None:
             (logps, entropies, _), count = self._forward.score(model, rows, entropy=entropy, aux_loss=False)
             return (logps, entropies), count
+        recompute = self._layers_to_recompute(model) if recomputes else ()
         scores, count, cache = self._forward.score_part(
-            model, rows, prompts.cache(key), prompts.is_last(key), entropy=entropy
+            model, rows, prompts.cache(key), prompts.is_last(key), entropy=entropy, recompute=recompute
         )
         prompts.keep(key, cache)
         return scores, count
 
     @staticmethod
-    def _pieces(tokens: Sequence[RowTokens], shared: list[Hashable]) -> list[tuple[list[int], Hashable]]:
+    def _pieces(tokens: Sequence[RowTokens], shared: Collection[Hashable]) -> list[tuple[list[int], Hashable]]:
         """Rows that are forwarded together: those of each prompt in ``shared``, and all that have completions else.
 
         The last of them has images if any has, see `row_besides`.

@@ -30,7 +30,7 @@ from prefix_grouper_plugins.modeling.model_state import ModelState
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.prompt_reuse import MatchedForwards, OpenPrompts
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
-from prefix_grouper_plugins.token_budget import MatchedForward, RowsOfProcess, RowTokens, matched_forwards
+from prefix_grouper_plugins.token_budget import MatchedForward, Most, RowsOfProcess, RowTokens, matched_forwards
 
 _REMEDY = "prefix_grouper_regroup='none'"
 _SPLIT_ROWS = ("tp_size", "cp_size", "sp_size")  # of accelerate's parallelism
@@ -182,7 +182,7 @@ class ShardedReuse(PromptReuse):
         columns = prompts.shape[1] + scored.shape[1]
         tokens = _renamed([self._tokens[number] for number in self._asked]) if self._coming else []
         most = self.most(columns * len(prompts), scored.numel())
-        rows = RowsOfProcess(tokens, most.tokens, most.scored)
+        rows = RowsOfProcess(tokens, most)
         told = self._tell(model, rows, columns, update=True)
         if told.reason is None and not self._coming:
             told = told._replace(reason="the rows of a process cannot be forwarded together")
@@ -259,7 +259,7 @@ class ShardedReuse(PromptReuse):
         if trainer._makes_inputs or not trainer.model.training:
             num_chunks = len(list(range(0, len(call.input_ids), call.batch_size or len(call.input_ids))))
             if self._asks_of_chunks(call.model, num_chunks):
-                self._agree(call.model, _Told(reason, False, RowsOfProcess([], 0)), call.input_ids.device)
+                self._agree(call.model, _Told(reason, False, RowsOfProcess([], Most(0))), call.input_ids.device)
             return
         agreed = self._agreed
         if agreed is None or not self._coming or self._coming[0] == self._scored:
@@ -300,7 +300,7 @@ class ShardedReuse(PromptReuse):
         tokens = _renamed(self._tokens_of(model, on_host, images))
         first = chunks[0]
         most = self.most(first.input_ids.numel(), len(first) * first.num_scored)
-        rows = RowsOfProcess(tokens, most.tokens, most.scored)
+        rows = RowsOfProcess(tokens, most)
         told = self._tell(model, rows, first.input_ids.shape[1], update=False)
         return self._agree(model, told, first.input_ids.device)
 

@@ -17,7 +17,8 @@ gradient synchronisation, one place for a trainer's scaling, and autograd keeps 
 Keys and values of a part are appended to those of the prompt in one buffer for each layer, so the prompt's are copied
 once, not once for each part. Recurrent layers start each part from the prompt's state (modeling/mixers/state_forking.py).
 A cache costs, for each layer, the prompt's graph, its keys and values a second time, and
-their gradients from the second part on.
+their gradients from the second part on. In the place of the graph it may keep the inputs of layers, which run again in the last
+part's backward (modeling/recomputation.py).
 
 Under FSDP2 the prompt's forward goes through the root module, whose hooks gather the parameters. A layer's parameters are
 gathered for its backward when a gradient arrives at the layer's output, and that of the last layer is read by nobody, so
@@ -27,7 +28,7 @@ the last part's values send it a gradient of zero (:meth:`PromptCache.attach`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
 from prefix_grouper_plugins.modeling.mixers.table import why_on_rows
+from prefix_grouper_plugins.modeling.recomputation import recomputed
 
 
 class _Given:
@@ -158,6 +160,7 @@ class PromptCache:
         self._layers: dict[nn.Module, tuple[_Given, _Given]] = {}
         self._states: dict[tuple[nn.Module, str], _State] = {}
         self._num_tokens = 0
+        self._is_recomputed = False
         self._runs = self._collects = False
         self._waiting: set[tuple[nn.Module, int | str]] = set()
         self._is_last = False
@@ -170,6 +173,8 @@ class PromptCache:
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         images: Mapping[str, Tensor] | None = None,
+        *,
+        recompute: Sequence[nn.Module] = (),
     ) -> None:
         """Forward the prompt through the decoder of ``model``, without its head. Its graph is kept where gradients are on.
 
@@ -180,16 +185,18 @@ class PromptCache:
             layout: one row of ``P`` tokens, of which ``P - 1`` are forwarded.
             input_ids, position_ids: ``LongTensor[P - 1]``, see :func:`packed_inputs`.
             images: the prompt's image tensors and token kinds, as the model takes them.
+            recompute: layers that run again in the backward, whose graph is not kept, see :func:`.recomputable_layers`.
 
         Raises:
             UnsupportedModelError: a layer runs twice in one forward, so that its keys would be taken for one another.
         """
         layout = layout.to(layout.position_ids.device)
         layout.cache = self
-        self._num_tokens, self._runs = layout.num_tokens, True
+        self._num_tokens, self._runs, self._is_recomputed = layout.num_tokens, True, bool(recompute)
         try:
             inputs = {**packed_inputs(layout, input_ids, position_ids), **(images or {})}
-            output = _run_decoder(model, inputs).last_hidden_state
+            with recomputed(recompute):
+                output = _run_decoder(model, inputs).last_hidden_state
         finally:
             self._runs = False
         if isinstance(model, FSDPModule) and output.requires_grad:
@@ -263,6 +270,11 @@ class PromptCache:
     def num_tokens(self) -> int:
         """Tokens of the prompt that have been forwarded."""
         return self._num_tokens
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether the prompt's layers run again in the backward, so that their graph is not in memory."""
+        return self._is_recomputed
 
     @property
     def is_closed(self) -> bool:

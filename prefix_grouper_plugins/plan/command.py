@@ -23,7 +23,7 @@ BARS = 12  # of a histogram
 # Options that concern a training on data, and say nothing of one group.
 DATA_OPTIONS = (
     "tokenizer", "prompt_column", "response_column", "limit", "trainer", "batch_size", "accumulation",
-    "steps_per_generation", "mini_batch", "max_token_len", "processes", "memory", "lora_rank", "checkpointing", "dtype",
+    "steps_per_generation", "max_tokens", "mini_batch", "max_token_len", "processes", "memory", "lora_rank", "checkpointing", "dtype",
     "forward_passes", "outside_share", "plot", "seed",
 )  # fmt: skip
 
@@ -95,6 +95,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sizes.add_argument("--accumulation", type=count, help="TRL: gradient_accumulation_steps (default: 1)")
     sizes.add_argument("--steps-per-generation", type=count, help="TRL: steps_per_generation (default: --accumulation)")
+    sizes.add_argument("--max-tokens", type=count, help="TRL: prefix_grouper_max_tokens (default: auto)")
     sizes.add_argument("--mini-batch", type=count, help="verl: ppo_mini_batch_size, in prompts (default: 256, or all)")
     sizes.add_argument("--max-token-len", type=count, help="verl, with use_dynamic_bsz: ppo_max_token_len_per_gpu")
     sizes.add_argument("--processes", type=count, help="data-parallel processes (default: 1)")
@@ -142,7 +143,7 @@ def check(options: argparse.Namespace) -> None:
                 f"--{given[0].replace('_', '-')} goes with DATA, the prompts of a training; --prompt looks at one group"
             )
         return
-    others = {"trl": ("mini_batch", "max_token_len"), "verl": ("accumulation", "steps_per_generation")}
+    others = {"trl": ("mini_batch", "max_token_len"), "verl": ("accumulation", "steps_per_generation", "max_tokens")}
     trainer = options.trainer or "trl"
     if wrong := [name for name in others[trainer] if name in given]:
         raise UsageError(f"--{wrong[0].replace('_', '-')} is no option of --trainer {trainer}")
@@ -207,7 +208,13 @@ def _sizes(options: argparse.Namespace, trainer: str, group: int, num_prompts: i
         return VerlSizes(group, options.mini_batch or min(256, num_prompts), rows, options.max_token_len, processes)
     accumulation = options.accumulation or 1
     return TRLSizes(
-        group, options.batch_size or 8, accumulation, options.steps_per_generation or accumulation, processes
+        group,
+        options.batch_size or 8,
+        accumulation,
+        options.steps_per_generation or accumulation,
+        processes,
+        options.max_tokens,
+        bool(options.checkpointing),
     )
 
 

@@ -77,17 +77,23 @@ class Training:
 
     def _scored(self, load: Load) -> int:
         """Positions that go through the head; a prompt that is forwarded for several micro-batches has none of them."""
-        return load.tokens - (load.cached_tokens - load.open_tokens) if self.on_cpu else load.scored
+        return load.tokens - load.apart_tokens if self.on_cpu else load.scored
 
     def update_flops(self, loads: Iterable[Load]) -> int:
         """Forward and backward. Frozen weights need no gradient of their own: LoRA does two thirds of the products."""
-        return sum(self._update_flops(self.cost(load)) for load in loads)
+        return sum(self._update_flops(self.cost(load)) + self._again_flops(load) for load in loads)
 
     def _update_flops(self, cost: Cost) -> int:
         products = 3 if self.lora_rank is None else 2
         again = cost.linear + cost.attention if self.checkpointing else 0
         head = (products if self.full_logits else products + 1) * cost.head  # tiles are computed again in the backward
         return products * cost.linear + 7 * cost.attention // 2 + again + head
+
+    def _again_flops(self, load: Load) -> int:
+        """Of layers of prompts that run again in the backward, where not all layers do."""
+        pairs = load.again_pairs, load.again_windowed_pairs
+        cost = cost_of(self.shape, load.again_tokens, pairs, 0, element_size=self.element_size)
+        return cost.linear + cost.attention
 
     def step_flops(self, loads: Sequence[Load]) -> int:
         """The update and the passes without gradients."""
@@ -102,7 +108,7 @@ class Training:
     def _activations(self, load: Load) -> int:
         """The larger of two moments: the head's backward, when all layers hold theirs, and that of the last MLP."""
         shape, size = self.shape, self.element_size
-        held = self.cost(load._replace(tokens=load.tokens + load.open_tokens))
+        held = self.cost(load._replace(tokens=load.held_tokens))
         inputs = shape.num_layers * held.tokens * shape.hidden_size * size  # of each layer
         before = inputs if self.checkpointing else held.activation_bytes
         norm = held.tokens * shape.hidden_size * (4 + 2 * size)  # the last norm's input and output, and the embedding

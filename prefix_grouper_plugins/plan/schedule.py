@@ -23,7 +23,7 @@ from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.micro_batches import RowSize, plan_all_ranks
 from prefix_grouper_plugins.step_order import regrouped_order
-from prefix_grouper_plugins.token_budget import RowTokens, pays_to_pack, plan_forwards
+from prefix_grouper_plugins.token_budget import Most, RowTokens, held_tokens, pays_to_pack, plan_forwards
 from prefix_grouper_plugins.usage import UsageError
 
 
@@ -34,8 +34,11 @@ class Load(NamedTuple):
         tokens: positions that are forwarded, padding included.
         pairs, windowed_pairs: of query and key, of one head, in layers without and with the model's window.
         scored: positions that go through the language-model head.
-        open_tokens: positions of prompts that earlier micro-batches have forwarded, and whose graph is still held.
+        apart_tokens: of the positions, those of prompts that are forwarded apart from their rows, and have no logits.
+        open_tokens: what the prompts that earlier micro-batches have forwarded count for: positions, or less where their layers run
+            again in the backward.
         cached_tokens: positions whose keys and values are held for reuse.
+        again_tokens, again_pairs, again_windowed_pairs: of the prompts that are forwarded, those whose layers run again.
         mask_entries: of the attention mask of padded rows.
     """
 
@@ -43,9 +46,18 @@ class Load(NamedTuple):
     pairs: int
     windowed_pairs: int
     scored: int
+    apart_tokens: int = 0
     open_tokens: int = 0
     cached_tokens: int = 0
+    again_tokens: int = 0
+    again_pairs: int = 0
+    again_windowed_pairs: int = 0
     mask_entries: int = 0
+
+    @property
+    def held_tokens(self) -> int:
+        """Positions that count for what autograd keeps, see `token_budget.held_tokens`."""
+        return self.tokens - self.again_tokens + held_tokens(self.again_tokens, is_recomputed=True) + self.open_tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,9 @@ class Schedule:
 class TRLSizes:
     """Batch sizes by TRL's names: ``per_device_train_batch_size``, ``gradient_accumulation_steps``, ``steps_per_generation``.
 
+    ``max_tokens`` is our ``prefix_grouper_max_tokens``, None for ``auto``; ``checkpointing`` is ``gradient_checkpointing``, under
+    which layers run again in the backward anyhow.
+
     Raises:
         UsageError: the generation batch does not hold whole groups.
     """
@@ -84,6 +99,8 @@ class TRLSizes:
     accumulation: int
     steps_per_generation: int
     processes: int = 1
+    max_tokens: int | None = None
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.generation_rows % self.group:
@@ -223,7 +240,7 @@ def trl_schedule(prompts: Prompts, lengths: Sequence[int], sizes: TRLSizes, seed
             width = max(row.prompt for row in share) + max(row.response for row in share)
             for first in range(0, local, span):
                 window = _cut(_side_by_side(shuffled[first : first + span]), sizes.batch_size)
-                shared += _reused(prompts, window, sizes.group, width)
+                shared += _reused(prompts, window, sizes, width)
     count = len(batches) * sizes.generation_rows
     steps = count / (sizes.batch_size * sizes.accumulation * sizes.processes)
     return Schedule(stock, shared, used, count, steps)
@@ -257,22 +274,25 @@ def _padded(prompts: Prompts, rows: Sequence[RowSize], size: int) -> list[Load]:
     return loads
 
 
-def _reused(prompts: Prompts, micro_batches: list[list[RowSize]], group: int, padded_width: int) -> list[Load]:
+def _reused(prompts: Prompts, micro_batches: list[list[RowSize]], sizes: TRLSizes, width: int) -> list[Load]:
     """The forwards of one window's micro-batches, by the plan that the trainer follows."""
     tokens = [[RowTokens.of(row.group, row.prompt, row.response) for row in batch] for batch in micro_batches]
-    loads: list[Load] = []
-    for forward in plan_forwards(tokens, len(micro_batches[0]) * padded_width, group):
+    last = {row.group: number for number, batch in enumerate(micro_batches) for row in batch}
+    loads, most = list[Load](), Most(sizes.max_tokens or len(micro_batches[0]) * width)
+    cached: dict[object, int] = {}
+    for forward in plan_forwards(tokens, most, sizes.group, may_recompute=not sizes.checkpointing):
         rows = [row for number in forward.micro_batches for row in micro_batches[number]]
         others = [row for row in rows if row.group not in forward.shared]
         parts = [prompts.packed(others)] if others else []
         if len(forward.micro_batches) == 1 and not forward.shared:
-            sizes = len(rows) * padded_width, len(rows)
-            parts = [part if pays_to_pack(part.tokens, *sizes) else _ordinary_rows(prompts, rows) for part in parts]
+            padded = len(rows) * width, len(rows)
+            parts = [part if pays_to_pack(part.tokens, *padded) else _ordinary_rows(prompts, rows) for part in parts]
         for number, is_first in forward.shared.items():
-            parts.append(_part(prompts, [row for row in rows if row.group == number], is_first=is_first))
-        load = _sum(parts)
-        idle = forward.held - load.open_tokens
-        loads.append(load._replace(open_tokens=forward.held, cached_tokens=load.cached_tokens + idle))
+            own = [row for row in rows if row.group == number]
+            parts.append(_part(prompts, own, is_first=is_first, recomputed=number in forward.recomputed))
+            cached[number] = own[0].prompt - 1
+        loads.append(_sum(parts)._replace(open_tokens=forward.held, cached_tokens=sum(cached.values())))
+        cached = {number: own for number, own in cached.items() if last[number] >= forward.micro_batches.stop}
     return loads
 
 
@@ -282,13 +302,17 @@ def _ordinary_rows(prompts: Prompts, rows: Sequence[RowSize]) -> Load:
     return Load(sum(lengths), *prompts.pairs(lengths), sum(row.response for row in rows))
 
 
-def _part(prompts: Prompts, rows: Sequence[RowSize], *, is_first: bool) -> Load:
+def _part(prompts: Prompts, rows: Sequence[RowSize], *, is_first: bool, recomputed: bool = False) -> Load:
     """Rows of one prompt against its keys and values; the first part forwards the prompt too."""
     given, responses = rows[0].prompt - 1, [row.response for row in rows]
     whole, before = prompts.pairs(given + response for response in responses), prompts.pairs([given] * len(rows))
-    pairs = [a - b + (own if is_first else 0) for a, b, own in zip(whole, before, prompts.pairs([given]), strict=True)]
-    tokens = sum(responses) + (given if is_first else 0)
-    return Load(tokens, pairs[0], pairs[1], sum(responses), 0 if is_first else given, given)
+    prompt = Load(given, *prompts.pairs([given]), 0, given) if is_first else Load(0, 0, 0, 0, open_tokens=given)
+    if recomputed:
+        prompt = prompt._replace(
+            again_tokens=given, again_pairs=prompt.pairs, again_windowed_pairs=prompt.windowed_pairs
+        )
+    pairs = [a - b for a, b in zip(whole, before, strict=True)]
+    return _sum([prompt, Load(sum(responses), pairs[0], pairs[1], sum(responses), cached_tokens=given)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- verl

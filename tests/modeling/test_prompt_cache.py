@@ -10,8 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs
+from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
+from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
 from tests import tiny
 from tests.modeling import families
 
@@ -47,11 +49,14 @@ def single_rows(model):
     return torch.stack(losses).sum().detach(), gradients(model)
 
 
-def in_parts(model, size):
+def in_parts(model, size, *, recomputes=False):
     """Each part forward and backward before the next one begins."""
     prompt = PrefixLayout.from_rows([ROWS[0][:PROMPT]])
     cache, total = PromptCache(), torch.zeros(())
-    cache.run(model, prompt, ROWS[0][: PROMPT - 1])
+    recompute = recomputable_layers(Anatomy(model)) if recomputes else ()
+    assert bool(recompute) == recomputes
+    cache.run(model, prompt, ROWS[0][: PROMPT - 1], recompute=recompute)
+    assert cache.is_recomputed == recomputes
     for start in range(0, len(ROWS), size):
         part = batch_of(ROWS[start : start + size]).behind_prompt()
         cache.prepare(part.layout, last=start + size >= len(ROWS))
@@ -63,11 +68,11 @@ def in_parts(model, size):
     return total, gradients(model)
 
 
-def assert_parts_equal_rows(model, size, tolerance):
+def assert_parts_equal_rows(model, size, tolerance, *, recomputes=False):
     expected, wanted = single_rows(model)
     enable_prefix_grouper(model, self_check=False)
     assert why_not_reuse(model) is None
-    got, found = in_parts(model, size)
+    got, found = in_parts(model, size, recomputes=recomputes)
     assert abs(got - expected) <= tolerance * abs(expected)
     assert found.keys() == wanted.keys()
     largest = max(float(g.abs().max()) for g in wanted.values())
@@ -82,25 +87,28 @@ def double(model_type, **changes):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers", ["kept", "checkpointed", "recomputed"])
 @pytest.mark.parametrize(("model_type", "changes"), [("qwen3", {}), ("llama", {}), ("mistral", {"sliding_window": 6})])
-def test_gradients_in_float64_equal_those_of_single_rows(model_type, changes, checkpointing, size):
-    model = double(model_type, **changes)
-    if checkpointing:
+def test_gradients_in_float64_equal_those_of_single_rows(model_type, changes, layers, size):
+    model = double(model_type, **changes).train()
+    if layers == "checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    assert_parts_equal_rows(model, size, 1e-12)
+    assert_parts_equal_rows(model, size, 1e-12, recomputes=layers == "recomputed")
 
 
 # Rotary angles, norms, routers and scans of these compute in float32: gated delta nets, Mamba-2, short convolutions, softcap, sinks, windows, experts, layers that take the
 # keys and values of another one, latent attention, learned positions.
+@pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize(
     "model_type",
     "gemma2 gemma3_text gemma3n_text gemma4_text gpt_oss qwen3_moe deepseek_v3 gpt2 "
     "qwen3_next falcon_h1 mamba2 lfm2 olmo_hybrid".split(),
 )
-def test_other_kinds_of_layers_equal_single_rows(model_type):
-    assert_parts_equal_rows(families.build(model_type), 2, 1e-3)
+def test_other_kinds_of_layers_equal_single_rows(model_type, recomputes):
+    model = families.build(model_type)
+    for module in model.modules():  # dropout would draw other masks for single rows
+        module.training = recomputes and not isinstance(module, torch.nn.Dropout)
+    assert_parts_equal_rows(model, 2, 1e-3, recomputes=recomputes)
 
 
 def test_a_recurrent_layer_that_is_checkpointed_starts_from_the_prompt_too():
@@ -120,20 +128,22 @@ def test_layers_in_front_of_the_first_adapter_have_nothing_to_send_back():
 def test_a_checkpointed_prompt_is_run_again_with_the_dropout_mask_of_its_forward():
     """Rows of a group share one mask on their prompt, whose keys the parts have read before its layers run again."""
     found = {}
-    for checkpointing, seed in ((False, 0), (True, 0), (True, 1)):
+    for layers, seed in (("kept", 0), ("checkpointed", 0), ("recomputed", 0), ("checkpointed", 1)):
         adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.5)
         torch.manual_seed(3)
         model = get_peft_model(double("llama"), adapter).double().train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # zero in a new adapter
                 torch.nn.init.normal_(weight)
-        if checkpointing:
+        if layers == "checkpointed":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         enable_prefix_grouper(model, self_check=False)
         torch.manual_seed(seed)
-        found[checkpointing, seed] = in_parts(model, 2)[1]
-    plain, checkpointed, other_mask = found.values()
-    assert largest_difference(plain, checkpointed) <= 1e-12 < 1e-2 < largest_difference(plain, other_mask)
+        found[layers, seed] = in_parts(model, 2, recomputes=layers == "recomputed")[1]
+    kept, *others, other_mask = found.values()
+    assert (
+        max(largest_difference(kept, other) for other in others) <= 1e-12 < 1e-2 < largest_difference(kept, other_mask)
+    )
 
 
 def largest_difference(a, b):

@@ -46,10 +46,28 @@ def test_micro_batches_run_together_where_they_hold_no_more_than_one_padded_one(
 
 def test_smaller_forwards_forward_the_prompt_in_the_first_and_hold_it_in_the_next() -> None:
     """One row at a time: 9 + 2 x 5 tokens are more than 15."""
-    first, second = trl_schedule(prompts(True), LENGTHS, TRLSizes(G, 1, 8, 8)).shared[:2]
+    first, second = trl_schedule(prompts(True), LENGTHS, TRLSizes(G, 1, 8, 8, checkpointing=True)).shared[:2]
     part = causal(P - 1 + R) - causal(P - 1)
-    assert first == Load(P - 1 + R, causal(P - 1) + part, causal(P - 1) + part, R, 0, P - 1)
-    assert second == Load(R, part, part, R, P - 1, P - 1)
+    pairs = causal(P - 1) + part
+    assert first == Load(P - 1 + R, pairs, pairs, R, apart_tokens=P - 1, cached_tokens=P - 1)
+    assert second == Load(R, part, part, R, open_tokens=P - 1, cached_tokens=P - 1)
+
+
+def test_without_checkpointing_the_layers_of_such_a_prompt_run_again() -> None:
+    """A quarter of 9 tokens, which is 3, leaves room for two rows of 5."""
+    first, second = trl_schedule(prompts(True), LENGTHS, TRLSizes(G, 1, 8, 8)).shared[:2]
+    prompt, part = causal(P - 1), 2 * (causal(P - 1 + R) - causal(P - 1))
+    again = {"again_tokens": P - 1, "again_pairs": prompt, "again_windowed_pairs": prompt}
+    whole = prompt + part
+    assert first == Load(P - 1 + 2 * R, whole, whole, 2 * R, apart_tokens=P - 1, cached_tokens=P - 1, **again)
+    assert second == Load(2 * R, part, part, 2 * R, open_tokens=3, cached_tokens=P - 1)
+    assert (first.held_tokens, second.held_tokens) == (3 + 2 * R, 3 + 2 * R)
+
+
+def test_the_tokens_of_a_forward_can_be_set() -> None:
+    """As `prefix_grouper_max_tokens`: 9 + 4 x 5 tokens are a whole group."""
+    schedule = trl_schedule(prompts(True), LENGTHS, TRLSizes(G, 1, 8, 8, max_tokens=29))
+    assert [load.tokens for load in schedule.shared] == [29, 29]
 
 
 def test_reuse_ends_where_an_optimizer_step_may_end() -> None:
