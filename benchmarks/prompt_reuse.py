@@ -11,6 +11,9 @@ One optimizer step of a policy-gradient loss on a small Qwen2 model, in micro-ba
               whose layers run again in the backward where that costs less; micro-batches that would save next to nothing are
               padded rows
 
+In each way the head computes the logits of ``CHUNK`` positions at a time and again in the backward, as TRL does since 1.15, so the
+memory of a forward is that of its layers.
+
 Two cases have nothing to gain: a group of one row, and a short prompt. ``bound`` is the ratio of the FLOPs of stock and reused
 (prefix_grouper_plugins/cost.py): attention between completions and prompt, and the head, cost what they cost in stock.
 Seconds are of the process, in turns; peak memory is that of a fresh process for each way, above the model and its gradients.
@@ -30,6 +33,7 @@ import torch
 from harness import RESULTS, in_a_fork, number, peak_mib, use, write_csv
 from models import build
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.batch import GroupedBatch
@@ -37,7 +41,7 @@ from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
 from prefix_grouper_plugins.cost import ModelShape, compare
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
-from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, decoder
 from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
 from prefix_grouper_plugins.token_budget import Most, RowTokens, pays_to_pack, plan_forwards
 
@@ -46,6 +50,7 @@ LENGTHS = ((1024, 64), (512, 512))  # prompt and response
 ROWS = (1, 2, 4, 8)  # of a micro-batch, with a group of 8
 GROUPS = (1, 2, 4, 8, 16, 32, 64)  # with micro-batches of 1 row
 SHORT = (16, 512, 8, 8)  # prompt, response, group and rows where next to nothing is shared
+CHUNK = 64  # positions whose logits exist at a time
 MOST_ROWS_APART = 16  # of a group that is timed in the other ways, too
 
 
@@ -56,18 +61,23 @@ def group_of(prompt: int, response: int, group: int) -> tuple[Tensor, Tensor]:
     return ids.expand(group, -1), torch.randint(1, SHAPE.vocab_size, (group, response), generator=generator)
 
 
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of log-probs, every token with an advantage of its own: ``logits [N, V]``, ``targets [N]``."""
-    logps = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+def loss_of(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum of log-probs, every token with an advantage of its own: ``hidden [N, H]``, ``targets [N]``."""
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return torch.stack([checkpoint(_loss_of_chunk, model.lm_head, *part, use_reentrant=False) for part in parts]).sum()
+
+
+def _loss_of_chunk(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    logps = head(hidden).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     return (logps * targets.cos()).sum()
 
 
 def stock(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) -> None:
     for prompt, completion in zip(prompts.split(rows), completions.split(rows), strict=True):
         ids = torch.cat([prompt, completion], dim=1)
-        keep = completion.shape[1] + 1
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=keep, use_cache=False).logits
-        loss_of(logits[:, :-1].flatten(0, 1), completion.flatten()).backward()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        hidden = decoder(model)(**inputs, use_cache=False).last_hidden_state[:, prompt.shape[1] - 1 : -1]
+        loss_of(model, hidden.flatten(0, 1), completion.flatten()).backward()
 
 
 def packed(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) -> None:
@@ -108,8 +118,8 @@ def _batches(prompts: Tensor, completions: Tensor, rows: int) -> list[GroupedBat
 
 def _backward(model: nn.Module, batch: GroupedBatch) -> None:
     inputs = packed_inputs(batch.layout, batch.input_ids, batch.position_ids)
-    logits = model(**inputs, logits_to_keep=batch.positions).logits[0]
-    loss_of(logits, batch.labels[batch.positions]).backward()
+    hidden = decoder(model)(**inputs).last_hidden_state[0, batch.positions]
+    loss_of(model, hidden, batch.labels[batch.positions]).backward()
 
 
 WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor, int], None]] = {"stock": stock, "packed": packed, "reused": reused}
@@ -160,7 +170,8 @@ def measure(sizes: tuple[int, int, int, int], repeats: int, peaks: dict[str, flo
     if saves_nothing(*sizes):
         tokens["reused"] = tokens["stock"]
     layout = PrefixLayout.from_groups([prompt], [[response] * group])
-    bound = compare(SHAPE, layout, scored=group * response, element_size=4).speedup
+    cost = compare(SHAPE, layout, scored=group * response, element_size=4)
+    flops = [own.training_flops + own.head for own in (cost.ordinary, cost.shared)]
     found = []
     for way in ways:
         row = {
@@ -168,7 +179,7 @@ def measure(sizes: tuple[int, int, int, int], repeats: int, peaks: dict[str, flo
             "tokens": tokens[way], "token_ratio": number(tokens[way] / tokens["stock"], 3),
             "seconds": number(median(t.cpu for t in timings[way])),
             "times_as_fast": number(times_as_fast(timings[way], timings["stock"]), 3) if "stock" in ways else "",
-            "bound": number(bound, 3) if way == "reused" else "",
+            "bound": number(flops[0] / flops[1], 3) if way == "reused" else "",
             "peak_mib": number(peaks[way]),
         }  # fmt: skip
         print(row, flush=True)

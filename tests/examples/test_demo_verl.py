@@ -64,7 +64,7 @@ def test_each_step_of_two_data_parallel_ranks_is_that_of_a_training_without_shar
     check_terminal(shared, stock, ["actor", "reference policy"], GROUP_SIZE)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sequence_parallel_ranks_see_the_rewards_of_data_parallel_ones_without_sharing(folder, tmp_path):
     """verl's own Ulysses needs flash-attn: with sdpa its log-probs are wrong by 1e-4, so it is no reference."""
     options = [*demo_options(QUICK_PROMPTS), *ULYSSES]

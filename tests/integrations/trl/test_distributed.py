@@ -13,13 +13,15 @@ pytestmark = pytest.mark.slow
 
 OF_TEXT = [
     "full",
-    "checkpointing",
     "groups over several micro-batches",
     "rows ahead",
     "unequal parts",
     "unequal pieces",
 ]
-MODES = [*OF_TEXT, "one process", "images", *distributed_images.CASES]
+# The others combine what these do with checkpointing, LoRA, or processes without any image.
+IMAGES = ["images in half of the rows", "images on one process", "images in forwards ahead"]
+OTHERS = ["checkpointing", *(mode for mode in distributed_images.CASES if mode not in IMAGES)]
+MODES = [*OF_TEXT, "one process", "images", *IMAGES]
 
 
 GEOMETRIES = ["1/8/8", "2/8/8", "1/4/4", "4/8/16", "3/4/6", "8/4/8"]
@@ -57,9 +59,14 @@ def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(
     assert errors["images"].count("so it gets a dummy image, which changes no result") == 1
 
 
-@pytest.mark.parametrize("mode", distributed_images.CASES)
+@pytest.mark.parametrize("mode", IMAGES)
 def test_two_processes_that_reuse_prompts_with_images_learn_the_stock_weights(errors, mode):
     assert EQUAL in errors[mode]
+
+
+@pytest.mark.exhaustive
+def test_what_these_modes_do_together_learns_the_stock_weights(tmp_path):
+    assert list(errors_of(tmp_path, OTHERS)) == OTHERS
 
 
 @pytest.mark.exhaustive

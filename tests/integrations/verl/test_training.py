@@ -1,6 +1,6 @@
 """Whole GRPO trainings through Ray, `python -m verl.trainer.main_ppo`, of a tiny model on a CPU.
 
-Five steps each. Rollouts depend on seed, step and prompt alone, so a training in which every update is that of verl's
+Three steps each. Rollouts depend on seed, step and prompt alone, so a training in which every update is that of verl's
 own engine sees the same rewards. A training with verl's V1 trainer on two ranks is that of the demo, and its test is
 beside the one of the demo, tests/examples/test_demo_verl.py.
 """
@@ -17,7 +17,7 @@ pytest.importorskip("verl")
 from verl_on_cpu.run import PRECISION, run_training
 from verl_on_cpu.tiny import make_inputs
 
-STEPS, RESPONSES = 5, 4
+STEPS, RESPONSES = 3, 4
 DYNAMIC = [  # a row may have 312 tokens, and its group more than the limit
     "actor_rollout_ref.actor.use_dynamic_bsz=True",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=320",
