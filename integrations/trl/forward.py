@@ -6,7 +6,7 @@ that scores pre-shifted labels, before that the logits of the completion positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from prefix_grouper_plugins.modeling.self_check.leak import leak_one_key
 from prefix_grouper_plugins.token_budget import pays_to_pack
 
 Scores = tuple[Tensor, Tensor | None, Tensor | None]  # log-probs [B, C], entropies [B, C], router loss []
+PieceScores = tuple[list[int], Tensor, Tensor | None]  # which rows, and their log-probs and entropies [N, C]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,24 @@ class Rows:
     @property
     def has_completions(self) -> bool:
         return bool(self.on_host[3].any())
+
+
+def joined_scores(found: Iterable[PieceScores], count: int) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies ``[count, C]`` of rows whose scores were ``found`` piece by piece. Differentiable."""
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
+    for members, values, more in found:
+        place = on_device(torch.tensor(members), values.device)
+        logps = _placed(logps, values, place, count)
+        entropies = None if more is None else _placed(entropies, more, place, count)
+    assert logps is not None
+    return logps, entropies
+
+
+def _placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:
+    """``values [N, C]`` as the rows ``place`` of ``[count, C]``, added to ``total``. Differentiable."""
+    rows = values.new_zeros((count, values.shape[1])).index_copy(0, place, values)
+    return rows if total is None else total + rows
 
 
 def joined_blocks(parts: Sequence[Blocks]) -> Blocks:

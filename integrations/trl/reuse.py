@@ -31,17 +31,18 @@ from prefix_grouper_plugins.batch import Blocks, blocks_on_host
 from prefix_grouper_plugins.integrations.trl.forward import (
     HAS_FUSED_HEAD,
     PackedForward,
+    PieceScores,
     Rows,
     Scores,
     ScoringCall,
     joined_blocks,
+    joined_scores,
 )
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_share
 from prefix_grouper_plugins.integrations.trl.last_forward import row_besides, shows_images, unseen
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.integrations.trl.row_tokens import tokens_of_rows, tokens_of_unknown, with_levels
-from prefix_grouper_plugins.layout import on_device
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import is_multimodal, transformers_model
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
@@ -64,8 +65,6 @@ _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_C
 
 
 _REMEDY = "prefix_grouper_regroup='none'"
-
-PieceScores = tuple[list[int], Tensor, Tensor | None]  # which rows, and their log-probs and entropies [N, C]
 
 
 class PromptReuse:
@@ -599,21 +598,3 @@ def _why_not_join(model: Any, given: Sequence[dict[str, Any]]) -> str | None:
 
 def _blocks_of(micro_batch: MicroBatch) -> Blocks:
     return tuple(micro_batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))  # type: ignore[return-value]
-
-
-def joined_scores(found: Iterable[PieceScores], count: int) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies ``[count, C]`` of rows whose scores were ``found`` piece by piece. Differentiable."""
-    logps: Tensor | None = None
-    entropies: Tensor | None = None
-    for members, values, more in found:
-        place = on_device(torch.tensor(members), values.device)
-        logps = _placed(logps, values, place, count)
-        entropies = None if more is None else _placed(entropies, more, place, count)
-    assert logps is not None
-    return logps, entropies
-
-
-def _placed(total: Tensor | None, values: Tensor, place: Tensor, count: int) -> Tensor:
-    """``values [N, C]`` as the rows ``place`` of ``[count, C]``, added to ``total``. Differentiable."""
-    rows = values.new_zeros((count, values.shape[1])).index_copy(0, place, values)
-    return rows if total is None else total + rows

@@ -20,9 +20,16 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-from prefix_grouper_plugins.integrations.trl.forward import Rows, Scores, ScoringCall, joined_blocks
+from prefix_grouper_plugins.integrations.trl.forward import (
+    PieceScores,
+    Rows,
+    Scores,
+    ScoringCall,
+    joined_blocks,
+    joined_scores,
+)
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
-from prefix_grouper_plugins.integrations.trl.reuse import PieceScores, PromptReuse, joined_scores
+from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.integrations.trl.row_tokens import tokens_of_rows
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import is_multimodal, transformers_model
