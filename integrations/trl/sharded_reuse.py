@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from prefix_grouper_plugins.integrations.trl.forward import (
@@ -158,6 +159,9 @@ class ShardedReuse(PromptReuse):
         if reason is None and not isinstance(model, FSDPModule):
             reason = f"{type(model).__name__} hides what FSDP2 has sharded"
         return _Told(reason, reason is None and self.why_not(model, update=update) is None, rows)
+
+    def _layers_to_recompute(self, model: Any) -> list[nn.Module]:
+        return []  # each forward of a layer is a collective
 
     def reuses_prompts(self, model: Any) -> bool:
         return self._agreed is not None and self._agreed.stays_open

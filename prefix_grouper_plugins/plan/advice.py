@@ -67,7 +67,7 @@ def peaks_of_one_group(prompts: Prompts, lengths: Sequence[int], training: Train
     return {"stock": stock, "shared": shared}
 
 
-def in_both(sizes: TRLSizes | VerlSizes) -> tuple[TRLSizes, VerlSizes]:
+def in_both(sizes: TRLSizes | VerlSizes, checkpointing: bool) -> tuple[TRLSizes, VerlSizes]:
     """The same optimizer step for TRL and for verl: its groups, or one more where they do not come out even."""
     group, processes = sizes.group, sizes.processes
     if isinstance(sizes, TRLSizes):
@@ -76,7 +76,7 @@ def in_both(sizes: TRLSizes | VerlSizes) -> tuple[TRLSizes, VerlSizes]:
         return sizes, VerlSizes(group, prompts, group, None, processes)
     own = sizes.mini_batch * group // processes
     rows = math.gcd(own, group)
-    return TRLSizes(group, rows, own // rows, own // rows, processes), sizes
+    return TRLSizes(group, rows, own // rows, own // rows, processes, checkpointing=checkpointing), sizes
 
 
 def advise_trl(

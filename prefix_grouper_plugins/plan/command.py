@@ -311,7 +311,7 @@ def _what_fits(
 
     memory = None if options.memory is None else int(options.memory * 2**30)
     trl, verl = (_training(options, trainer, shape, config) for trainer in ("trl", "verl"))
-    trl_sizes, verl_sizes = advice.in_both(sizes)
+    trl_sizes, verl_sizes = advice.in_both(sizes, trl.checkpointing)
     few = prompts.ids[: max(ADVICE_LIMIT, sizes.prompts_needed)]
     lengths = draw_lengths(samples, len(few) * sizes.group, options.seed or 0)
     found: dict[str, Any] = {

@@ -34,9 +34,8 @@ def test_the_head_of_a_gpu_holds_one_tile_and_the_gradient_of_a_trained_head() -
 
 
 def test_on_a_cpu_every_position_goes_through_the_head_but_those_of_a_prompt_forwarded_apart() -> None:
-    apart = WHOLE._replace(
-        apart_tokens=9_000, cached_tokens=9_000
-    )  # the first of the micro-batches that share a prompt of 9,000 tokens
+    # The first of the micro-batches that share a prompt of 9,000 tokens, and a later one.
+    apart = WHOLE._replace(apart_tokens=9_000, cached_tokens=9_000)
     later = WHOLE._replace(cached_tokens=9_000, open_tokens=9_000)
     heads = [training(on_cpu=True).cost(load).head for load in (WHOLE, apart, later)]
     assert [head // (2 * SHAPE.hidden_size * SHAPE.vocab_size) for head in heads] == [30_000, 21_000, 30_000]
