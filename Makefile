@@ -22,7 +22,8 @@ TRL_VERSIONS ?= 0.29.1 1.9.2 1.14.2 1.16.0
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
 
-setup: $(VENV)/ready $(VERL_VENV)/ready ## the development environments, in .venvs
+setup: ## the development environments, in .venvs
+	@$(MAKE) --no-print-directory -j2 $(VENV)/ready $(VERL_VENV)/ready
 
 $(VENV)/ready: setup.cfg pyproject.toml requirements/trl.txt
 	@echo "Setting up $(VENV); this takes a minute or two the first time"

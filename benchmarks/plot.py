@@ -281,6 +281,25 @@ def training_table(rows: list[Row]) -> str:
     return table_of([*columns, "Largest difference of a weight, float32"], lines)
 
 
+def verl_table(rows: list[Row]) -> str:
+    """One line for each batch and pass."""
+    columns = [
+        "Prompt, response, prompts, G",
+        "Rows of a micro-batch",
+        "Pass",
+        "Token ratio",
+        "verl, seconds",
+        "Ours, seconds",
+    ]
+    lines = (
+        [f"{r['prompt']}, {r['response']}, {r['prompts']}, {r['group']}",
+         r["rows"] + (", padded" if r["padding"] == "True" else ""), r["pass"], r["token_ratio"],
+         r["stock_seconds"], r["ours_seconds"], r["times_as_fast"]]
+        for r in rows
+    )  # fmt: skip
+    return table_of([*columns, "Times as fast"], lines)
+
+
 def plan_table(rows: list[Row]) -> str:
     """Estimates of `prefix-grouper plan`, what was measured, and how far they are apart."""
 
@@ -330,6 +349,7 @@ PARTS: dict[str, tuple[str, Table | None]] = {
     "actor-update-cpu": ("actor-update-cpu.csv", update_table),
     "actor-update-cuda": ("actor-update-cuda.csv", update_table),
     "prompt-reuse-cpu": ("prompt-reuse-cpu.csv", reuse_table),
+    "verl-update-cpu": ("verl-update-cpu.csv", verl_table),
     "training-cpu": ("training-cpu.csv", training_table),
     "plan-check-cpu": ("plan-check-cpu.csv", plan_table),
     "recipes-cpu": ("recipes-cpu.csv", recipes_table),

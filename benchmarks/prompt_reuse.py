@@ -31,21 +31,21 @@ from typing import Any
 
 import torch
 from harness import RESULTS, in_a_fork, number, peak_mib, use, write_csv
-from models import build
+from models import SMALL, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
-from prefix_grouper_plugins.cost import ModelShape, compare
+from prefix_grouper_plugins.cost import compare
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, decoder
 from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
 from prefix_grouper_plugins.token_budget import Most, RowTokens, pays_to_pack, plan_forwards
 
-SHAPE = ModelShape(256, 4, 8, 2, 32, 1024, 4096, tied_head=True)
+SHAPE = SMALL
 LENGTHS = ((1024, 64), (512, 512))  # prompt and response
 ROWS = (1, 2, 4, 8)  # of a micro-batch, with a group of 8
 GROUPS = (1, 2, 4, 8, 16, 32, 64)  # with micro-batches of 1 row

@@ -14,6 +14,7 @@ TRL's asynchronous trainer by its own attention where that runs, on Hopper GPUs 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -21,15 +22,14 @@ from typing import Any
 
 import torch
 from harness import RESULTS, number, use, write_csv
-from models import build
+from models import SMALL, build
 from torch import Tensor, nn
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.bench import Step, take_turns, times_as_fast
-from prefix_grouper_plugins.cost import ModelShape
 from prefix_grouper_plugins.modeling import packed_inputs
 
-SHAPE = ModelShape(512, 2, 8, 2, 64, 1536, 4096, tied_head=True)
+SHAPE = dataclasses.replace(SMALL, num_layers=2)
 LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens of each level
 PROMPT, RESPONSE, GROUP, DEPTH = (
     256,

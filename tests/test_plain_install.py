@@ -38,5 +38,5 @@ def test_the_working_directory_decides_which_copy_is_imported(environment, tmp_p
 
 
 def test_pytest_collects_the_tests(environment):
-    out = environment.pytest("--collect-only", "-q", "tests", cwd=ROOT)
+    out = environment.pytest("--collect-only", "-q", "tests/integrations/trl", "tests/attention", cwd=ROOT)
     assert "tests/integrations/trl/test_launch.py" in out and "tests/attention/" in out

@@ -42,8 +42,11 @@ def settings(model_type, coefficient):
     return {**SETTINGS, **router, "model_init_kwargs": init}
 
 
-@pytest.mark.parametrize("model_type", MOE)
-@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+# Without the loss a mixture is one of the models of test_families.py.
+WITHOUT_LOSS = [pytest.param(kind, 0.0, marks=pytest.mark.exhaustive if kind != "mixtral" else ()) for kind in MOE]
+
+
+@pytest.mark.parametrize(("model_type", "coefficient"), [*((kind, 0.5) for kind in MOE), *WITHOUT_LOSS])
 def test_router_loss_and_weights_equal_the_stock_ones(monkeypatch, tmp_path, model_type, coefficient):
     path = tiny.saved_model(tmp_path, model_type, **MOE[model_type])
     use_float64_head(monkeypatch)

@@ -1,8 +1,8 @@
 """Whole GRPO trainings through Ray, `python -m verl.trainer.main_ppo`, of a tiny model on a CPU.
 
 Three steps each. Rollouts depend on seed, step and prompt alone, so a training in which every update is that of verl's
-own engine sees the same rewards. A training with verl's V1 trainer on two ranks is that of the demo, and its test is
-beside the one of the demo, tests/examples/test_demo_verl.py.
+own engine sees the same rewards. A training with verl's V1 trainer on two ranks is that of the demo, and its test, which always
+runs, is beside the one of the demo, tests/examples/test_demo_verl.py.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ SINGLE_ROWS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_adapters_that_are_trained_by_verls_v0_see_the_rewards_of_a_training_without_sharing(train):
     """By verl's own flag, on one rank, with micro-batches of one row."""
     settings = [*V0, *LORA, *SINGLE_ROWS]
