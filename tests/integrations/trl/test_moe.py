@@ -42,7 +42,7 @@ def settings(model_type, coefficient):
     return {**SETTINGS, **router, "model_init_kwargs": init}
 
 
-# Without the loss a mixture is one of the models of test_families.py.
+# Without the loss a mixture is one of the models that tests/modeling/test_families.py compares.
 WITHOUT_LOSS = [pytest.param(kind, 0.0, marks=pytest.mark.exhaustive if kind != "mixtral" else ()) for kind in MOE]
 
 
