@@ -43,7 +43,7 @@ from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, decoder
 from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
-from prefix_grouper_plugins.token_budget import Most, RowTokens, pays_to_pack, plan_forwards
+from prefix_grouper_plugins.token_budget import Most, RowTokens, cost_of_forward, pays_to_pack, plan_forwards
 
 SHAPE = SMALL
 LENGTHS = ((1024, 64), (512, 512))  # prompt and response
@@ -93,7 +93,9 @@ def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) ->
     row = RowTokens.of("the prompt", prompt, response)
     micro_batches = [[row] * len(part) for part in range_parts(group, rows)]
     cache = PromptCache()
-    for forward in plan_forwards(micro_batches, Most(rows * (prompt + response)), group, may_recompute=True):
+    for forward in plan_forwards(
+        micro_batches, Most(rows * (prompt + response)), group, cost_of_forward=cost_of_forward("cpu")
+    ):
         first, end = (number * rows for number in (forward.micro_batches.start, forward.micro_batches.stop))
         (batch,) = _batches(prompts[first:end], completions[first:end], end - first)
         if forward.shared:

@@ -19,12 +19,20 @@ from typing import NamedTuple
 LEAST_SHARE_SAVED = 0.05
 LEAST_SAVED_PER_ROW = 16
 
-# What a forward and its backward cost whatever they hold, in tokens: the weights are read once more, kernels are launched. On a
-# CPU in a model of 4 layers about 76. On a GPU it is more.
-COST_OF_FORWARD = 64
+# What a forward and its backward cost whatever they hold, in tokens, by the type of the device. On a CPU, in a model of 4 layers with a
+# hidden size of 512 (benchmarks/models.py), 19: more in narrower models and less in wider ones.
+_COST_OF_FORWARD = {"cpu": 20}
+# On a GPU, not measured: a forward and its backward read and write 8 bytes for each weight in half precision, which takes an H100
+# (3.35 TB/s, some 400 TFLOP/s) as long as the matrix products of 159 tokens, an A100 (2.0, some 250) as those of 167.
+_COST_ELSEWHERE = 160
 # Of the graph of a prompt, what is left where its layers run again: their inputs, keys and values twice, and gradients of those.
 # With a key head for each query head these are 7 of the some 34 hidden states that a layer keeps, with fewer key heads less.
 HELD_OF_RECOMPUTED = 0.25
+
+
+def cost_of_forward(device: str) -> int:
+    """Tokens that take as long as what a forward and its backward cost whatever they hold, on a type of device: ``"cpu"``, ``"cuda"``."""
+    return _COST_OF_FORWARD.get(device, _COST_ELSEWHERE)
 
 
 def held_tokens(prompt_tokens: int, is_recomputed: bool) -> int:
@@ -163,7 +171,7 @@ def next_forward(
     *,
     opened: Mapping[Hashable, int] | None = None,
     stays_open: bool = True,
-    may_recompute: bool = False,
+    cost_of_forward: int | None = None,
 ) -> NextForward:
     """What the forward of the first of ``coming`` takes: micro-batches until it has as many rows as a group, if they fit.
 
@@ -173,13 +181,13 @@ def next_forward(
         group: rows of a group.
         opened: of each prompt that an earlier forward has left open, what it counts for, see :func:`held_tokens`.
         stays_open: whether prompts may stay open for later forwards.
-        may_recompute: whether layers of prompts may run again in the backward.
+        cost_of_forward: see :func:`cost_of_forward`; None where layers of prompts may not run again in the backward.
     """
     opened = opened or {}
     count = _num_to_take(coming, most, group, opened)
     shared = dict.fromkeys(prompts_to_share(coming, count, opened, stays_open), False)
     begun = {row.prompt: row for rows in coming[:count] for row in rows if row.prompt in shared.keys() - opened.keys()}
-    if not may_recompute or not begun or any(row.images for row in begun.values()):
+    if cost_of_forward is None or not begun or any(row.images for row in begun.values()):
         return NextForward(count, shared)
     end = 1 + max(number for number, rows in enumerate(coming) if any(row.prompt in begun for row in rows))
     held = [
@@ -188,7 +196,7 @@ def next_forward(
     ]
     kept, recomputed = (_num_forwards(coming[:end], most, group, of_one) for of_one in held)
     # Of the FLOPs of a forward and its backward, the forward is a third.
-    if COST_OF_FORWARD * (kept - recomputed) <= sum(row.prompt_tokens for row in begun.values()) / 3:
+    if cost_of_forward * (kept - recomputed) <= sum(row.prompt_tokens for row in begun.values()) / 3:
         return NextForward(count, shared)
     count = _num_to_take(coming, most, group, held[True])
     shared = dict.fromkeys([*begun, *prompts_to_share(coming, count, opened, stays_open)], False)
@@ -228,7 +236,7 @@ def prompts_to_share(
 
 
 def forwarded_tokens(
-    micro_batches: Sequence[Sequence[RowTokens]], most: Most, group: int, *, may_recompute: bool = False
+    micro_batches: Sequence[Sequence[RowTokens]], most: Most, group: int, *, cost_of_forward: int | None = None
 ) -> tuple[int, int]:
     """Tokens that the forwards of :func:`plan_forwards` process, and those that one forward of all rows would.
 
@@ -238,7 +246,7 @@ def forwarded_tokens(
     apart = together = 0
     prompts: set[Hashable] = set()
     levels: set[Hashable] = set()
-    for forward in plan_forwards(micro_batches, most, group, may_recompute=may_recompute):
+    for forward in plan_forwards(micro_batches, most, group, cost_of_forward=cost_of_forward):
         own: set[Hashable] = set()
         for row in (row for number in forward.micro_batches for row in micro_batches[number] if row.prompt is not None):
             added = row.completion_tokens + (0 if row.prompt in prompts else row.prompt_tokens)
@@ -251,7 +259,7 @@ def forwarded_tokens(
 
 
 def plan_forwards(
-    micro_batches: Sequence[Sequence[RowTokens]], most: Most, group: int, *, may_recompute: bool = False
+    micro_batches: Sequence[Sequence[RowTokens]], most: Most, group: int, *, cost_of_forward: int | None = None
 ) -> Iterator[Forward]:
     """The forwards of micro-batches that lie in one optimizer step. Arguments of :func:`next_forward`."""
     opened: dict[Hashable, int] = {}
@@ -259,7 +267,7 @@ def plan_forwards(
     start = 0
     while start < len(micro_batches):
         coming = micro_batches[start:]
-        count, shared = next_forward(coming, most, group, opened=opened, may_recompute=may_recompute)
+        count, shared = next_forward(coming, most, group, opened=opened, cost_of_forward=cost_of_forward)
         taken = range(start, start + count)
         recomputed = frozenset(prompt for prompt, again in shared.items() if again)
         yield Forward(taken, {prompt: prompt not in opened for prompt in shared}, sum(opened.values()), recomputed)

@@ -38,6 +38,7 @@ from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
 from prefix_grouper_plugins.integrations.trl.launch import split_arguments
 from prefix_grouper_plugins.integrations.trl.regroup import regroup
+from prefix_grouper_plugins.integrations.trl.windows import windows
 from prefix_grouper_plugins.modeling.model_types import MODEL_TYPES, VERIFIED_MODEL_TYPES, VERIFIED_MULTIMODAL_TYPES
 from prefix_grouper_plugins.modeling.self_check.tolerances import TOLERANCES
 from prefix_grouper_plugins.plan.estimate import Training
@@ -448,7 +449,7 @@ def mean_rows_per_group(rows: int, slices: int, group: int, window: int) -> floa
     for _ in range(100):
         prompts = (torch.arange(rows * slices) // group)[torch.randperm(rows * slices, generator=generator)]
         batches = [{"prompt_ids": x[:, None], "prompt_mask": torch.ones_like(x)[:, None]} for x in prompts.split(rows)]
-        for batch in regroup(batches, window):
+        for batch in regroup(batches, windows(len(batches), window)):
             total, groups = total + rows, groups + len(batch["prompt_ids"].unique())
     return total / groups
 

@@ -136,28 +136,28 @@ def test_layers_of_a_prompt_run_again_where_the_forwards_that_it_saves_cost_more
     """A quarter of the prompt leaves room for 832 of 1,088 tokens: 8 rows of 64 in one forward, not in 8."""
     most, rows = Most(1024 + 64), long_prompt(1, 64)
     assert next_forward(rows, most, 8) == NextForward(1, {"a": False})
-    assert next_forward(rows, most, 8, may_recompute=True) == NextForward(8, {"a": True})
-    (forward,) = plan_forwards(rows, most, 8, may_recompute=True)
+    assert next_forward(rows, most, 8, cost_of_forward=64) == NextForward(8, {"a": True})
+    (forward,) = plan_forwards(rows, most, 8, cost_of_forward=64)
     assert forward == Forward(range(8), {"a": True}, 0, frozenset({"a"}))
 
 
 def test_a_forward_more_of_the_prompt_is_not_worth_a_few_forwards_of_rows():
     """Of 1,023 tokens a third is 341, which is what five forwards and a bit cost."""
     counts = {
-        group: len(list(plan_forwards(long_prompt(1, 64, group), Most(1088), 8, may_recompute=True)))
+        group: len(list(plan_forwards(long_prompt(1, 64, group), Most(1088), 8, cost_of_forward=64)))
         for group in (6, 7)
     }
     assert counts == {6: 6, 7: 1}
-    assert next_forward(long_prompt(2, 64), Most(2 * 1088), 8, may_recompute=True) == NextForward(4, {}), "they fit"
+    assert next_forward(long_prompt(2, 64), Most(2 * 1088), 8, cost_of_forward=64) == NextForward(4, {}), "they fit"
 
 
 def test_where_rows_are_long_layers_of_the_prompt_run_once():
     rows = [[RowTokens.of("a", 512, 512)] for _ in range(8)]
-    assert next_forward(rows, Most(1024), 8, may_recompute=True) == NextForward(1, {"a": False})
+    assert next_forward(rows, Most(1024), 8, cost_of_forward=64) == NextForward(1, {"a": False})
 
 
 def test_a_prompt_whose_layers_run_again_counts_a_quarter_while_it_is_open():
-    first, *others = plan_forwards(long_prompt(1, 64, group=64), Most(1088), 64, may_recompute=True)
+    first, *others = plan_forwards(long_prompt(1, 64, group=64), Most(1088), 64, cost_of_forward=64)
     assert first == Forward(range(13), {"a": True}, 0, frozenset({"a"})), "832 tokens are 13 rows"
     assert [forward.held for forward in others] == [256] * 4
     assert [len(forward.micro_batches) for forward in others] == [13, 13, 13, 12]
@@ -166,7 +166,7 @@ def test_a_prompt_whose_layers_run_again_counts_a_quarter_while_it_is_open():
 def test_the_next_prompt_begins_with_the_last_rows_of_one_whose_layers_run_again():
     rows = [RowTokens.of(name, 1024, 64) for name in "ab" for _ in range(8)]
     micro_batches = [rows[start : start + 1] for start in range(16)]
-    plan = list(plan_forwards(micro_batches, Most(1088), 8, may_recompute=True))
+    plan = list(plan_forwards(micro_batches, Most(1088), 8, cost_of_forward=64))
     assert [(forward.micro_batches, forward.recomputed) for forward in plan] == [
         (range(8), {"a"}),
         (range(8, 16), {"b"}),
@@ -175,13 +175,13 @@ def test_the_next_prompt_begins_with_the_last_rows_of_one_whose_layers_run_again
 
 def test_prompts_with_images_do_not_run_again():
     rows = [[row._replace(images=1) for row in batch] for batch in long_prompt(1, 64)]
-    assert next_forward(rows, Most(1088), 8, may_recompute=True) == NextForward(1, {"a": False})
+    assert next_forward(rows, Most(1088), 8, cost_of_forward=64) == NextForward(1, {"a": False})
 
 
 def test_an_open_prompt_stays_as_it_was_begun():
     rows = long_prompt(1, 64)
-    kept = next_forward(rows, Most(1088), 8, opened={"a": 1023}, may_recompute=True)
-    again = next_forward(rows, Most(1088), 8, opened={"a": 256}, may_recompute=True)
+    kept = next_forward(rows, Most(1088), 8, opened={"a": 1023}, cost_of_forward=64)
+    again = next_forward(rows, Most(1088), 8, opened={"a": 256}, cost_of_forward=64)
     assert (kept, again) == (NextForward(1, {"a": False}), NextForward(8, {"a": False}))
 
 

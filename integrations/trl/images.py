@@ -283,3 +283,11 @@ def _rows_with_images(batch: dict[str, Any], token: int) -> list[dict[str, Any]]
             }
         )
     return found
+
+
+def why_not_join(model: Any, given: Sequence[dict[str, Any]]) -> str | None:
+    """Why rows of micro-batches, which bring ``given`` for their images, are not forwarded together; None if they may be."""
+    reason = next(filter(None, (why_not_share(model, own) for own in given)), None)
+    if reason is None and len({frozenset(own) for own in given}) > 1:
+        return "some bring other tensors of images than others"
+    return reason

@@ -3,13 +3,13 @@
 TRL samples the completions of a prompt side by side, then shuffles the rows of a generation batch and cuts it into
 micro-batches (``shuffle_sequence_dict`` and ``split_tensor_dict`` in ``trl.trainer.utils``), so that groups lie
 scattered. Rows may move among micro-batches that accumulate into one optimizer step: its gradient is a sum over rows,
-for every loss whose normaliser does not depend on which rows share a micro-batch. Aligned windows of
-``gcd(gradient_accumulation_steps, steps_per_generation)`` micro-batches always lie in one optimizer step.
+for every loss whose normaliser does not depend on which rows share a micro-batch: those of one of the :mod:`.windows`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,32 +38,59 @@ def window_size(args: Any, mode: str, mix_freely: bool) -> int:
     return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
 
 
-def regroup(micro_batches: list[MicroBatch], window: int, share: str = "prompt") -> list[MicroBatch]:
+class Regrouped(list[MicroBatch]):
+    """Micro-batches that have exchanged rows.
+
+    Args:
+        micro_batches: as they are now.
+        orders: for each window, the numbers of its rows before, in the order in which they lie now.
+    """
+
+    def __init__(self, micro_batches: Iterable[MicroBatch], orders: dict[range, list[int]]) -> None:
+        super().__init__(micro_batches)
+        self.orders = orders
+
+    def undone(self) -> list[MicroBatch]:
+        """The micro-batches as they were before."""
+        found: list[MicroBatch] = []
+        for window, order in self.orders.items():
+            own = [self[number] for number in window]
+            found += _cut(_merged(own), sorted(range(len(order)), key=order.__getitem__), len(own))
+        return found
+
+
+def regroup(micro_batches: list[MicroBatch], over: Sequence[range], share: str = "prompt") -> list[MicroBatch]:
     """Exchange rows within each window of micro-batches so that rows that share most are side by side.
 
     Args:
         micro_batches: what TRL buffered: dicts of tensors ``[rows, ...]``, lists of ``rows`` entries, 0-d tensors that
             belong to the whole generation batch, and None.
-        window: micro-batches in a window, from :func:`window_size`.
+        over: the windows, by numbers of micro-batches: all of them in their order.
         share: ``prefix_grouper_share``.
 
     Returns:
-        as many micro-batches of as many rows.
+        as many micro-batches of as many rows; those that were given where no window has two.
     """
-    if window == 1:
+    if all(len(window) == 1 for window in over):
         return micro_batches
-    return [
-        batch
-        for start in range(0, len(micro_batches), window)
-        for batch in _regroup_window(micro_batches[start : start + window], share)
-    ]
+    found: list[MicroBatch] = []
+    orders = {}
+    for window in over:
+        merged = _merged([micro_batches[number] for number in window])
+        orders[window] = _tree_order(merged, share)
+        found += _cut(merged, orders[window], len(window))
+    return Regrouped(found, orders)
 
 
-def _regroup_window(window: list[MicroBatch], share: str) -> list[MicroBatch]:
-    window = [split_pixel_values_by_grid(batch) for batch in window]  # one entry for each row, images included
-    merged = {key: _join([batch[key] for batch in window]) for key in window[0]}
-    order = _tree_order(merged, share)
-    chunks = torch.tensor(order, device=merged["prompt_ids"].device).split(len(window[0]["prompt_ids"]))
+def _merged(window: list[MicroBatch]) -> MicroBatch:
+    """The rows of all micro-batches, each with one entry of everything, images included."""
+    split = [split_pixel_values_by_grid(batch) for batch in window]
+    return {key: _join([batch[key] for batch in split]) for key in split[0]}
+
+
+def _cut(merged: MicroBatch, order: list[int], count: int) -> list[MicroBatch]:
+    """Rows of :func:`_merged` in another order, in ``count`` micro-batches."""
+    chunks = torch.tensor(order, device=merged["prompt_ids"].device).chunk(count)
     return [unsplit_pixel_values_by_grid({key: _take(value, rows) for key, value in merged.items()}) for rows in chunks]
 
 

@@ -17,7 +17,6 @@ In passes without gradients (old-policy and reference log-probs) the chunks of a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -38,7 +37,7 @@ from prefix_grouper_plugins.integrations.trl.forward import (
     joined_blocks,
     joined_scores,
 )
-from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_share
+from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_join
 from prefix_grouper_plugins.integrations.trl.last_forward import row_besides, shows_images, unseen
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
@@ -55,6 +54,7 @@ from prefix_grouper_plugins.token_budget import (
     Most,
     NextForward,
     RowTokens,
+    cost_of_forward,
     forwarded_tokens,
     held_tokens,
     next_forward,
@@ -77,6 +77,11 @@ class PromptReuse:
 
     def __init__(self, trainer: Any, forward: PackedForward) -> None:
         self._trainer, self._forward = trainer, forward
+        self._said_what_is_repeated = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: a training begins, and Trainer has dropped the gradients of one that was stopped inside an optimizer step."""
         self._prompts = OpenPrompts()
         self._ahead: ScoresAhead | None = None
         self._ahead_end = 0  # the number of the micro-batch behind those of which it has scores
@@ -94,7 +99,6 @@ class PromptReuse:
         self._shares: bool | None = None
         self._stays_open: bool | None = None
         self._recomputable: list[nn.Module] | None = None  # layers that may run again in the backward
-        self._said_what_is_repeated = False
         self._scored: int | None = None  # the micro-batch, of those, that has got its scores
 
     def why_not(self, model: Any, *, update: bool = True) -> str | None:
@@ -121,12 +125,12 @@ class PromptReuse:
             return "prefix_grouper_regroup='none' leaves TRL's shuffle alone"
         if update and (reason := why_rows_stay(trainer)) is not None:
             return reason
-        if update and self.window() == 1:
-            args = trainer.args
-            return (
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps} and "
-                f"steps_per_generation={args.steps_per_generation} have no common factor"
+        if update and self._trainer.step_windows.size == 1:
+            sizes = (
+                f"{name}={getattr(trainer.args, name)}"
+                for name in ("gradient_accumulation_steps", "steps_per_generation")
             )
+            return f"{' and '.join(sizes)} have no common factor"
         return None
 
     def _why_not_of_its_kind(self, model: Any) -> str | None:
@@ -137,7 +141,11 @@ class PromptReuse:
         if accelerator.num_processes > 1 and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             return "torch.compile of accelerate hides DDP, so forwards cannot be kept from synchronising"
         if kind in _KINDS and not isinstance(transformers_model(model), FSDPModule):
-            return None
+            if accelerator.num_processes == 1 or not accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):
+                return None
+            return (
+                "under sync_each_batch=True every process has to make the same number of forwards in each micro-batch"
+            )
         name = "FSDP2 past accelerate" if kind in _KINDS else kind.value
         remedy = ", on which they agree under FSDP2 of accelerate" if kind == DistributedType.FSDP else ""
         return f"under {name} every process has to make the same number of forwards{remedy}"
@@ -151,11 +159,6 @@ class PromptReuse:
         return shares and self.why_not(model, update=torch.is_grad_enabled()) is None
 
     # ----------------------------------------------------------------------------------------------------- the update
-
-    def window(self) -> int:
-        """Consecutive micro-batches that certainly lie in one optimizer step."""
-        args = self._trainer.args
-        return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
 
     def enter(self, micro_batches: list[MicroBatch], number: int) -> None:
         """A micro-batch is about to be trained on.
@@ -180,8 +183,7 @@ class PromptReuse:
             self._count_rows(micro_batches)
         if not self._tokens:
             return
-        window = self.window()
-        end = number - number % window + window
+        end = self._trainer.step_windows.of(number).stop
         if self._trainer.accelerator.sync_gradients:  # the optimizer steps after this one, whatever comes
             end = number + 1
         self._coming, self._scored = range(number, end), None
@@ -190,7 +192,7 @@ class PromptReuse:
         """Read the rows of a generation batch from the device, all at once, and count their tokens."""
         self._micro_batches, self._tokens = micro_batches, []
         given = list(map(given_of, micro_batches))
-        if (reason := _why_not_join(self._trainer.model, given)) is not None:
+        if (reason := why_not_join(self._trainer.model, given)) is not None:
             self._trainer.gate.warn(f"micro-batches share nothing with each other: {reason}")
             return
         sizes = [len(batch["prompt_ids"]) for batch in micro_batches]
@@ -233,13 +235,15 @@ class PromptReuse:
         levels = any(row.levels for rows in self._tokens for row in rows)
         if self._said_what_is_repeated or not levels or self.why_not(self._trainer.model) is not None:
             return
-        window, apart, together = self.window(), 0, 0
-        for start in range(0, len(self._tokens), window):
-            coming = self._tokens[start : start + window]
-            prompts, scored = (self._micro_batches[start][name].numel() for name in ("prompt_ids", "completion_ids"))
+        apart = together = 0
+        for window in self._trainer.step_windows.all():
+            coming = self._tokens[window.start : window.stop]
+            prompts, scored = (
+                self._micro_batches[window.start][name].numel() for name in ("prompt_ids", "completion_ids")
+            )
             most = self.most(prompts + scored, scored)
-            recomputes = bool(self._layers_to_recompute(self._trainer.model))
-            counted = forwarded_tokens(coming, most, self._trainer.num_generations, may_recompute=recomputes)
+            cost = self._cost_of_forward(self._trainer.model)
+            counted = forwarded_tokens(coming, most, self._trainer.num_generations, cost_of_forward=cost)
             apart, together = apart + counted[0], together + counted[1]
         if apart == together:
             return
@@ -273,7 +277,7 @@ class PromptReuse:
         Raises:
             RuntimeError: a micro-batch has failed, or was left out, so that :meth:`leave` was not called for it.
         """
-        if self._is_open:
+        if self.is_open:
             raise RuntimeError(
                 "a forward that micro-batches share has not got its gradient, since one of them has failed or was not scored: "
                 f"set {_REMEDY}"
@@ -309,7 +313,7 @@ class PromptReuse:
         accelerator, number = self._trainer.accelerator, self._coming[0]
         if not accelerator.sync_gradients or accelerator.num_processes == 1:
             return None
-        first = number - number % self.window()
+        first = self._trainer.step_windows.of(number).start
         window = [row for of_one in self._tokens[first : number + 1] for row in of_one]
         is_known = self._are_of(rows, number)
         tokens = self._tokens[number] if is_known else tokens_of_unknown(model, rows)
@@ -331,9 +335,9 @@ class PromptReuse:
         tokens = self._tokens[first] if is_known else tokens_of_unknown(model, rows)
         coming = [tokens, *(self._tokens[number] for number in later)]
         may_join = is_known and not self._leaves_experts_out(model)
-        may_recompute = bool(self._layers_to_recompute(model))
+        cost = self._cost_of_forward(model)
         count, shared = self._plan(
-            coming, rows, self._prompts, self._stays_open, may_join=may_join, may_recompute=may_recompute
+            coming, rows, self._prompts, self._stays_open, may_join=may_join, cost_of_forward=cost
         )
         if count == 1:
             found = self._score(model, rows, tokens, shared, self._prompts, entropy)
@@ -342,12 +346,12 @@ class PromptReuse:
             self._ahead, counts = self._score_joint(model, joint, coming[:count], shared, self._prompts, entropy)
             self._ahead_end = number + count
             found = (*self._ahead.take(), None), counts
-        if self._is_open and self._model_state is None:
+        if self.is_open and self._model_state is None:
             self._model_state = ModelState(self._trainer.model)
         return found
 
     @property
-    def _is_open(self) -> bool:
+    def is_open(self) -> bool:
         """Whether forwards of this optimizer step have not got their gradient, since other micro-batches share them."""
         return self._ahead is not None or bool(self._prompts.open)
 
@@ -357,7 +361,7 @@ class PromptReuse:
         Raises:
             RuntimeError: earlier ones of this optimizer step wait for them.
         """
-        if self._is_open:
+        if self.is_open:
             raise RuntimeError(
                 f"micro-batches of an optimizer step share forwards, and after some of them sharing has become impossible: {reason}. "
                 f"Make such changes between optimizer steps, or set {_REMEDY}"
@@ -396,6 +400,10 @@ class PromptReuse:
             anatomy = self._anatomy(model)
             self._recomputable = [] if anatomy is None else list(recomputable_layers(anatomy))
         return self._recomputable
+
+    def _cost_of_forward(self, model: Any) -> int | None:
+        """See `next_forward`."""
+        return cost_of_forward(self._trainer.accelerator.device.type) if self._layers_to_recompute(model) else None
 
     def _leaves_experts_out(self, model: Any) -> bool:
         """Whether DDP takes experts that a forward of one token does not meet for unused; see :func:`row_besides`."""
@@ -502,13 +510,13 @@ class PromptReuse:
         stays_open: bool,
         *,
         may_join: bool = True,
-        may_recompute: bool = False,
+        cost_of_forward: int | None = None,
     ) -> NextForward:
         """What the next forward takes, see `next_forward`, by the size of ``first``, the first of ``coming``."""
         opened = {key: held_tokens(cache.num_tokens, cache.is_recomputed) for key, cache in prompts.open.items()}
         most = self.most(first.input_ids.numel(), len(first) * first.num_scored, sum(first.images.num_images))
         group = self._trainer.num_generations if may_join else 1
-        taken = next_forward(coming, most, group, opened=opened, stays_open=stays_open, may_recompute=may_recompute)
+        taken = next_forward(coming, most, group, opened=opened, stays_open=stays_open, cost_of_forward=cost_of_forward)
         prompts.expect(row.prompt for rows in coming[taken.num_micro_batches :] for row in rows if stays_open)
         return taken
 
@@ -586,14 +594,6 @@ class PromptReuse:
         others = [row for row, own in enumerate(keys) if own is not None and own not in shared]
         pieces += [(others, None)] if others else []  # type: ignore[list-item]
         return sorted(pieces, key=lambda piece: shows_images(tokens[row] for row in piece[0]))
-
-
-def _why_not_join(model: Any, given: Sequence[dict[str, Any]]) -> str | None:
-    """Why rows of micro-batches, which bring ``given`` for their images, are not forwarded together; None if they may be."""
-    reason = next(filter(None, (why_not_share(model, own) for own in given)), None)
-    if reason is None and len({frozenset(own) for own in given}) > 1:
-        return "some bring other tensors of images than others"
-    return reason
 
 
 def _blocks_of(micro_batch: MicroBatch) -> Blocks:

@@ -116,9 +116,13 @@ class _Agreed:
 class ShardedReuse(PromptReuse):
     """:class:`~prefix_grouper_plugins.integrations.trl.reuse.PromptReuse` with forwards that are matched among processes."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._agreed: _Agreed | None = None
+    _agreed: _Agreed | None = None
+
+    def forget(self) -> None:
+        super().forget()
+        if self._agreed is not None:
+            self._agreed.matched.forget()
+        self._agreed = None
         # The micro-batches for which processes were asked, by number, and the generation batch that they are of.
         self._asked = range(0)
         self._asked_of: list[MicroBatch] | None = None
@@ -136,7 +140,9 @@ class ShardedReuse(PromptReuse):
         """Whether nothing is shared, for a reason that every process has: none asks the others."""
         if self._why_not_of_its_kind(model) is not None:
             return True
-        return update and (self._trainer._option("prefix_grouper_regroup") == "none" or self.window() == 1)
+        return update and (
+            self._trainer._option("prefix_grouper_regroup") == "none" or self._trainer.step_windows.size == 1
+        )
 
     # ---------------------------------------------------------------------------------------------------- agreeing
 
@@ -182,7 +188,7 @@ class ShardedReuse(PromptReuse):
         if self._is_ruled_out(model, update=True):
             self._agreed, self._asked_of = None, None
         elif not is_asked:
-            self._asked_of, self._asked = micro_batches, range(number, number - number % self.window() + self.window())
+            self._asked_of, self._asked = micro_batches, range(number, self._trainer.step_windows.of(number).stop)
             self._agreed = self._agree_on(model, micro_batches)
         if self._agreed is None:
             self._coming = range(0)
@@ -223,7 +229,7 @@ class ShardedReuse(PromptReuse):
         if not is_alone:
             self._ahead, self._ahead_end = ScoresAhead(logps, entropies, list(map(len, joint))), number + len(taken)
             logps, entropies = self._ahead.take()
-        if self._is_open and self._model_state is None:
+        if self.is_open and self._model_state is None:
             self._model_state = ModelState(self._trainer.model)
         return (logps, entropies, None), counts
 

@@ -33,11 +33,12 @@ from prefix_grouper_plugins.integrations.trl.losses import (
     why_rows_stay,
 )
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
-from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, regroup, window_size
+from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, Regrouped, regroup, window_size
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.integrations.trl.sharded_reuse import ShardedReuse, is_fsdp2
 from prefix_grouper_plugins.integrations.trl.verify import Verification
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
+from prefix_grouper_plugins.integrations.trl.windows import StepWindows, windows
 from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
 from prefix_grouper_plugins.modeling import row_limit, transformers_model, without_prefix_grouper
 from prefix_grouper_plugins.sharing import SharingGate
@@ -94,6 +95,7 @@ class PrefixGrouperMixin:
         self._shares = bool(self._option("use_prefix_grouper"))
         self.verification = Verification(self, self._option("prefix_grouper_verify"))
         self._packed_forward = PackedForward(self)
+        self.step_windows = StepWindows(self)
         self._reuse = (ShardedReuse if is_fsdp2(self.accelerator) else PromptReuse)(self, self._packed_forward)
         self.dummy_image_row = DummyImageRow(
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
@@ -102,9 +104,10 @@ class PrefixGrouperMixin:
         self._regrouped_over = 1  # micro-batches of the present generation batch, that have exchanged rows
         self._makes_inputs = False  # the old-policy and reference passes run while TRL makes the inputs of the update
         self._row_limits: dict[Any, tuple[int, str] | None] = {}  # what enabling fixed, so it stays
+        self._watch = SharingWatch(self, PrefixGrouperMixin)
         if self._shares:
             self._enable_models()
-            self.add_callback(SharingWatch(self, PrefixGrouperMixin))
+            self.add_callback(self._watch)
 
     def _option(self, name: str) -> Any:
         return option(self.args, name)
@@ -195,7 +198,7 @@ class PrefixGrouperMixin:
         )
         if rows % group == 0 or self._reuse.why_not(self.model) is not None:
             return together
-        return f"{together}, and up to {min(rows * self._reuse.window(), group)} rows reuse one forward of the prompt"
+        return f"{together}, and up to {min(rows * self.step_windows.size, group)} rows reuse one forward of the prompt"
 
     # -------------------------------------------------------------------------------------------------------- batches
 
@@ -215,7 +218,9 @@ class PrefixGrouperMixin:
     def _buffered_inputs(self, micro_batches: list[MicroBatch] | None) -> None:
         if micro_batches is not None and self._shares and self.gate.reason is None:
             self._regrouped_over = self._window()
-            micro_batches = regroup(micro_batches, self._regrouped_over, self._option("prefix_grouper_share"))
+            whole = self._option("prefix_grouper_regroup") == "group"
+            over = windows(len(micro_batches), self._regrouped_over, 0 if whole else self.step_windows.offset)
+            micro_batches = regroup(micro_batches, over, self._option("prefix_grouper_share"))
             self.dummy_image_row.choose(self.model, micro_batches)
         self._regrouped_inputs = micro_batches
 
@@ -231,18 +236,68 @@ class PrefixGrouperMixin:
             self._reuse.enter(self._buffered_inputs, self._step % self.args.steps_per_generation)
         return inputs
 
+    def begin_training(self) -> None:
+        """Nothing is left of a training that was stopped inside an optimizer step.
+
+        Raises:
+            RuntimeError: something is, and rows have exchanged places.
+        """
+        kind = self.accelerator.distributed_type
+        if self.step_windows.is_inside and kind in SHARDED and isinstance(self._buffered_inputs, Regrouped):
+            raise RuntimeError(
+                f"{kind.value} keeps the gradients of a training that was stopped inside an optimizer step, and adds them to those "
+                "of the next one. They are of other rows than without sharing: load the model anew, or set "
+                "prefix_grouper_regroup='none'"
+            )
+        self._reuse.forget()
+
+    def begin_step(self) -> None:
+        """An optimizer step begins with the next micro-batch.
+
+        After a training that was stopped inside a step it does so elsewhere in the generation batch than the steps before. Rows then
+        go back to where TRL has put them, and exchange places anew.
+
+        Raises:
+            ValueError: they have been moved over the beginning of a step, since settings have changed.
+        """
+        was_stopped, is_moved = self.step_windows.is_inside, self.step_windows.begin_step()
+        regrouped = self._buffered_inputs
+        if not isinstance(regrouped, Regrouped) or self._option("prefix_grouper_regroup") == "group":
+            return
+        is_cut = self._step % self.args.steps_per_generation not in (window.start for window in regrouped.orders)
+        if is_cut and not was_stopped:
+            raise self._changed_settings()
+        if is_moved:
+            self._buffered_inputs = regrouped.undone()
+
+    def end_epoch(self) -> None:
+        """
+        Raises:
+            RuntimeError: it was stopped inside an optimizer step, and the training goes on.
+        """
+        shares = isinstance(self._buffered_inputs, Regrouped) or self._reuse.is_open
+        if self.step_windows.is_inside and shares:
+            raise RuntimeError(
+                "an epoch was stopped inside an optimizer step, whose micro-batches share forwards or have exchanged rows: stop it "
+                "between optimizer steps, in on_step_end say, or set prefix_grouper_regroup='none'"
+            )
+
     def _check_window(self) -> None:
         """Rows that were regrouped for settings that no longer hold may have been moved to another optimizer step.
 
         Raises:
             ValueError: they have changed in the middle of a generation batch.
         """
-        if self._step % self._regrouped_over == 0 and (window := self._window()) % self._regrouped_over:
-            raise ValueError(
-                f"rows were regrouped over {self._regrouped_over} micro-batches, and may exchange them only over {window} now "
-                f"({why_rows_stay(self) or f'gradient_accumulation_steps={self.args.gradient_accumulation_steps}'}): change "
-                "settings when a generation batch ends, or set prefix_grouper_regroup='none'"
-            )
+        begins = (self._step - self.step_windows.offset) % self._regrouped_over == 0
+        if begins and self._window() % self._regrouped_over:
+            raise self._changed_settings()
+
+    def _changed_settings(self) -> ValueError:
+        reason = why_rows_stay(self) or f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
+        return ValueError(
+            f"rows were regrouped over {self._regrouped_over} micro-batches, and may exchange them only over {self._window()} now "
+            f"({reason}): change settings when a generation batch ends, or set prefix_grouper_regroup='none'"
+        )
 
     def check_gradients(self) -> None:
         """
@@ -260,6 +315,7 @@ class PrefixGrouperMixin:
         """Stock training step. No optimizer step may follow before each prompt that was shared has its gradient."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self._reuse.leave()
+        self._watch.end_micro_batch()
         return loss  # type: ignore[no-any-return]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

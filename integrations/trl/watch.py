@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from prefix_grouper_plugins.integrations.trl.losses import SCORING, own_code, who_stands_in_front
-from prefix_grouper_plugins.metrics import Counts
+from prefix_grouper_plugins.metrics import Counts, SharingCounts
 from prefix_grouper_plugins.token_budget import remark_on_ordinary
 
 
@@ -25,10 +25,18 @@ class SharingWatch(TrainerCallback):
     def __init__(self, trainer: Any, ours: type) -> None:
         self._trainer, self._ours = trainer, ours
         self._seen_update = False
+        self._of_step = SharingCounts()  # of micro-batches that have ended; an evaluation may come before the next
+
+    def end_micro_batch(self) -> None:
+        """A micro-batch of the update has got its gradient."""
+        self._of_step += self._trainer.sharing.take()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what will be shared, by the settings that hold now: they may have changed since the trainer was built."""
         trainer = self._trainer
+        trainer.begin_training()
+        self._of_step = SharingCounts()
+        trainer.sharing.take()
         if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
             trainer.gate.warn(
                 f"no parameter of {type(trainer.accelerator.unwrap_model(trainer.model)).__name__} requires a gradient, so "
@@ -40,16 +48,27 @@ class SharingWatch(TrainerCallback):
         line = trainer.gate.announce(trainer.expected_sharing(), limits)
         state.log_history.append({"prefix_grouper": line, "epoch": state.epoch or 0.0, "step": state.global_step})
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro-batch of an optimizer step."""
+        self._trainer.begin_step()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A training that ends may do so inside an optimizer step, which is left out."""
+        if not control.should_training_stop:
+            self._trainer.end_epoch()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No gradient may be missing."""
         self._trainer.check_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
-        trainer = self._trainer
-        if not trainer.sharing.recent.update.forwards:
+        trainer, counts = self._trainer, self._of_step
+        self._of_step = SharingCounts()
+        trainer.step_windows.end_step()
+        if not counts.update.forwards:
             trainer.sharing.count_fallback(trainer.gate.reason or self._why_update_is_not_shared())
-        update = self._log("train")
+        update = self._log("train", counts)
         if not self._seen_update and (remark := self._what_is_not_shared(update)) and not trainer.limits():
             trainer.gate.warn(remark)
         self._seen_update = True
@@ -69,16 +88,20 @@ class SharingWatch(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each batch of an evaluation."""
-        self._log("eval")
+        self._log("eval", SharingCounts())
 
-    def _log(self, mode: str) -> Counts:
+    def _log(self, mode: str, counts: SharingCounts) -> Counts:
         """Put what all processes have counted into TRL's own metrics, which reach every logger and the progress bar.
+
+        Args:
+            mode: ``"train"`` or ``"eval"``.
+            counts: of this process, beside what it has counted since they were taken.
 
         Returns:
             the counts of the update.
         """
         trainer = self._trainer
-        counts = trainer.sharing.take().summed(trainer.accelerator.device)
+        counts = (counts + trainer.sharing.take()).summed(trainer.accelerator.device)
         trainer.sharing.warn_of(counts)
         for name, value in counts.metrics(share=True).items():
             trainer._metrics[mode][name].append(value)

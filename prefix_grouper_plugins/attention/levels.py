@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 # By backend and type of device. Measured on the CPU by `benchmarks/trees.py levels`, which writes
 # benchmarks/results/trees-levels-cpu.csv: the shortest level from which on sharing was at least 5% faster.
-MEASURED = {("merged_lse", "cpu"): 4, ("blockwise", "cpu"): 2}
+MEASURED = {("merged_lse", "cpu"): 4, ("blockwise", "cpu"): 4}
 # Of everything else, CUDA included: not measured. On a GPU a level costs launches that a few tokens do not fill.
 NOT_MEASURED = 64
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -127,6 +128,7 @@ class Anatomy:
         checkpointable: modules on which transformers switches gradient checkpointing on and off.
         is_sharded: whether parameters are spread over processes, so that all of them must forward together.
         has_experts: whether any module is called an expert.
+        has_generators: whether any module holds a random generator of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -152,6 +154,7 @@ class Anatomy:
         self.checkpointable: list[nn.Module] = []
         self.is_sharded = False
         self.has_experts = False
+        self.has_generators = False
         self._configs: dict[int, Any] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._layers_with_mixers: dict[int, nn.Module] = {}
@@ -228,6 +231,8 @@ class Anatomy:
         self.modules.append((name, module))
         self._note_parameters(module)
         self._note_rates(module)
+        owners = (*type(module).__mro__, module)
+        self.has_generators |= any(isinstance(value, torch.Generator) for own in owners for value in vars(own).values())
         if isinstance(module, PreTrainedModel):
             self.models.append(module)
             if in_text:

@@ -51,7 +51,7 @@ class ModelState:
         if self._code != later._code:
             return "layers, hooks or code of the model have changed"
         if self._adapters != later._adapters:
-            return "other adapters are active, or adapters were merged or scaled"
+            return "other adapters are active, adapters were merged, or a scaling has changed"
         if self._modes != later._modes:
             return "modules were switched between training and evaluation"
         if self._learn != later._learn:

@@ -165,6 +165,11 @@ class MatchedForwards:
         self._is_deferred = True
         self._synchronize_layers(False)
 
+    def forget(self) -> None:
+        """The backward that was to come does not: a training was stopped."""
+        self._closing = {}
+        self._synchronize()
+
     def _synchronize(self) -> None:
         if self._is_deferred:
             self._is_deferred = False

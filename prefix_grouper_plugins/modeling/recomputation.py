@@ -2,7 +2,7 @@
 
 Transformers checkpoints whole trainings. Here the same switch is on for one forward, that of a prompt which waits for
 several parts of its responses: its layers keep their inputs alone, and their keys and values, which the parts read.
-Dropout draws the same mask again, since ``torch.utils.checkpoint`` restores the state of the generators.
+Dropout draws the same mask again, since ``torch.utils.checkpoint`` restores the state of torch's own generators.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ def recomputable_layers(anatomy: Anatomy) -> list[GradientCheckpointingLayer]:
     """The decoder layers of a model that can run again in the backward, and hold all that mixes tokens.
 
     None where checkpointing is on already, where the model is not in training mode, since layers take the switch for
-    off there, and where parameters are sharded, since each forward of a layer is a collective.
+    off there, and where parameters are sharded, since each forward of a layer is a collective. Nor where a module draws from
+    a generator of its own, which would go on in the second forward, or where a layer's ``forward`` has been replaced, which is what
+    transformers checkpoints.
     """
     base = anatomy.base
-    if anatomy.is_sharded or not getattr(base, "supports_gradient_checkpointing", False):
+    if anatomy.is_sharded or anatomy.has_generators or not getattr(base, "supports_gradient_checkpointing", False):
         return []
     if any(module.gradient_checkpointing for module in anatomy.checkpointable):
         return []
@@ -33,7 +35,7 @@ def recomputable_layers(anatomy: Anatomy) -> list[GradientCheckpointingLayer]:
     layers = {name: module for name, module in anatomy.modules if isinstance(module, GradientCheckpointingLayer)}
     for name, _ in (*anatomy.attention_layers, *anatomy.mixers):
         around = _nearest(name, layers)
-        if around is None or not around.training:
+        if around is None or not around.training or "forward" in vars(around):
             return []
         found[id(around)] = around
     return list(found.values())

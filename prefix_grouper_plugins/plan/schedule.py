@@ -23,7 +23,14 @@ from prefix_grouper_plugins.forest import visible_pairs, visible_pairs_of_rows
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.micro_batches import RowSize, plan_all_ranks
 from prefix_grouper_plugins.step_order import regrouped_order
-from prefix_grouper_plugins.token_budget import Most, RowTokens, held_tokens, pays_to_pack, plan_forwards
+from prefix_grouper_plugins.token_budget import (
+    Most,
+    RowTokens,
+    cost_of_forward,
+    held_tokens,
+    pays_to_pack,
+    plan_forwards,
+)
 from prefix_grouper_plugins.usage import UsageError
 
 
@@ -214,7 +221,9 @@ def _sum(loads: Iterable[Load]) -> Load:
 # ----------------------------------------------------------------------------------------------------------------- TRL
 
 
-def trl_schedule(prompts: Prompts, lengths: Sequence[int], sizes: TRLSizes, seed: int = 0) -> Schedule:
+def trl_schedule(
+    prompts: Prompts, lengths: Sequence[int], sizes: TRLSizes, seed: int = 0, device: str = "cuda"
+) -> Schedule:
     """One pass over the data in TRL's order of rows, drawn at random.
 
     Args:
@@ -222,7 +231,9 @@ def trl_schedule(prompts: Prompts, lengths: Sequence[int], sizes: TRLSizes, seed
         lengths: of the responses, ``group`` for each prompt.
         sizes: of the batches.
         seed: of the order.
+        device: its type, where the training runs.
     """
+    cost = None if sizes.checkpointing else cost_of_forward(device)
     rows = prompts.rows(sizes.group, lengths)
     random = np.random.default_rng(seed)
     groups = random.permutation(len(prompts.ids)).tolist()
@@ -240,7 +251,7 @@ def trl_schedule(prompts: Prompts, lengths: Sequence[int], sizes: TRLSizes, seed
             width = max(row.prompt for row in share) + max(row.response for row in share)
             for first in range(0, local, span):
                 window = _cut(_side_by_side(shuffled[first : first + span]), sizes.batch_size)
-                shared += _reused(prompts, window, sizes, width)
+                shared += _reused(prompts, window, sizes, width, cost)
     count = len(batches) * sizes.generation_rows
     steps = count / (sizes.batch_size * sizes.accumulation * sizes.processes)
     return Schedule(stock, shared, used, count, steps)
@@ -274,13 +285,15 @@ def _padded(prompts: Prompts, rows: Sequence[RowSize], size: int) -> list[Load]:
     return loads
 
 
-def _reused(prompts: Prompts, micro_batches: list[list[RowSize]], sizes: TRLSizes, width: int) -> list[Load]:
-    """The forwards of one window's micro-batches, by the plan that the trainer follows."""
+def _reused(
+    prompts: Prompts, micro_batches: list[list[RowSize]], sizes: TRLSizes, width: int, cost: int | None
+) -> list[Load]:
+    """The forwards of one window's micro-batches, by the plan that the trainer follows; ``cost`` as in `plan_forwards`."""
     tokens = [[RowTokens.of(row.group, row.prompt, row.response) for row in batch] for batch in micro_batches]
     last = {row.group: number for number, batch in enumerate(micro_batches) for row in batch}
     loads, most = list[Load](), Most(sizes.max_tokens or len(micro_batches[0]) * width)
     cached: dict[object, int] = {}
-    for forward in plan_forwards(tokens, most, sizes.group, may_recompute=not sizes.checkpointing):
+    for forward in plan_forwards(tokens, most, sizes.group, cost_of_forward=cost):
         rows = [row for number in forward.micro_batches for row in micro_batches[number]]
         others = [row for row in rows if row.group not in forward.shared]
         parts = [prompts.packed(others)] if others else []

@@ -68,3 +68,24 @@ def saved_bytes(model, layers):
 def test_their_graph_is_not_kept():
     model = tiny.model("qwen3").train()
     assert saved_bytes(model, layers_of(model)) < 0.25 * saved_bytes(model, [])
+
+
+class OwnDropout(torch.nn.Dropout):
+    """Draws from a generator of its own, which `torch.utils.checkpoint` does not set back."""
+
+    def __init__(self, p):
+        super().__init__(p)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return x * (torch.rand(x.shape, generator=self.generator) >= self.p) / (1 - self.p)
+
+
+def test_layers_whose_second_forward_would_be_another_one_keep_their_graph():
+    model = tiny.model("qwen3").train()
+    layer = model.model.layers[1]
+    layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, OwnDropout(0.5))
+    assert layers_of(model) == []
+    model = tiny.model("qwen3").train()
+    model.model.layers[0].forward = model.model.layers[0].forward
+    assert layers_of(model) == [], "transformers checkpoints the forward of the class"

@@ -137,6 +137,16 @@ def unequal_pieces(path: str) -> None:
     assert not trainer.sharing.fallbacks and trainer.sharing.rows_per_group == 2
 
 
+def synchronizes_each_micro_batch(path: str) -> None:
+    """Ranks whose completions differ in length would make different numbers of forwards between two reductions."""
+    settings = {**UNEQUAL, "generation_kwargs": {}, "max_steps": 3}
+    each = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    stock, _ = train(path, shared=False, accelerator_config=dict(each), **settings)
+    shared, trainer = train(path, shared=True, accelerator_config=dict(each), **settings)
+    assert largest_difference(stock, shared) <= 1e-12
+    assert trainer.sharing.rows_per_group == 1 and "under sync_each_batch=True" in " ".join(trainer.limits())
+
+
 def falls_back_on_rank_1(path: str) -> None:
     """What one process alone does reaches the log of the run, and is told once."""
 
@@ -253,6 +263,8 @@ def main() -> None:
             unequal_parts(path)
         elif mode == "unequal pieces":
             unequal_pieces(path)
+        elif mode == "synchronizes each":
+            synchronizes_each_micro_batch(path)
         elif mode in distributed_images.CASES:
             distributed_images.trains_with_images(with_images, mode)
         elif mode.startswith(SHARDED):

@@ -101,7 +101,7 @@ def another_adapter(model):
     [
         (OPEN_PROMPT, one_number_by_data, False, r"the weight \S*q_proj.weight has changed"),
         (ROWS_AHEAD, one_number_by_data, False, r"the weight \S*q_proj.weight has changed"),
-        (OPEN_PROMPT, merged, True, "other adapters are active, or adapters were merged or scaled"),
+        (OPEN_PROMPT, merged, True, "other adapters are active, adapters were merged, or a scaling has changed"),
         (ROWS_AHEAD, a_hook, False, "layers, hooks or code of the model have changed"),
     ],
 )

@@ -20,7 +20,7 @@ OF_TEXT = [
 ]
 # The others combine what these do with checkpointing, LoRA, or processes without any image.
 IMAGES = ["images in half of the rows", "images on one process", "images in forwards ahead"]
-OTHERS = ["checkpointing", *(mode for mode in distributed_images.CASES if mode not in IMAGES)]
+OTHERS = ["checkpointing", "synchronizes each", *(mode for mode in distributed_images.CASES if mode not in IMAGES)]
 MODES = [*OF_TEXT, "one process", "images", *IMAGES]
 
 

@@ -177,7 +177,7 @@ def test_rows_of_one_text_and_several_images_meet_by_image():
         "num_images": [1] * rows,
     }
     halves = [unsplit_pixel_values_by_grid(b) for b in split_tensor_dict(split_pixel_values_by_grid(batch), 2)]
-    for half in regroup(halves, 2):
+    for half in regroup(halves, [range(2)]):
         assert len(half["pixel_values"].unique()) == 1
         assert torch.equal(half["completion_ids"][:, 0] % 2, half["pixel_values"][::4, 0].long())
 

@@ -10,6 +10,7 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_depend
 from prefix_grouper_plugins.integrations.trl.regroup import regroup, window_size
+from prefix_grouper_plugins.integrations.trl.windows import windows
 
 
 def generation_batch(rows: int, group: int) -> dict:
@@ -37,7 +38,7 @@ def rows_of(batches: list[dict]) -> list[int]:
 
 @pytest.mark.parametrize(("rows", "slices", "group"), [(8, 4, 8), (4, 4, 8), (6, 3, 3), (2, 8, 8), (8, 2, 4)])
 def test_each_micro_batch_holds_as_few_prompts_as_can_be(rows, slices, group):
-    batches = regroup(shuffled_micro_batches(rows, slices, group), slices)
+    batches = regroup(shuffled_micro_batches(rows, slices, group), [range(slices)])
     for batch in batches:
         assert len(batch["advantages"]) == rows
         assert len(batch["prompt_ids"][:, 1].unique()) == max(rows // group, 1)
@@ -46,7 +47,7 @@ def test_each_micro_batch_holds_as_few_prompts_as_can_be(rows, slices, group):
 @pytest.mark.parametrize("window", [1, 2, 4])
 def test_rows_stay_in_their_window_and_keep_what_belongs_to_them(window):
     before = shuffled_micro_batches(4, 4, 8)
-    after = regroup(before, window)
+    after = regroup(before, windows(4, window))
     for start in range(0, 4, window):
         assert rows_of(after[start : start + window]) == rows_of(before[start : start + window])
     for batch in after:
@@ -64,7 +65,7 @@ def test_prompts_that_differ_in_padding_alone_are_kept_apart():
         "prompt_mask": torch.tensor([[0, 1], [1, 1], [0, 1], [1, 1]]),
         "row": torch.arange(4),
     }
-    first, second = regroup([{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}], 2)
+    first, second = regroup([{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}], [range(2)])
     assert (first["row"].tolist(), second["row"].tolist()) == ([0, 2], [1, 3])
 
 

