@@ -361,7 +361,7 @@ class PromptReuse:
         Raises:
             RuntimeError: earlier ones of this optimizer step wait for them.
         """
-        if self.is_open:
+        if self.is_open and torch.is_grad_enabled():  # not those of an evaluation
             raise RuntimeError(
                 f"micro-batches of an optimizer step share forwards, and after some of them sharing has become impossible: {reason}. "
                 f"Make such changes between optimizer steps, or set {_REMEDY}"

@@ -73,6 +73,7 @@ class PrefixGrouperMixin:
     add_callback: Callable[..., None]
     _metrics: Any
     _step: int
+    _regrouped_inputs: list[MicroBatch] | None = None
 
     built = 0  # trainers made in this process; the launcher warns when a script made none
     loss_is_sum_over_rows = False
@@ -101,7 +102,6 @@ class PrefixGrouperMixin:
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
         )
         self.generation = SharedGeneration(warn=self.accelerator.is_main_process)
-        self._regrouped_over = 1  # micro-batches of the present generation batch, that have exchanged rows
         self._makes_inputs = False  # the old-policy and reference passes run while TRL makes the inputs of the update
         self._row_limits: dict[Any, tuple[int, str] | None] = {}  # what enabling fixed, so it stays
         self._watch = SharingWatch(self, PrefixGrouperMixin)
@@ -217,22 +217,36 @@ class PrefixGrouperMixin:
     @_buffered_inputs.setter
     def _buffered_inputs(self, micro_batches: list[MicroBatch] | None) -> None:
         if micro_batches is not None and self._shares and self.gate.reason is None:
-            self._regrouped_over = self._window()
-            whole = self._option("prefix_grouper_regroup") == "group"
-            over = windows(len(micro_batches), self._regrouped_over, 0 if whole else self.step_windows.offset)
-            micro_batches = regroup(micro_batches, over, self._option("prefix_grouper_share"))
-            self.dummy_image_row.choose(self.model, micro_batches)
+            before = self._regrouped_inputs
+            if not self._makes_inputs and isinstance(
+                before, Regrouped
+            ):  # a subclass has changed something about the rows
+                self._regrouped_inputs = Regrouped(micro_batches, before.orders)
+                return
+            self._exchange_rows(micro_batches, self._windows())
+            return
         self._regrouped_inputs = micro_batches
+
+    def _exchange_rows(self, micro_batches: list[MicroBatch], over: list[range]) -> None:
+        """Within each of the windows ``over``."""
+        self._regrouped_inputs = regroup(micro_batches, over, self._option("prefix_grouper_share"))
+        self.dummy_image_row.choose(self.model, self._regrouped_inputs)
+
+    def _windows(self) -> list[range]:
+        """Micro-batches of a generation batch that exchange rows, as optimizer steps begin now."""
+        whole = self._option("prefix_grouper_regroup") == "group"
+        return windows(self.args.steps_per_generation, self._window(), 0 if whole else self.step_windows.offset)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Stock inputs. Old-policy and reference passes run in here, the update does not."""
+        if self.model.training:
+            self._move_rows()
         self._makes_inputs = True
         try:
             inputs = super()._prepare_inputs(generation_batch)  # type: ignore[misc]
         finally:
             self._makes_inputs = False
         if self._shares and self.gate.reason is None and self.model.training and self._buffered_inputs is not None:
-            self._check_window()
             self._reuse.enter(self._buffered_inputs, self._step % self.args.steps_per_generation)
         return inputs
 
@@ -242,8 +256,10 @@ class PrefixGrouperMixin:
         Raises:
             RuntimeError: something is, and rows have exchanged places.
         """
-        kind = self.accelerator.distributed_type
-        if self.step_windows.is_inside and kind in SHARDED and isinstance(self._buffered_inputs, Regrouped):
+        kind, steps = self.accelerator.distributed_type, self.step_windows
+        steps.begin_training()
+        kept = steps.was_stopped and steps.keeps_gradients and kind in SHARDED
+        if kept and isinstance(self._buffered_inputs, Regrouped):
             raise RuntimeError(
                 f"{kind.value} keeps the gradients of a training that was stopped inside an optimizer step, and adds them to those "
                 "of the next one. They are of other rows than without sharing: load the model anew, or set "
@@ -251,53 +267,44 @@ class PrefixGrouperMixin:
             )
         self._reuse.forget()
 
-    def begin_step(self) -> None:
-        """An optimizer step begins with the next micro-batch.
-
-        After a training that was stopped inside a step it does so elsewhere in the generation batch than the steps before. Rows then
-        go back to where TRL has put them, and exchange places anew.
-
-        Raises:
-            ValueError: they have been moved over the beginning of a step, since settings have changed.
-        """
-        was_stopped, is_moved = self.step_windows.is_inside, self.step_windows.begin_step()
-        regrouped = self._buffered_inputs
-        if not isinstance(regrouped, Regrouped) or self._option("prefix_grouper_regroup") == "group":
-            return
-        is_cut = self._step % self.args.steps_per_generation not in (window.start for window in regrouped.orders)
-        if is_cut and not was_stopped:
-            raise self._changed_settings()
-        if is_moved:
-            self._buffered_inputs = regrouped.undone()
-
-    def end_epoch(self) -> None:
+    def begin_epoch(self) -> None:
         """
         Raises:
-            RuntimeError: it was stopped inside an optimizer step, and the training goes on.
+            RuntimeError: the one before was stopped amid micro-batches that belong together, and their gradients remain.
         """
-        shares = isinstance(self._buffered_inputs, Regrouped) or self._reuse.is_open
-        if self.step_windows.is_inside and shares:
+        regrouped, number = self._buffered_inputs, self._step % self.args.steps_per_generation
+        is_cut = isinstance(regrouped, Regrouped) and number not in (window.start for window in regrouped.orders)
+        if self.step_windows.is_inside and (is_cut or self._reuse.is_open):
             raise RuntimeError(
                 "an epoch was stopped inside an optimizer step, whose micro-batches share forwards or have exchanged rows: stop it "
                 "between optimizer steps, in on_step_end say, or set prefix_grouper_regroup='none'"
             )
+        self.step_windows.begin_epoch()
 
-    def _check_window(self) -> None:
-        """Rows that were regrouped for settings that no longer hold may have been moved to another optimizer step.
+    def _move_rows(self) -> None:
+        """Before a micro-batch: where optimizer steps begin elsewhere than when rows exchanged places, they do so anew.
+
+        That is so when a training goes on that was stopped inside a step, and where settings have changed.
 
         Raises:
-            ValueError: they have changed in the middle of a generation batch.
+            ValueError: rows would have to come from, or go to, micro-batches that have run.
         """
-        begins = (self._step - self.step_windows.offset) % self._regrouped_over == 0
-        if begins and self._window() % self._regrouped_over:
-            raise self._changed_settings()
-
-    def _changed_settings(self) -> ValueError:
-        reason = why_rows_stay(self) or f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
-        return ValueError(
-            f"rows were regrouped over {self._regrouped_over} micro-batches, and may exchange them only over {self._window()} now "
-            f"({reason}): change settings when a generation batch ends, or set prefix_grouper_regroup='none'"
-        )
+        was_stopped, self.step_windows.was_stopped = self.step_windows.was_stopped, False
+        regrouped, number = self._buffered_inputs, self._step % self.args.steps_per_generation
+        if not isinstance(regrouped, Regrouped) or self._option("prefix_grouper_regroup") == "group":
+            return
+        over = list(regrouped.orders)
+        coming = [range(max(window.start, number), window.stop) for window in self._windows() if window.stop > number]
+        if not was_stopped and [range(max(w.start, number), w.stop) for w in over if w.stop > number] == coming:
+            return
+        if not was_stopped and number not in (window.start for window in over):
+            reason = why_rows_stay(self) or f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}"
+            raise ValueError(
+                f"rows were regrouped over {len(over[0])} micro-batches, and may exchange them only over {self._window()} now "
+                f"({reason}): change settings when a generation batch ends, or set prefix_grouper_regroup='none'"
+            )
+        done = [range(window.start, min(window.stop, number)) for window in over if window.start < number]
+        self._exchange_rows(regrouped.undone(), [*done, *coming])
 
     def check_gradients(self) -> None:
         """
@@ -313,7 +320,9 @@ class PrefixGrouperMixin:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stock training step. No optimizer step may follow before each prompt that was shared has its gradient."""
+        self.step_windows.keeps_gradients = True
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self.step_windows.keeps_gradients = not self.accelerator.sync_gradients
         self._reuse.leave()
         self._watch.end_micro_batch()
         return loss  # type: ignore[no-any-return]

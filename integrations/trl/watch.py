@@ -48,14 +48,13 @@ class SharingWatch(TrainerCallback):
         line = trainer.gate.announce(trainer.expected_sharing(), limits)
         state.log_history.append({"prefix_grouper": line, "epoch": state.epoch or 0.0, "step": state.global_step})
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last one may have ended inside an optimizer step. After the last one of all the step is left out."""
+        self._trainer.begin_epoch()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
-        self._trainer.begin_step()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A training that ends may do so inside an optimizer step, which is left out."""
-        if not control.should_training_stop:
-            self._trainer.end_epoch()
+        self._trainer.step_windows.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """No gradient may be missing."""

@@ -1,8 +1,8 @@
 """Which micro-batches of a generation batch certainly lie in one optimizer step.
 
-TRL counts micro-batches (``_step``) on through all trainings of a trainer, and generates by that count. Trainer begins to count those of
-an optimizer step anew with each epoch. So steps begin at multiples of what both have in common, until a training stops inside a step,
-by an exception or a callback, and the next one goes on: then they begin that many micro-batches later.
+TRL counts micro-batches (``_step``) on through all trainings of a trainer, and generates by that count. Trainer counts those of an
+epoch, and steps after each multiple of ``gradient_accumulation_steps``. Where a training stops inside a step, by an exception or a
+callback, and the next one goes on, the two counts part: steps then begin that many micro-batches later in the generation batch.
 """
 
 from __future__ import annotations
@@ -31,19 +31,26 @@ class StepWindows:
         trainer: a ``GRPOTrainer``.
 
     Attributes:
-        offset: the number of a micro-batch with which optimizer steps begin, modulo :attr:`size`.
-        is_inside: whether an optimizer step has begun and has not ended.
+        is_inside: whether an optimizer step has begun in this training and has not ended.
+        was_stopped: whether one had in the training before, and no micro-batch of this one has come yet.
+        keeps_gradients: whether micro-batches have run since the last one in which gradients were reduced over processes.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self.offset, self.is_inside = 0, False
+        self._epoch_began = 0  # in TRL's count
+        self.is_inside = self.was_stopped = self.keeps_gradients = False
 
     @property
     def size(self) -> int:
         """Consecutive micro-batches that certainly lie in one optimizer step, if the first of them is one with which steps begin."""
         args = self._trainer.args
         return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
+
+    @property
+    def offset(self) -> int:
+        """The number of a micro-batch with which optimizer steps begin, modulo :attr:`size`."""
+        return self._epoch_began % self.size
 
     def all(self) -> list[range]:
         """Those of a generation batch."""
@@ -55,11 +62,17 @@ class StepWindows:
         start = number - (number - self.offset) % size
         return range(max(start, 0), min(start + size, self._trainer.args.steps_per_generation))
 
-    def begin_step(self) -> bool:
-        """An optimizer step begins with the next micro-batch. Whether windows are others than before."""
-        before, self.is_inside = self.offset, True
-        self.offset = self._trainer._step % self.size
-        return self.offset != before
+    def begin_training(self) -> None:
+        self.was_stopped, self.is_inside = self.was_stopped or self.is_inside, False
+
+    def begin_epoch(self) -> None:
+        self._epoch_began = self._trainer._step
+
+    def begin_step(self) -> None:
+        """An optimizer step begins with the next micro-batch, as far as Trainer says so."""
+        self.is_inside, now = True, self._trainer._step
+        if (now - self._epoch_began) % self._trainer.args.gradient_accumulation_steps:  # it has skipped some, to resume
+            self._epoch_began = now
 
     def end_step(self) -> None:
         self.is_inside = False

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 import prefix_grouper_plugins.integrations.trl.reuse as reuse_module
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer
 from prefix_grouper_plugins.integrations.trl.windows import StepWindows, windows
 from tests import tiny
 from tests.integrations.trl.training import (
@@ -106,15 +108,93 @@ def test_a_checkpoint_is_resumed_by_the_trainer_that_was_stopped(path, tmp_path)
     assert largest_difference(*weights) <= 1e-12
 
 
+EPOCHS = {
+    **OPEN_PROMPT,
+    "max_steps": -1,
+    "num_train_epochs": 2,
+    "train_dataset": tiny.prompts(2, shortest=25, longest=25),
+}
+
+
 def test_an_epoch_that_stops_inside_a_step_is_an_error_where_micro_batches_share(path):
     act = says("should_epoch_stop")
     with pytest.raises(
         RuntimeError, match=r"an epoch was stopped inside an optimizer step.*prefix_grouper_regroup='none'"
     ):
-        train_with(path, act, shared=True, again=False, **OPEN_PROMPT)
-    stock, _ = train_with(path, act, shared=False, again=False, **OPEN_PROMPT)
-    shared, _ = train_with(path, act, shared=True, again=False, prefix_grouper_regroup="none", **OPEN_PROMPT)
+        train_with(path, act, shared=True, again=False, **EPOCHS)
+    stock, _ = train_with(path, act, shared=False, again=False, **EPOCHS)
+    shared, _ = train_with(path, act, shared=True, again=False, prefix_grouper_regroup="none", **EPOCHS)
     assert largest_difference(stock, shared) <= 1e-12
+
+
+def test_the_last_epoch_may_stop_inside_a_step(path):
+    """Which is then left out."""
+    act, settings = says("should_epoch_stop"), {**EPOCHS, "num_train_epochs": 1, "micro_batches": 10}
+    stock, _ = train_with(path, act, shared=False, again=False, **settings)
+    shared, _ = train_with(path, act, shared=True, again=False, **settings)
+    assert largest_difference(stock, shared) <= 1e-12
+
+
+@pytest.mark.parametrize("sizes", [OPEN_PROMPT, WHOLE_GROUPS], ids=["open prompt", "whole"])
+def test_after_a_stop_fewer_micro_batches_may_be_accumulated(path, sizes):
+    """So that the next step begins where none would have begun before."""
+    weights = []
+    for shared in (False, True):
+        trainer = make_trainer(path, shared=shared, **{**sizes, "gradient_accumulation_steps": 8}, max_steps=2)
+        trainer.add_callback(After(4, raises))
+        torch.manual_seed(5)
+        with pytest.raises(Stop):
+            trainer.train()
+        trainer.args.gradient_accumulation_steps = 4
+        trainer.train()
+        weights.append(trained_weights(trainer))
+    assert largest_difference(*weights) <= 1e-12
+
+
+def test_more_may_be_accumulated_from_a_step_on_that_trainer_does_not_announce(path):
+    """Trainer announces a step where the micro-batches of the epoch are a multiple of what is accumulated."""
+    weights = []
+    for shared in (False, True):
+        settings = {**OPEN_PROMPT, "gradient_accumulation_steps": 4, "steps_per_generation": 8, "max_steps": 1}
+        trainer = make_trainer(path, shared=shared, **settings)
+        torch.manual_seed(5)
+        trainer.train()
+        trainer.add_callback(AccumulatesMore(trainer))
+        trainer.args.max_steps = 3
+        trainer.train()
+        weights.append(trained_weights(trainer))
+    assert largest_difference(*weights) <= 1e-12
+
+
+class AccumulatesMore(TrainerCallback):
+    def __init__(self, trainer):
+        self.args = trainer.args
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.args.gradient_accumulation_steps = 8
+
+
+def test_a_subclass_may_change_the_rows_of_the_buffer(path):
+    """They stay where they are, and go back from there after a stop."""
+    weights = []
+    for base in (GRPOTrainer, PrefixGrouperGRPOTrainer):
+
+        class Scales(base):
+            loss_is_sum_over_rows = True
+
+            def _prepare_inputs(self, generation_batch):
+                number = self._step % self.args.steps_per_generation
+                inputs = super()._prepare_inputs(generation_batch)
+                if number:
+                    return inputs
+                scaled = [{**batch, "advantages": 2 * batch["advantages"]} for batch in self._buffered_inputs]
+                self._buffered_inputs = scaled
+                return scaled[0]
+
+        is_ours = base is PrefixGrouperGRPOTrainer
+        found, _ = train_with(path, raises, shared=is_ours, trainer_class=Scales, **WHOLE_GROUPS)
+        weights.append(found)
+    assert largest_difference(*weights) <= 1e-12
 
 
 def test_trainings_of_one_trainer_may_accumulate_differently(path):
@@ -176,7 +256,7 @@ def test_a_window_is_found_by_a_micro_batch_in_it():
         _step = 15
 
     found = StepWindows(Trainer)
-    assert found.begin_step() and found.is_inside
+    found.begin_epoch()
     assert [found.of(number) for number in (0, 2, 3, 8, 9)] == [
         range(3),
         range(3),
@@ -184,4 +264,5 @@ def test_a_window_is_found_by_a_micro_batch_in_it():
         range(3, 9),
         range(9, 12),
     ]
-    assert not found.begin_step()
+    Trainer.args.gradient_accumulation_steps = 4
+    assert found.of(3) == range(3, 7), "the epoch has begun with the number 3"
