@@ -246,6 +246,11 @@ class Changes(TrainerCallback):
         model.model.layers[0].mlp.up_proj.weight.data.to_local().mul_(1.1)
 
 
+class Interrupts(TrainerCallback):
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
 def stops(path: str) -> None:
     """On all processes that planned, with the setting that helps."""
     settings: dict[str, Any] = {**REUSE, **sizes_of(1, 4, 4), "max_steps": 1}
@@ -256,9 +261,11 @@ def stops(path: str) -> None:
         trainer.add_callback(Changes())
         with pytest.raises(RuntimeError, match=r"the weight .*up_proj.weight has changed: make such changes between"):
             trainer.train()
-        with pytest.raises(
-            RuntimeError, match="FSDP keeps the gradients of a training that was stopped inside an optimizer"
-        ):
+        trainer = make_trainer(path, shared=True, **FSDP2, **settings)
+        trainer.add_callback(Interrupts())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        with pytest.raises(RuntimeError, match="FSDP keeps the gradients of a training that was stopped inside an"):
             trainer.train()
 
 

@@ -23,7 +23,7 @@ from tests.integrations.trl.training import run_python
 from tests.processes import run_in_fork
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
 from tests import tiny
 
@@ -42,8 +42,13 @@ if __name__ == "__main__":
     last = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
     if trainer.accelerator.is_main_process:
         names = [c.__name__ for c in type(trainer).__mro__]
-        json.dump({"mro": names, "argv": sys.argv, "log": last, "regroup": getattr(training, "prefix_grouper_regroup", None)},
-                  open("result.json", "w"))
+        found = {"mro": names, "argv": sys.argv, "log": last, "regroup": getattr(training, "prefix_grouper_regroup", None)}
+        with open("result.json", "w") as file:
+            json.dump(found, file)
+    if trainer.accelerator.num_processes > 1:  # gloo's threads now and then abort a process that ends while another still talks
+        trainer.accelerator.wait_for_everyone()
+        sys.stdout.flush()
+        os._exit(0)
 """
 SETTINGS = {
     "per_device_train_batch_size": 4,

@@ -424,6 +424,7 @@ def stub_trainer(model, micro_batches, group):
         autocast=contextlib.nullcontext,
         unwrap_model=lambda model: model,
         device=torch.device("cpu"),
+        gradient_state=SimpleNamespace(plugin_kwargs={}),
         state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
     )
     trainer = SimpleNamespace(
