@@ -8,6 +8,7 @@ All modes run in the same processes, since each process takes seconds to import 
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -140,9 +141,9 @@ def unequal_pieces(path: str) -> None:
 def synchronizes_each_micro_batch(path: str) -> None:
     """Ranks whose completions differ in length would make different numbers of forwards between two reductions."""
     settings = {**UNEQUAL, "generation_kwargs": {}, "max_steps": 3}
-    each = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    stock, _ = train(path, shared=False, accelerator_config=dict(each), **settings)
-    shared, trainer = train(path, shared=True, accelerator_config=dict(each), **settings)
+    each = json.dumps({"gradient_accumulation_kwargs": {"sync_each_batch": True}})  # Trainer adds to what it is given
+    stock, _ = train(path, shared=False, accelerator_config=json.loads(each), **settings)
+    shared, trainer = train(path, shared=True, accelerator_config=json.loads(each), **settings)
     assert largest_difference(stock, shared) <= 1e-12
     assert trainer.sharing.rows_per_group == 1 and "under sync_each_batch=True" in " ".join(trainer.limits())
 
