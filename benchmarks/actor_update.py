@@ -153,10 +153,8 @@ def step_of(model: nn.Module, batch: Batch, way: str) -> Step:
 
 def steps_of(model: nn.Module, batch: Batch, ways: Sequence[str]) -> dict[str, Step]:
     """The steps of several ways on one model, whichever of them comes last."""
-    ours_last = sorted(
-        ways, key=("rows", "ours").__contains__
-    )  # the others would take our hooks away, which do nothing in them
-    steps = {way: step_of(model, batch, way) for way in ours_last}
+    # Ours last: the others would take our hooks away, which do nothing in them.
+    steps = {way: step_of(model, batch, way) for way in sorted(ways, key=("rows", "ours").__contains__)}
     return {way: steps[way] for way in ways}
 
 

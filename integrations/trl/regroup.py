@@ -8,7 +8,6 @@ for every loss whose normaliser does not depend on which rows share a micro-batc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,13 +16,14 @@ from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from prefix_grouper_plugins.batch import prompt_group
+from prefix_grouper_plugins.integrations.trl.windows import window_size
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.images import IMAGE_TENSORS, first_alike
 
 MicroBatch = dict[str, Any]
 
 
-def window_size(args: Any, mode: str, mix_freely: bool) -> int:
+def regrouped_window(args: Any, mode: str, mix_freely: bool) -> int:
     """How many consecutive micro-batches of a generation batch may exchange rows; 1 means none.
 
     Args:
@@ -35,7 +35,7 @@ def window_size(args: Any, mode: str, mix_freely: bool) -> int:
         return args.steps_per_generation
     if mode == "none" or not mix_freely:
         return 1
-    return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
+    return window_size(args)
 
 
 class Regrouped(list[MicroBatch]):

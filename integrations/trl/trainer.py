@@ -33,7 +33,7 @@ from prefix_grouper_plugins.integrations.trl.losses import (
     why_rows_stay,
 )
 from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
-from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, Regrouped, regroup, window_size
+from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, Regrouped, regroup, regrouped_window
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.integrations.trl.sharded_reuse import ShardedReuse, is_fsdp2
 from prefix_grouper_plugins.integrations.trl.verify import Verification
@@ -203,7 +203,7 @@ class PrefixGrouperMixin:
     # -------------------------------------------------------------------------------------------------------- batches
 
     def _window(self) -> int:
-        return window_size(self.args, self._option("prefix_grouper_regroup"), why_rows_stay(self) is None)
+        return regrouped_window(self.args, self._option("prefix_grouper_regroup"), why_rows_stay(self) is None)
 
     @property
     def _buffered_inputs(self) -> list[MicroBatch] | None:
@@ -218,13 +218,11 @@ class PrefixGrouperMixin:
     def _buffered_inputs(self, micro_batches: list[MicroBatch] | None) -> None:
         if micro_batches is not None and self._shares and self.gate.reason is None:
             before = self._regrouped_inputs
-            if not self._makes_inputs and isinstance(
-                before, Regrouped
-            ):  # a subclass has changed something about the rows
-                self._regrouped_inputs = Regrouped(micro_batches, before.orders)
+            if self._makes_inputs or not isinstance(before, Regrouped):
+                self._exchange_rows(micro_batches, self._windows())
                 return
-            self._exchange_rows(micro_batches, self._windows())
-            return
+            # A subclass has changed something about the rows, which lie where they lay.
+            micro_batches = Regrouped(micro_batches, before.orders)
         self._regrouped_inputs = micro_batches
 
     def _exchange_rows(self, micro_batches: list[MicroBatch], over: list[range]) -> None:

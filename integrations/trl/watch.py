@@ -67,7 +67,7 @@ class SharingWatch(TrainerCallback):
         trainer.step_windows.end_step()
         if not counts.update.forwards:
             trainer.sharing.count_fallback(trainer.gate.reason or self._why_update_is_not_shared())
-        update = self._log("train", counts)
+        update = self._log("train", counts + trainer.sharing.take())
         if not self._seen_update and (remark := self._what_is_not_shared(update)) and not trainer.limits():
             trainer.gate.warn(remark)
         self._seen_update = True
@@ -87,20 +87,20 @@ class SharingWatch(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each batch of an evaluation."""
-        self._log("eval", SharingCounts())
+        self._log("eval", self._trainer.sharing.take())
 
     def _log(self, mode: str, counts: SharingCounts) -> Counts:
         """Put what all processes have counted into TRL's own metrics, which reach every logger and the progress bar.
 
         Args:
             mode: ``"train"`` or ``"eval"``.
-            counts: of this process, beside what it has counted since they were taken.
+            counts: of this process.
 
         Returns:
             the counts of the update.
         """
         trainer = self._trainer
-        counts = (counts + trainer.sharing.take()).summed(trainer.accelerator.device)
+        counts = counts.summed(trainer.accelerator.device)
         trainer.sharing.warn_of(counts)
         for name, value in counts.metrics(share=True).items():
             trainer._metrics[mode][name].append(value)

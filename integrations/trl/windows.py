@@ -12,6 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 
+def window_size(args: Any) -> int:
+    """Consecutive micro-batches that certainly lie in one optimizer step, if the first of them is one with which steps begin."""
+    return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
+
+
 def windows(count: int, size: int, offset: int = 0) -> list[range]:
     """All micro-batches of a generation batch by their numbers, cut where optimizer steps may begin.
 
@@ -43,9 +48,8 @@ class StepWindows:
 
     @property
     def size(self) -> int:
-        """Consecutive micro-batches that certainly lie in one optimizer step, if the first of them is one with which steps begin."""
-        args = self._trainer.args
-        return math.gcd(args.gradient_accumulation_steps, args.steps_per_generation)
+        """See :func:`window_size`."""
+        return window_size(self._trainer.args)
 
     @property
     def offset(self) -> int:
@@ -58,9 +62,7 @@ class StepWindows:
 
     def of(self, number: int) -> range:
         """The one that holds a micro-batch, by its number in the generation batch."""
-        size = self.size
-        start = number - (number - self.offset) % size
-        return range(max(start, 0), min(start + size, self._trainer.args.steps_per_generation))
+        return next(window for window in self.all() if number in window)
 
     def begin_training(self) -> None:
         self.was_stopped, self.is_inside = self.was_stopped or self.is_inside, False

@@ -9,7 +9,7 @@ import torch
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from prefix_grouper_plugins.integrations.trl.losses import why_rows_depend
-from prefix_grouper_plugins.integrations.trl.regroup import regroup, window_size
+from prefix_grouper_plugins.integrations.trl.regroup import regroup, regrouped_window
 from prefix_grouper_plugins.integrations.trl.windows import windows
 
 
@@ -91,4 +91,4 @@ def settings(**changes):
 )
 def test_rows_move_only_where_the_optimizer_step_stays_the_same(changes, mode, window):
     args = settings(**changes)
-    assert window_size(args, mode, why_rows_depend(args) is None) == window
+    assert regrouped_window(args, mode, why_rows_depend(args) is None) == window
