@@ -83,6 +83,25 @@ def train_with(path, act, *, shared, micro_batches=3, again=True, **settings):
     return trained_weights(trainer), trainer
 
 
+def differs_by(path, drive, **settings):
+    """How far the weights of stock are from the shared ones, both after ``drive(trainer)``; and the trainer that shares."""
+    weights = []
+    for shared in (False, True):
+        own = {**settings, "output_dir": settings["output_dir"] / str(shared)} if "output_dir" in settings else settings
+        trainer = make_trainer(path, shared=shared, **own)
+        torch.manual_seed(5)
+        drive(trainer)
+        weights.append(trained_weights(trainer))
+    return largest_difference(*weights), trainer
+
+
+def is_stopped(trainer, micro_batches):
+    """Begin a training that is stopped after so many micro-batches."""
+    trainer.add_callback(After(micro_batches, raises))
+    with pytest.raises(Stop):
+        trainer.train()
+
+
 @pytest.mark.parametrize("act", [raises, says("should_training_stop")], ids=["error", "callback"])
 @pytest.mark.parametrize("sizes", [OPEN_PROMPT, ROWS_AHEAD, WHOLE_GROUPS], ids=["open prompt", "rows ahead", "whole"])
 def test_a_training_that_was_stopped_inside_a_step_goes_on_as_stock_does(path, sizes, act):
@@ -95,17 +114,12 @@ def test_a_training_that_was_stopped_inside_a_step_goes_on_as_stock_does(path, s
 
 
 def test_a_checkpoint_is_resumed_by_the_trainer_that_was_stopped(path, tmp_path):
-    weights = []
-    for shared in (False, True):
-        saves = {"save_strategy": "steps", "save_steps": 1, "output_dir": tmp_path / str(shared)}
-        trainer = make_trainer(path, shared=shared, **OPEN_PROMPT, **saves, max_steps=3)
-        trainer.add_callback(After(9, raises))
-        torch.manual_seed(5)
-        with pytest.raises(Stop):
-            trainer.train()
+    def drive(trainer):
+        is_stopped(trainer, 9)
         trainer.train(resume_from_checkpoint=True)
-        weights.append(trained_weights(trainer))
-    assert largest_difference(*weights) <= 1e-12
+
+    saves = {"save_strategy": "steps", "save_steps": 1, "output_dir": tmp_path, "max_steps": 3}
+    assert differs_by(path, drive, **OPEN_PROMPT, **saves)[0] <= 1e-12
 
 
 EPOCHS = {
@@ -138,32 +152,26 @@ def test_the_last_epoch_may_stop_inside_a_step(path):
 @pytest.mark.parametrize("sizes", [OPEN_PROMPT, WHOLE_GROUPS], ids=["open prompt", "whole"])
 def test_after_a_stop_fewer_micro_batches_may_be_accumulated(path, sizes):
     """So that the next step begins where none would have begun before."""
-    weights = []
-    for shared in (False, True):
-        trainer = make_trainer(path, shared=shared, **{**sizes, "gradient_accumulation_steps": 8}, max_steps=2)
-        trainer.add_callback(After(4, raises))
-        torch.manual_seed(5)
-        with pytest.raises(Stop):
-            trainer.train()
+
+    def drive(trainer):
+        is_stopped(trainer, 4)
         trainer.args.gradient_accumulation_steps = 4
         trainer.train()
-        weights.append(trained_weights(trainer))
-    assert largest_difference(*weights) <= 1e-12
+
+    assert differs_by(path, drive, **{**sizes, "gradient_accumulation_steps": 8, "max_steps": 2})[0] <= 1e-12
 
 
 def test_more_may_be_accumulated_from_a_step_on_that_trainer_does_not_announce(path):
     """Trainer announces a step where the micro-batches of the epoch are a multiple of what is accumulated."""
-    weights = []
-    for shared in (False, True):
-        settings = {**OPEN_PROMPT, "gradient_accumulation_steps": 4, "steps_per_generation": 8, "max_steps": 1}
-        trainer = make_trainer(path, shared=shared, **settings)
-        torch.manual_seed(5)
+
+    def drive(trainer):
         trainer.train()
         trainer.add_callback(AccumulatesMore(trainer))
         trainer.args.max_steps = 3
         trainer.train()
-        weights.append(trained_weights(trainer))
-    assert largest_difference(*weights) <= 1e-12
+
+    settings = {**OPEN_PROMPT, "gradient_accumulation_steps": 4, "steps_per_generation": 8, "max_steps": 1}
+    assert differs_by(path, drive, **settings)[0] <= 1e-12
 
 
 class AccumulatesMore(TrainerCallback):
@@ -199,16 +207,15 @@ def test_a_subclass_may_change_the_rows_of_the_buffer(path):
 
 def test_trainings_of_one_trainer_may_accumulate_differently(path):
     """The second one begins in the middle of a generation batch."""
-    weights = []
-    for shared in (False, True):
-        settings = {**OPEN_PROMPT, "gradient_accumulation_steps": 6, "steps_per_generation": 8, "max_steps": 2}
-        trainer = make_trainer(path, shared=shared, **settings)
-        torch.manual_seed(5)
+
+    def drive(trainer):
         trainer.train()
         trainer.args.gradient_accumulation_steps = 8
         trainer.train()
-        weights.append(trained_weights(trainer))
-    assert largest_difference(*weights) <= 1e-12
+
+    settings = {**OPEN_PROMPT, "gradient_accumulation_steps": 6, "steps_per_generation": 8, "max_steps": 2}
+    difference, trainer = differs_by(path, drive, **settings)
+    assert difference <= 1e-12
     assert trainer.step_windows.offset == 4
 
 
