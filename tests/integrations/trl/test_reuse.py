@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import cProfile
 import logging
-import pstats
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
-import trl.trainer.utils as trl_utils
 from accelerate.utils import DistributedType, DynamoBackend
 from torch.distributed.fsdp import FSDPModule
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import prefix_grouper_plugins.integrations.trl.reuse as reuse_module
-from prefix_grouper_plugins import enable_prefix_grouper
-from prefix_grouper_plugins.batch import blocks_on_host
 from prefix_grouper_plugins.integrations.trl import (
     PrefixGrouperGRPOTrainer,
     PrefixGrouperRLOOConfig,
     PrefixGrouperRLOOTrainer,
 )
-from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
-from prefix_grouper_plugins.integrations.trl.images import RowsOfImages
-from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, _blocks_of
-from prefix_grouper_plugins.integrations.trl.windows import StepWindows
-from prefix_grouper_plugins.modeling.anatomy import Anatomy
+from prefix_grouper_plugins.integrations.trl.forward import PackedForward
+from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from tests import tiny
+from tests.integrations.trl.stub_trainer import enabled_model, one_group, stub_trainer
 from tests.integrations.trl.training import (
     HAS_ROUTER_LOSS,
     largest_difference,
@@ -409,120 +400,6 @@ def test_training_that_is_resumed_learns_the_stock_weights(monkeypatch, paths, t
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
         weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
     assert largest_difference(*weights) <= 1e-12
-
-
-# ------------------------------------------------------------------------------------------ what a micro-batch costs besides
-
-
-def stub_trainer(model, micro_batches, group):
-    """What PromptReuse asks of a trainer, for one process and one optimizer step."""
-    args = SimpleNamespace(gradient_accumulation_steps=micro_batches, steps_per_generation=micro_batches)
-    accelerator = SimpleNamespace(
-        distributed_type=DistributedType.NO,
-        num_processes=1,
-        sync_gradients=False,
-        autocast=contextlib.nullcontext,
-        unwrap_model=lambda model: model,
-        device=torch.device("cpu"),
-        gradient_state=SimpleNamespace(plugin_kwargs={}),
-        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
-    )
-    trainer = SimpleNamespace(
-        model=model,
-        args=args,
-        accelerator=accelerator,
-        num_generations=group,
-        temperature=1.0,
-        min_level=None,
-        gate=SimpleNamespace(anatomies=[Anatomy(model)]),
-        verification=SimpleNamespace(leaks=False),
-        loss_is_sum_over_rows=True,
-        _option={"prefix_grouper_regroup": "exact", "prefix_grouper_max_tokens": "auto"}.get,
-    )
-    trainer.step_windows = StepWindows(trainer)
-    return trainer
-
-
-def one_group(prompt, completion, rows, group=8, tensor=lambda x: x):
-    """The micro-batches of a generation batch."""
-    ids = torch.randint(3, 20, (group, prompt + completion), generator=torch.Generator().manual_seed(0))
-    ids[:, :prompt] = ids[0, :prompt]
-    blocks = {"prompt_ids": ids[:, :prompt], "completion_ids": ids[:, prompt:]}
-    blocks |= {name.replace("ids", "mask"): torch.ones_like(block) for name, block in blocks.items()}
-    parts = range(0, group, rows)
-    return [{name: tensor(block[start : start + rows].clone()) for name, block in blocks.items()} for start in parts]
-
-
-def run_step(trainer, reuse, micro_batches):
-    """Each micro-batch scored as TRL's loss does it, with its backward."""
-    for number, batch in enumerate(micro_batches):
-        trainer.accelerator.sync_gradients = number == len(micro_batches) - 1
-        reuse.enter(micro_batches, number)
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        rows = Rows(ids, mask, batch["completion_ids"].shape[1], RowsOfImages({}, len(ids)))
-        (logps, _, _), _ = reuse.score_update(trainer.model, rows, entropy=False)
-        logps.sum().backward()
-        reuse.leave()
-
-
-def enabled_model():
-    model = tiny.model("qwen3").float().train()
-    if hasattr(trl_utils, "add_fused_lm_head"):
-        trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    return enable_prefix_grouper(model, self_check=False)
-
-
-@pytest.mark.parametrize(
-    ("rows", "completion", "expected"), [(1, 12, 8), (2, 4, 4)], ids=["an open prompt", "rows ahead"]
-)
-def test_each_micro_batch_is_read_from_the_device_once(rows, completion, expected):
-    """Beside the rows of a generation batch, all at once: the loss may score other rows, so those of a call are compared."""
-    from host_time import OnDevice, on_marked_tensors
-
-    model = enabled_model()
-    micro_batches = one_group(12, completion, rows, tensor=lambda x: x.as_subclass(OnDevice))
-    trainer = stub_trainer(model, len(micro_batches), 8)
-    reuse = PromptReuse(trainer, PackedForward(trainer))
-    with on_marked_tensors() as copies:
-        run_step(trainer, reuse, micro_batches)
-    assert len(copies) == 1 + expected
-    reads = [
-        line for line in OnDevice.waits if not line.startswith("to ")
-    ]  # transformers moves tensors to their device
-    assert not reads
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_planning_a_step_of_eight_micro_batches_is_little_work(monkeypatch):
-    """Calls of functions, 3,190 of them, for a model with as many decoder layers as one of 36 has: less than a millisecond.
-
-    Whether the model has changed since the forward is asked for each micro-batch, which is no part of the plan.
-    """
-    monkeypatch.setattr(reuse_module, "ModelState", lambda model: None)
-    model = enabled_model()
-    trainer = stub_trainer(model, 8, 8)
-    anatomy = trainer.gate.anatomies[0]
-    anatomy.checkpointable *= 36 // tiny.SIZES["num_hidden_layers"]
-    micro_batches = one_group(1000, 64, 1)
-    blocks = [Rows.of_blocks(_blocks_of(batch), blocks_on_host(*_blocks_of(batch))) for batch in micro_batches]
-    reuse = PromptReuse(trainer, None)
-
-    def score(model, rows, tokens, shared, prompts, entropy):
-        for key in shared:
-            prompts.keep(key, SimpleNamespace(is_closed=True, num_tokens=999, is_recomputed=False))
-        return (torch.zeros(len(rows), 64), None, None), []
-
-    reuse._score = score
-    with cProfile.Profile() as profile:
-        for number, rows in enumerate(blocks):
-            reuse.enter(micro_batches, number)
-            reuse.score_update(model, rows, entropy=False)
-            reuse.leave()
-    assert pstats.Stats(profile).total_calls < 3400
-
-
-# --------------------------------------------------------------------------------------------- scaled gradients, DeepSpeed
 
 
 def train_with_a_scaler(monkeypatch, path, *, shared, overflow, **settings):

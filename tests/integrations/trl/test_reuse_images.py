@@ -18,8 +18,8 @@ from prefix_grouper_plugins.modeling.model_types import VERIFIED_MULTIMODAL_TYPE
 from prefix_grouper_plugins.token_budget import RowTokens
 from tests import tiny
 from tests.integrations.trl import vision
+from tests.integrations.trl.stub_trainer import stub_trainer
 from tests.integrations.trl.test_images import compare, settings
-from tests.integrations.trl.test_reuse import stub_trainer
 from tests.integrations.trl.training import logged, use_float64_head
 from tests.modeling import multimodal_families as families
 from tests.modeling.test_images import gradients, vision_calls
