@@ -26,7 +26,12 @@ from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from prefix_grouper_plugins.integrations.verl.config import SETTINGS, SHARDINGS, PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.distillation import topk_outputs, uses_topk, why_not_topk
 from prefix_grouper_plugins.integrations.verl.losses import why_rows_stay
-from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, mend_positions, row_sizes
+from prefix_grouper_plugins.integrations.verl.micro_batch import (
+    PackedMicroBatch,
+    lengths_of_rows_apart,
+    mend_positions,
+    row_sizes,
+)
 from prefix_grouper_plugins.integrations.verl.planning import (
     Limits,
     Plan,
@@ -145,6 +150,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         self._announced = False
         self._cut: set[str] = set()  # passes whose groups are cut, of which one line of the log tells
         self._reuse: PromptReuse | None = None  # of the call that runs
+        self._rows_apart = False  # whether no two rows of the call that runs share anything
         self._without_adapter = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._model_type = self.model_config.hf_config.model_type
@@ -304,7 +310,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
                 self._reuse.leave()
             return output  # type: ignore[no-any-return]
         finally:
-            self._reuse = None
+            self._reuse, self._rows_apart = None, False
             tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning
 
     @contextmanager
@@ -358,6 +364,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         """The micro-batches, as many on every data-parallel rank; None where some rank cannot share."""
         limits, sizes = self._limits(data), None if self._why_not_share(data) else self._sizes(data)
         longest, reuses = int(data["input_ids"].offsets().diff().max()), why_not_reuse is None
+        self._rows_apart = sizes is not None and not any(size.path for size in sizes)
         plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=reuses, forward_last=self._forward_last)
         repeats = plan is not None and not plan.runs
         if sizes and repeats and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
@@ -412,6 +419,9 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, for the packed row; the ordinary ones where a micro-batch cannot be shared."""
+        if (apart := self._lengths_of_rows_apart(micro_batch)) is not None:
+            self.sharing.count_rows(apart, during=self._pass)
+            return self._ordinary_inputs(micro_batch)
         reason, packed = self._packed(micro_batch)
         if packed is None:
             if self._reuse is not None:
@@ -447,6 +457,14 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         inputs.update(without_router_loss(self.module))  # verl's losses do not read it
         output_args["packed"] = packed
         return inputs, output_args
+
+    def _lengths_of_rows_apart(self, micro_batch: TensorDict) -> list[int] | None:
+        """Tokens of rows that share nothing, where that is known before they are laid out, and that it does not pay to pack."""
+        if self._compares or self._reuse is not None or not (self._rows_apart or len(micro_batch) == 1):
+            return None
+        if self._why_not_share(micro_batch) is not None:
+            return None
+        return lengths_of_rows_apart(micro_batch, forward_last=self._forward_last)
 
     def _packed(self, micro_batch: TensorDict) -> tuple[str | None, PackedMicroBatch | None]:
         """Why ``micro_batch`` takes the ordinary path, or else its packed row."""

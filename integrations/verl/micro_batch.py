@@ -6,7 +6,7 @@ code as a micro-batch of a single, long row; what comes out of it is spread over
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import copy
 
 import torch
@@ -80,6 +80,24 @@ def mend_positions(data: TensorDict) -> None:
     if bool((lengths == values.shape[-1]).all()):
         rows = values.unflatten(0, (len(data), -1)).unbind()
         data["position_ids"] = tu.nested_tensor_from_tensor_list(list(rows))
+
+
+def _pays(packed: int, lengths: Sequence[int], removes_padding: bool) -> bool:
+    """Whether ``packed`` tokens in one row are worth more than verl's own forward of rows of ``lengths``."""
+    forwarded = sum(lengths) if removes_padding else len(lengths) * max(lengths)
+    return pays_to_pack(packed, forwarded, len(lengths))
+
+
+def lengths_of_rows_apart(micro_batch: TensorDict, *, forward_last: bool) -> list[int] | None:
+    """Tokens of each row, of rows that share nothing with each other and that it does not pay to pack; None where it may.
+
+    Told by their lengths alone, for rows of text.
+    """
+    if any(row_inputs(micro_batch)) or dummy_image(micro_batch) is not None:
+        return None
+    lengths: list[int] = micro_batch["input_ids"].offsets().diff().tolist()
+    packed = sum(lengths) - (0 if forward_last else len(lengths))
+    return None if _pays(packed, lengths, tu.get(micro_batch, "use_remove_padding", True)) else lengths
 
 
 class _KeyedRows:
@@ -218,9 +236,8 @@ class PackedMicroBatch:
     @property
     def pays(self) -> bool:
         """Whether this is worth more than verl's own forward of the rows, see `pays_to_pack`; with images it is."""
-        lengths = self.row_lengths
-        forwarded = sum(lengths) if self._settings.get("use_remove_padding", True) else len(lengths) * max(lengths)
-        return bool(self.images) or pays_to_pack(self.num_tokens, forwarded, len(lengths))
+        removes_padding = self._settings.get("use_remove_padding", True)
+        return bool(self.images) or _pays(self.num_tokens, self.row_lengths, removes_padding)
 
     @property
     def surrogate(self) -> TensorDict:

@@ -110,7 +110,8 @@ def plan_on_all_ranks(
         forward_last: whether packed rows hold the last token of each row.
 
     Returns:
-        the plan, None where the rows of some rank cannot share, so that all take verl's micro-batches.
+        the plan; where the rows of some rank cannot share, or those of no rank have anything in common, None: all take
+        verl's micro-batches.
 
     Raises:
         ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
@@ -122,7 +123,9 @@ def plan_on_all_ranks(
     if sizes is not None and (limits.max_tokens is None or longest - left_out <= limits.max_tokens):
         rank = plan_of_rank(sizes, *most)
         told = next(rank)
-    count, cut, refused, longest, repeats = _largest([*told, int(sizes is None), longest, int(not reuses)], group)
+    share = sizes is None or any(size.path for size in sizes)
+    numbers = [*told, int(sizes is None), longest, int(not reuses), int(share)]
+    count, cut, refused, longest, repeats, shared = _largest(numbers, group)
     needed = longest if refused else longest - left_out
     if limits.max_tokens is not None and needed > limits.max_tokens:
         raise ValueError(
@@ -130,7 +133,7 @@ def plan_on_all_ranks(
             f"{f' on each of {limits.ranks} sequence-parallel ranks' if limits.ranks > 1 else ''}. Set it to at least "
             f"{limits.per_rank(needed)}, or make prompts and responses shorter"
         )
-    if refused or rank is None:
+    if refused or rank is None or not shared:
         return None
     reused = cut and not repeats
     plan, runs = finish_plan(rank, [count, cut if reused else 0], lambda values: _largest(values, group))

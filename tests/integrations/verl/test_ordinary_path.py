@@ -6,7 +6,16 @@ import pytest
 
 pytest.importorskip("verl")
 
-from tests.integrations.verl.cases import Case
+import torch
+import verl.workers.engine.fsdp.transformer_impl as fsdp
+from verl.utils import tensordict_utils as tu
+
+import prefix_grouper_plugins.integrations.verl.engine as engine_module
+from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch
+from prefix_grouper_plugins.metrics import SharingMeter
+from prefix_grouper_plugins.sharing import SharingGate
+from tests.integrations.verl.cases import Case, make_batch, make_rows
+from tests.integrations.verl.test_engine import bare_engine
 from tests.integrations.verl.test_equality import assert_equal
 
 REMARK = (
@@ -54,3 +63,45 @@ def test_two_ranks_of_which_one_packs_and_the_other_does_not(results):
     assert_equal(case, result)
     counts = result["forwarded"]
     assert (counts["ordinary"], counts["packed"], counts["fallbacks"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "apart", "laid_out"),
+    [
+        (Case(groups=1, rows_per_group=1, prompt_tokens=60), False, False),
+        (Case(groups=3, rows_per_group=1, prompt_tokens=60), True, False),
+        (Case(groups=3, rows_per_group=1, prompt_tokens=60), False, True),
+        (Case(groups=3, rows_per_group=1, remove_padding=False), True, True),
+    ],
+    ids=["one row", "rows that share nothing", "rows of which that is not known", "rows whose padding is saved"],
+)
+@pytest.mark.parametrize("compares", [False, True], ids=["in training", "in a comparison"])
+def test_rows_that_are_known_to_share_nothing_are_not_laid_out(monkeypatch, case, apart, laid_out, compares):
+    """In a model of a few layers, reading short rows a second time would take a tenth of their log-prob pass."""
+    read: list[int] = []
+
+    class Noted(PackedMicroBatch):
+        def __init__(self, micro_batch, *rest, **options):
+            super().__init__(micro_batch, *rest, **options)
+            read.append(len(micro_batch))
+            self.reason_not_to_share = "the test ends here"
+
+    monkeypatch.setattr(engine_module, "PackedMicroBatch", Noted)
+    monkeypatch.setattr(fsdp.FSDPEngineWithLMHead, "prepare_model_inputs", lambda self, rows: ({}, {}))
+    rows = make_rows(case)
+    micro_batch = make_batch(case, rows, len(rows))
+    tu.assign_non_tensor(micro_batch, use_remove_padding=case.remove_padding)
+    attributes = {"_rows_apart": apart, "_reuse": None, "_compares": compares, "_placeholders": ()}
+    attributes |= {"_pass": "update", "_model_type": "qwen3", "use_ulysses_sp": False}
+    engine = bare_engine(gate=SharingGate(), sharing=SharingMeter(warn=False), **attributes)
+    engine.gate.min_level = lambda *_: None
+    engine.options = type("Options", (), {"share": "prompts"})
+    engine.prepare_model_inputs(micro_batch)
+    assert read == ([len(rows)] if laid_out or compares else [])
+    counts = engine.sharing.take().total
+    assert (counts.ordinary, counts.fallbacks) == ((0, 1) if laid_out or compares else (1, 0))
+    assert (
+        counts.row_tokens
+        == counts.tokens_forwarded
+        == int(torch.tensor([len(row["prompt"]) + len(row["response"]) for row in rows]).sum())
+    )

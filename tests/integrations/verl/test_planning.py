@@ -97,6 +97,25 @@ def test_ranks_cut_their_groups_alike_and_know_when_others_forward_a_prompt(rows
     assert [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)] == found
 
 
+def planned_apart(rank: int, meeting: str, folder: str, rows: list) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    plan = plan_on_all_ranks(rows[rank], 20, Limits(OPTION, max_rows=2), None)
+    Path(f"{folder}/{rank}").write_text(str(plan and plan.micro_batches))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("shared", "found"),
+    [([False, False], ["None", "None"]), ([False, True], ["[[0, 1], [2, 3]]", "[[0, 1], [2, 3]]"])],
+    ids=["no rank shares", "one rank shares"],
+)
+def test_rows_of_which_no_rank_has_two_that_share_are_verls_to_plan(shared, found, tmp_path):
+    apart = [RowSize(name, 10, 3, ()) for name in "abcd"]
+    rows = [group(4, 10, 3) if shares else apart for shares in shared]
+    mp.start_processes(planned_apart, (f"{tmp_path}/meeting", str(tmp_path), rows), nprocs=2, start_method="fork")
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == found
+
+
 @pytest.mark.parametrize(
     ("limits", "sizes", "told"),
     [
