@@ -7,6 +7,7 @@ zero afterwards. So there the backbone hands it nothing but what is scored: the 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.modeling.self_check.changes import modules_of
 
 HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
+# Whether log-probs of padding are 0, and not those of the padding token.
+MASKS_PADDING = HAS_FUSED_HEAD or "row_mask" in inspect.signature(trl_utils.selective_log_softmax).parameters
 
 
 def fused_scores(

@@ -15,6 +15,8 @@ import torch
 import transformers
 import trl
 
+from prefix_grouper_plugins.integrations.trl.fused_head import MASKS_PADDING
+
 SCORING = "_get_per_token_logps_and_entropies"
 PARTS_OF_SCORING = ("_full_logits_logps", "_chunked_logps")  # what it is made of in TRL 1.14
 
@@ -63,18 +65,32 @@ def why_rows_stay(trainer: Any) -> str | None:
         return "the router loss is made of means over a micro-batch"
     if trainer.loss_is_sum_over_rows:
         return None
-    for name in _PARTS_OF_THE_LOSS:
-        if (owner := own_code(trainer, name)) is not None:
-            return (
-                f"{owner} is not TRL's own and may compute something from the whole micro-batch; set "
-                "loss_is_sum_over_rows = True on the class if it does not"
-            )
+    if (owner := _owner_of_the_loss(trainer)) is not None:
+        return (
+            f"{owner} is not TRL's own and may compute something from the whole micro-batch; set "
+            "loss_is_sum_over_rows = True on the class if it does not"
+        )
     if (reason := _why_gradients_depend(trainer.model)) is not None:
         return reason
     home = next(_home(function) for _, function in _definitions(trainer, "_compute_loss"))
     if home == _RLOO:
         return None
     return _why_entropy_depends(trainer) if home == _GMPO else why_rows_depend(trainer)
+
+
+def what_padding_changes(trainer: Any) -> str | None:
+    """What code that is not TRL's own may not read; None for TRL's, and where TRL has none of padding either."""
+    if MASKS_PADDING or (owner := _owner_of_the_loss(trainer)) is None:
+        return None
+    return (
+        f"{owner} is not TRL's own. Log-probs and entropies of padding are 0 with sharing, and in this release of TRL those of the "
+        "padding token: multiply by completion_mask before you average them, or upgrade TRL"
+    )
+
+
+def _owner_of_the_loss(trainer: Any) -> str | None:
+    """See :func:`own_code`."""
+    return next(filter(None, (own_code(trainer, name) for name in _PARTS_OF_THE_LOSS)), None)
 
 
 def own_code(trainer: Any, name: str, *, behind: type | None = None) -> str | None:

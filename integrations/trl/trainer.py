@@ -29,6 +29,7 @@ from prefix_grouper_plugins.integrations.trl.losses import (
     PARTS_OF_SCORING,
     SCORING,
     own_code,
+    what_padding_changes,
     who_stands_in_front,
     why_rows_stay,
 )
@@ -102,6 +103,7 @@ class PrefixGrouperMixin:
             enabled=self.accelerator.num_processes > 1, warn=self.accelerator.is_main_process
         )
         self.generation = SharedGeneration(warn=self.accelerator.is_main_process)
+        self._divisor: int | None = None  # of the loss of the last micro-batch
         self._makes_inputs = False  # the old-policy and reference passes run while TRL makes the inputs of the update
         self._row_limits: dict[Any, tuple[int, str] | None] = {}  # what enabling fixed, so it stays
         self._watch = SharingWatch(self, PrefixGrouperMixin)
@@ -142,6 +144,8 @@ class PrefixGrouperMixin:
     def warn_of_limits(self) -> list[str]:
         """Warn of what keeps rows from sharing or results from being equal, each once; return it."""
         limits = [*self.gate.reports[0].notes, *self.limits()]
+        if (padding := what_padding_changes(self)) is not None:
+            limits.append(padding)
         if (owner := who_stands_in_front(self, PrefixGrouperMixin, SCORING)) is not None:
             limits.insert(0, f"{owner} overrides {SCORING}, so only what it hands on to super() is shared")
         self.gate.warn(*limits)
@@ -239,6 +243,7 @@ class PrefixGrouperMixin:
         """Stock inputs. Old-policy and reference passes run in here, the update does not."""
         if self.model.training:
             self._move_rows()
+            self._check_weights_of_micro_batches()
         self._makes_inputs = True
         try:
             inputs = super()._prepare_inputs(generation_batch)  # type: ignore[misc]
@@ -256,6 +261,7 @@ class PrefixGrouperMixin:
         """
         kind, steps = self.accelerator.distributed_type, self.step_windows
         steps.begin_training()
+        self._divisor = None
         kept = steps.was_stopped and steps.keeps_gradients and kind in SHARDED
         if kept and isinstance(self._buffered_inputs, Regrouped):
             raise RuntimeError(
@@ -303,6 +309,24 @@ class PrefixGrouperMixin:
             )
         done = [range(window.start, min(window.stop, number)) for window in over if window.start < number]
         self._exchange_rows(regrouped.undone(), [*done, *coming])
+
+    def _check_weights_of_micro_batches(self) -> None:
+        """
+        Raises:
+            ValueError: rows have gone to a micro-batch whose loss Trainer divides by another number than that of the one before.
+        """
+        regrouped, divisor = self._buffered_inputs, getattr(self, "current_gradient_accumulation_steps", None)
+        before, self._divisor = self._divisor, divisor
+        if not isinstance(regrouped, Regrouped) or self._option("prefix_grouper_regroup") == "group":
+            return
+        if before in (None, divisor) or self._step % self.args.steps_per_generation in (
+            w.start for w in regrouped.orders
+        ):
+            return
+        raise ValueError(
+            f"micro-batches of one optimizer step, which have exchanged rows, would be divided by {before} and by {divisor}, since "
+            "gradient_accumulation_steps has changed: change it once in a generation batch, or set prefix_grouper_regroup='none'"
+        )
 
     def check_gradients(self) -> None:
         """

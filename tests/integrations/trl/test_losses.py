@@ -21,6 +21,7 @@ from prefix_grouper_plugins.integrations.trl import (
     PrefixGrouperRLOOConfig,
     PrefixGrouperRLOOTrainer,
 )
+from prefix_grouper_plugins.integrations.trl.fused_head import MASKS_PADDING
 from prefix_grouper_plugins.integrations.trl.losses import PARTS_OF_SCORING, SCORING, own_code, why_rows_stay
 from tests import tiny
 from tests.integrations.trl.training import (
@@ -123,6 +124,30 @@ def test_a_loss_that_is_not_known_to_be_a_sum_over_rows_keeps_its_micro_batches(
     assert trainer.sharing.packed > 0 and not trainer.sharing.fallbacks
     told = [line for line in caplog.messages if "stay scattered over the 4 micro-batches" in line]
     assert len(told) == 1 and ("not TRL's own" in told[0] or "loss_type='bnpo'" in told[0])
+
+
+class AveragesPadding(GRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logps = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_mask"].shape[1])[0]
+        loss = -(torch.exp(logps - logps.detach()) * inputs["advantages"][:, None] + 0.1 * logps).mean()
+        return loss / self.current_gradient_accumulation_steps
+
+
+def test_a_loss_of_the_users_own_that_reads_log_probs_of_padding_learns_the_stock_weights_or_is_told_of(
+    monkeypatch, caplog, qwen
+):
+    """Newer releases of TRL mask them; in older ones they are those of the padding token, which packed rows do not have."""
+    use_float64_head(monkeypatch)
+    stock, _ = train(qwen, shared=False, trainer_class=AveragesPadding, **SCATTERED)
+    ours, _ = train(qwen, shared=True, trainer_class=shared(AveragesPadding), **SCATTERED)
+    told = [line for line in caplog.messages if "multiply by completion_mask before you average them" in line]
+    if MASKS_PADDING:
+        assert largest_difference(stock, ours) <= 1e-12 and not told
+    else:
+        assert largest_difference(stock, ours) > 1e-12 and len(told) == 1
+        assert "AveragesPadding._compute_loss is not TRL's own. Log-probs and" in told[0]
 
 
 @pytest.mark.parametrize("base", [OwnLoss, ChangedLossType], ids=lambda cls: cls.__name__)

@@ -182,6 +182,27 @@ class AccumulatesMore(TrainerCallback):
         self.args.gradient_accumulation_steps = 8
 
 
+class AccumulatesTwiceAsMuch(AccumulatesMore):
+    def on_step_end(self, args, state, control, **kwargs):
+        self.args.gradient_accumulation_steps = min(2 * self.args.gradient_accumulation_steps, 8)
+
+
+@pytest.mark.parametrize("regroup", ["exact", "none"])
+def test_micro_batches_of_a_step_that_trainer_divides_by_different_numbers_do_not_exchange_rows(path, regroup):
+    """From 2 to 4 to 8: Trainer has begun with its four when the second step ends, and goes on with eight in the third."""
+
+    def drive(trainer):
+        trainer.add_callback(AccumulatesTwiceAsMuch(trainer))
+        trainer.train()
+
+    settings = {**OPEN_PROMPT, "gradient_accumulation_steps": 2, "steps_per_generation": 8, "max_steps": 4}
+    if regroup == "none":
+        assert differs_by(path, drive, prefix_grouper_regroup="none", **settings)[0] <= 1e-12
+        return
+    with pytest.raises(ValueError, match=r"would be divided by 4 and by 8.* prefix_grouper_regroup='none'"):
+        differs_by(path, drive, **settings)
+
+
 def test_a_subclass_may_change_the_rows_of_the_buffer(path):
     """They stay where they are, and go back from there after a stop."""
     weights = []
