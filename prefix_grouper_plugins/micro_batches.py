@@ -1,6 +1,6 @@
 """Planning: which rows go together in a micro-batch.
 
-For frameworks that cut a batch into micro-batches by a budget of tokens or rows. What rows have in common is a tree, and a
+For frameworks that cut a batch into micro-batches by a budget of tokens. What rows have in common is a tree, and a
 set of rows costs the size of its tree: rows that share most stay together, and what they share counts once.
 """
 
@@ -85,19 +85,16 @@ def rows_by_group(sizes: Sequence[RowSize], rows: Iterable[int]) -> list[list[in
     return [_in_tree_order(sizes, members) for members in groups.values()]
 
 
-def plan_micro_batches(
-    sizes: Sequence[RowSize], *, max_tokens: int | None = None, max_rows: int | None = None
-) -> list[list[int]]:
+def plan_micro_batches(sizes: Sequence[RowSize], max_tokens: int) -> list[list[int]]:
     """Few micro-batches, in which rows that share stay together wherever a micro-batch can hold them.
 
     From the leaves of the tree to its root, the parts below each level are put together by first-fit decreasing (Johnson
-    1973), where a part costs what it adds to the level. So a level beyond the limits is filled into several parts, each of
+    1973), where a part costs what it adds to the level. So a level beyond the limit is filled into several parts, each of
     which repeats it.
 
     Args:
         sizes: the rows.
-        max_tokens: limit of the packed tokens of a micro-batch, None for none.
-        max_rows: limit of its rows, None for none.
+        max_tokens: limit of the packed tokens of a micro-batch.
 
     Returns:
         row indices of each micro-batch, the fullest first; every row is in exactly one.
@@ -105,23 +102,20 @@ def plan_micro_batches(
     Raises:
         ValueError: a single row is longer than ``max_tokens``.
     """
-    limits = _Limits(max_tokens, max_rows)
     _check_rows(sizes, max_tokens)
     top, *levels = _tree(sizes)
     for level in reversed(levels):  # branches before what they branch from
         assert level.above is not None
-        level.above.parts += [part.in_tree_order() for part in _put_together(level, limits)]
-    plan = _put_together(top, limits)
+        level.above.parts += [part.in_tree_order() for part in _put_together(level, max_tokens)]
+    plan = _put_together(top, max_tokens)
     return [part.rows for part in sorted(plan, key=lambda part: -part.tokens)]
 
 
-def cut_groups(
-    sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None, at_least: Sequence[int] = ()
-) -> list[list[list[int]]]:
-    """Each group in as few parts as the limits allow.
+def cut_groups(sizes: Sequence[RowSize], max_tokens: int, at_least: Sequence[int] = ()) -> list[list[list[int]]]:
+    """Each group in as few parts as the limit allows.
 
     Args:
-        sizes, max_tokens, max_rows: as in :func:`plan_micro_batches`.
+        sizes, max_tokens: as in :func:`plan_micro_batches`.
         at_least: how many parts the first groups of the result have to have, where they have as many rows. Processes that
             agree on it cut their groups alike.
 
@@ -132,7 +126,7 @@ def cut_groups(
         ValueError: a single row is longer than ``max_tokens``.
     """
     _check_rows(sizes, max_tokens)
-    groups = [_plan_some(rows, sizes, max_tokens, max_rows) for rows in rows_by_group(sizes, range(len(sizes)))]
+    groups = [_plan_some(rows, sizes, max_tokens) for rows in rows_by_group(sizes, range(len(sizes)))]
     groups.sort(key=lambda parts: (-len(parts), -packed_tokens(sizes[i] for part in parts for i in part)))
     for number, (parts, count) in enumerate(zip(groups, at_least, strict=False)):
         most = sum(map(len, parts))
@@ -141,12 +135,12 @@ def cut_groups(
 
 
 def plan_parts(
-    groups: Sequence[Sequence[Sequence[int]]], sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None
+    groups: Sequence[Sequence[Sequence[int]]], sizes: Sequence[RowSize], max_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Micro-batches for parts that reuse one forward of their prompt.
 
     Args:
-        groups: from :func:`cut_groups`, with the same limits.
+        groups: from :func:`cut_groups`, with the same limit.
 
     Returns:
         row indices of each micro-batch: one for each part of a group that was cut; and those of whole groups, several
@@ -154,7 +148,7 @@ def plan_parts(
     """
     whole = [row for parts in groups if len(parts) == 1 for row in parts[0]]
     cut = [list(part) for parts in groups if len(parts) > 1 for part in parts]
-    return cut, _plan_some(whole, sizes, max_tokens, max_rows)
+    return cut, _plan_some(whole, sizes, max_tokens)
 
 
 def runs_of_parts(
@@ -193,13 +187,13 @@ def runs_of_parts(
 RankPlan = Generator[list[int], list[int], tuple[list[list[int]], list[tuple[int, int]]]]
 
 
-def plan_of_rank(sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None) -> RankPlan:
+def plan_of_rank(sizes: Sequence[RowSize], max_tokens: int) -> RankPlan:
     """The plan of a rank whose parts of a group may reuse its prompt. All ranks get as many micro-batches.
 
     Ranks cut their groups alike, so that they forward prompts at the same time and none has to wait.
 
     Args:
-        sizes, max_tokens, max_rows: as in :func:`plan_micro_batches`.
+        sizes, max_tokens: as in :func:`plan_micro_batches`.
 
     Yields:
         first how many micro-batches there are without reuse, and how many groups are cut; where no rank cuts one, or 0 is
@@ -211,14 +205,14 @@ def plan_of_rank(sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int
     Raises:
         ValueError: a single row is longer than ``max_tokens``.
     """
-    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
-    parts = cut_groups(sizes, max_tokens, max_rows)
+    plan = plan_micro_batches(sizes, max_tokens)
+    parts = cut_groups(sizes, max_tokens)
     count, cut = yield [len(plan), sum(len(of_group) > 1 for of_group in parts)]
     if not cut:
         return spread_micro_batches(plan, sizes, count), []
     at_least = yield [*map(len, parts[:cut]), *[1] * (cut - len(parts))]
-    groups = cut_groups(sizes, max_tokens, max_rows, at_least)
-    in_parts, whole = plan_parts(groups, sizes, max_tokens, max_rows)
+    groups = cut_groups(sizes, max_tokens, at_least)
+    in_parts, whole = plan_parts(groups, sizes, max_tokens)
     (count,) = yield [len(in_parts) + len(whole)]
     missing = count - len(in_parts)
     if missing <= sum(map(len, whole)):  # parts stay as they are, alike on all ranks
@@ -247,10 +241,10 @@ def finish_plan(
 
 
 def plan_all_ranks(
-    sizes: Sequence[Sequence[RowSize]], max_tokens: int | None, max_rows: int | None
+    sizes: Sequence[Sequence[RowSize]], max_tokens: Sequence[int]
 ) -> list[tuple[list[list[int]], list[tuple[int, int]]]]:
-    """:func:`plan_of_rank` of every rank, by one process that knows the rows of all."""
-    ranks = [plan_of_rank(of_rank, max_tokens, max_rows) for of_rank in sizes]
+    """:func:`plan_of_rank` of every rank with its own limit, by one process that knows the rows of all."""
+    ranks = [plan_of_rank(*of_rank) for of_rank in zip(sizes, max_tokens, strict=True)]
     told = [next(rank) for rank in ranks]
     plans: list[tuple[list[list[int]], list[tuple[int, int]]]] = []
     while not plans:
@@ -264,20 +258,18 @@ def plan_all_ranks(
     return plans
 
 
-def _check_rows(sizes: Sequence[RowSize], max_tokens: int | None) -> None:
+def _check_rows(sizes: Sequence[RowSize], max_tokens: int) -> None:
     for row, size in enumerate(sizes):
-        if max_tokens is not None and size.tokens > max_tokens:
+        if size.tokens > max_tokens:
             raise ValueError(
                 f"row {row} has {size.prompt} + {size.response} tokens, a micro-batch may hold {max_tokens}: "
                 "raise the token budget"
             )
 
 
-def _plan_some(
-    rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int | None, max_rows: int | None
-) -> list[list[int]]:
+def _plan_some(rows: Sequence[int], sizes: Sequence[RowSize], max_tokens: int) -> list[list[int]]:
     """:func:`plan_micro_batches` of ``rows``, indices into ``sizes``."""
-    plan = plan_micro_batches([sizes[row] for row in rows], max_tokens=max_tokens, max_rows=max_rows)
+    plan = plan_micro_batches([sizes[row] for row in rows], max_tokens)
     return [[rows[i] for i in micro_batch] for micro_batch in plan]
 
 
@@ -303,17 +295,6 @@ def spread_micro_batches(plan: Sequence[Sequence[int]], sizes: Sequence[RowSize]
         cut = min(range(1, len(fullest)), key=lambda cut: _cost_of_cut(fullest, cut, sizes))
         spread += [fullest[:cut], fullest[cut:]]
     return sorted(spread, key=lambda rows: -packed_tokens(sizes[i] for i in rows))
-
-
-@dataclass(frozen=True)
-class _Limits:
-    max_tokens: int | None
-    max_rows: int | None
-
-    def allow(self, tokens: int, rows: int) -> bool:
-        return (self.max_tokens is None or tokens <= self.max_tokens) and (
-            self.max_rows is None or rows <= self.max_rows
-        )
 
 
 @dataclass
@@ -350,12 +331,12 @@ def _tree(sizes: Sequence[RowSize]) -> list[_Level]:
     return [top, *found.values()]
 
 
-def _put_together(level: _Level, limits: _Limits) -> list[_Part]:
-    """The parts below ``level`` in as few as the limits allow."""
+def _put_together(level: _Level, max_tokens: int) -> list[_Part]:
+    """The parts below ``level`` in as few as the limit allows."""
     together: list[_Part] = []
     for part in sorted(level.parts, key=lambda part: (-part.tokens, part.rows[0])):
         added = part.tokens - level.tokens
-        fits = (p for p in together if limits.allow(p.tokens + added, len(p.rows) + len(part.rows)))
+        fits = (p for p in together if p.tokens + added <= max_tokens)
         home = next(fits, None)
         if home is None:
             together.append(_Part(list(part.rows), part.tokens, [part.rows]))

@@ -1,4 +1,4 @@
-"""Micro-batches: groups stay whole where they fit, and every row is in one within the limits."""
+"""Micro-batches: groups stay whole where they fit, and every row is in one within the limit."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ def row_sizes(draw):
 
 @st.composite
 def planned(draw):
-    """Rows and limits that every single row respects."""
+    """Rows and a limit that every single row respects."""
     sizes = draw(row_sizes())
     longest = max(size.prompt - 1 + size.response for size in sizes)
-    max_tokens = draw(st.none() | st.integers(longest, longest + 30))
-    return sizes, max_tokens, draw(st.none() | st.integers(1, 6))
+    return sizes, draw(st.integers(longest, longest + 30) | st.just(10**9))
 
 
 def forwarded(sizes):
@@ -73,35 +72,33 @@ def test_packed_tokens_are_those_of_the_layout(sizes):
 
 @settings(deadline=None, max_examples=500)
 @given(planned())
-def test_every_row_is_in_one_micro_batch_within_the_limits(case):
-    sizes, max_tokens, max_rows = case
-    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+def test_every_row_is_in_one_micro_batch_within_the_limit(case):
+    sizes, max_tokens = case
+    plan = plan_micro_batches(sizes, max_tokens)
     assert_each_row_once(plan, sizes)
     assert_fullest_first(plan, sizes)
     for rows in plan:
-        assert max_tokens is None or forwarded([sizes[row] for row in rows]) <= max_tokens
-        assert max_rows is None or len(rows) <= max_rows
+        assert forwarded([sizes[row] for row in rows]) <= max_tokens
 
 
 @settings(deadline=None, max_examples=500)
 @given(planned())
 def test_a_group_stays_whole_wherever_a_micro_batch_can_hold_it(case):
-    sizes, max_tokens, max_rows = case
-    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    sizes, max_tokens = case
+    plan = plan_micro_batches(sizes, max_tokens)
     parts = parts_of_groups(plan, sizes)
     for group in {size.group for size in sizes}:
         members = [size for size in sizes if size.group == group]
-        if forwarded(members) <= (max_tokens or 10**9) and len(members) <= (max_rows or 10**9):
+        if forwarded(members) <= max_tokens:
             assert sum(of == group for _, of in parts) == 1, f"group {group} is in several micro-batches"
 
 
-@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 30), st.none() | st.integers(4, 12))
-def test_groups_of_equal_size_take_the_fewest_micro_batches(groups, rows, slack, max_rows):
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 30))
+def test_groups_of_equal_size_take_the_fewest_micro_batches(groups, rows, slack):
     sizes = [RowSize(group, 5, 3) for _ in range(rows) for group in range(groups)]
     load = 4 + 3 * rows
-    together = min((load + slack) // load, (max_rows or 10**9) // rows)
-    plan = plan_micro_batches(sizes, max_tokens=load + slack, max_rows=max_rows)
-    assert len(plan) == -(-groups // together)
+    plan = plan_micro_batches(sizes, load + slack)
+    assert len(plan) == -(-groups // ((load + slack) // load))
 
 
 def test_small_groups_fill_what_large_ones_leave():
@@ -109,11 +106,10 @@ def test_small_groups_fill_what_large_ones_leave():
     assert plan_micro_batches(sizes, max_tokens=10) == [[2, 0], [1, 3]]
 
 
-def test_a_group_beyond_the_limits_is_filled_into_few_parts():
+def test_a_group_beyond_the_limit_is_filled_into_few_parts():
     sizes = [RowSize("g", 11, 5)] * 10  # 10 tokens of prompt, 5 of each response
     assert [len(rows) for rows in plan_micro_batches(sizes, max_tokens=30)] == [4, 4, 2]
-    assert [len(rows) for rows in plan_micro_batches(sizes, max_tokens=30, max_rows=3)] == [3, 3, 3, 1]
-    assert plan_micro_batches(sizes) == [list(range(10))]
+    assert plan_micro_batches(sizes, max_tokens=60) == [list(range(10))]
 
 
 def test_rows_of_a_group_that_fit_together_come_together_whatever_stands_between_them():
@@ -142,8 +138,8 @@ def test_a_row_beyond_the_budget_is_named():
 @settings(deadline=None, max_examples=500)
 @given(planned(), st.data())
 def test_spreading_reaches_the_count_and_splits_groups_last(case, data):
-    sizes, max_tokens, max_rows = case
-    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    sizes, max_tokens = case
+    plan = plan_micro_batches(sizes, max_tokens)
     before = [list(rows) for rows in plan]
     count = data.draw(st.integers(len(plan), len(sizes)))
     spread = spread_micro_batches(plan, sizes, count)
@@ -189,15 +185,14 @@ def forks(draw):
 
 @settings(deadline=None, max_examples=300)
 @given(forks(), st.data())
-def test_micro_batches_of_trees_keep_within_the_limits_when_they_are_laid_out(case, data):
+def test_micro_batches_of_trees_keep_within_the_limit_when_they_are_laid_out(case, data):
     rows, prompts, least = case
     layout = PrefixLayout.from_rows(rows, shareable=prompts, min_level=least)
     sizes = sizes_in(layout, [str(row[:p].tolist()) for row, p in zip(rows, prompts, strict=True)], prompts)
     assert packed_tokens(sizes) == layout.num_tokens
     assert [size.tokens for size in sizes] == [len(row) - 1 for row in rows]
-    max_tokens = data.draw(st.none() | st.integers(max(len(row) - 1 for row in rows), 40))
-    max_rows = data.draw(st.none() | st.integers(1, 5))
-    plan = plan_micro_batches(sizes, max_tokens=max_tokens, max_rows=max_rows)
+    max_tokens = data.draw(st.integers(max(len(row) - 1 for row in rows), 40))
+    plan = plan_micro_batches(sizes, max_tokens)
     assert_each_row_once(plan, sizes)
     plan = spread_micro_batches(plan, sizes, data.draw(st.integers(len(plan), len(rows))))
     assert_each_row_once(plan, sizes)
@@ -206,8 +201,7 @@ def test_micro_batches_of_trees_keep_within_the_limits_when_they_are_laid_out(ca
             [rows[i] for i in members], shareable=[prompts[i] for i in members], min_level=least
         )
         assert taken.num_tokens <= packed_tokens(sizes[i] for i in members)
-        assert max_tokens is None or taken.num_tokens <= max_tokens
-        assert max_rows is None or len(members) <= max_rows
+        assert taken.num_tokens <= max_tokens
 
 
 def tool_loops(prompts=4, depth=4, system=60, turn=15, result=40):
@@ -252,7 +246,7 @@ def test_rows_of_a_group_lie_in_the_order_of_their_tree():
     rows = [torch.tensor([9, 9, 9, *tail]) for tail in ([1, 1, 5], [2, 7], [1, 1, 6], [2, 8], [1, 4])]
     sizes = sizes_in(PrefixLayout.from_rows(rows), ["g"] * 5, [3] * 5)
     assert rows_by_group(sizes, range(5)) == [[0, 2, 4, 1, 3]]
-    assert plan_micro_batches(sizes) == [[0, 2, 4, 1, 3]]
+    assert plan_micro_batches(sizes, max_tokens=100) == [[0, 2, 4, 1, 3]]
 
 
 def test_a_micro_batch_is_cut_where_rows_have_least_in_common():
@@ -266,20 +260,21 @@ def test_a_micro_batch_is_cut_where_rows_have_least_in_common():
 
 @settings(deadline=None, max_examples=200)
 @given(planned(), st.lists(st.integers(1, 5), max_size=6), st.data())
-def test_parts_keep_the_limits_and_stand_alone_in_runs(case, at_least, data):
-    sizes, *limits = case
-    groups = cut_groups(sizes, *limits, at_least)
-    assert [len(parts) for parts in cut_groups(sizes, *limits)] == sorted(map(len, cut_groups(sizes, *limits)))[::-1]
+def test_parts_keep_the_limit_and_stand_alone_in_runs(case, at_least, data):
+    sizes, max_tokens = case
+    groups = cut_groups(sizes, max_tokens, at_least)
+    assert [len(parts) for parts in cut_groups(sizes, max_tokens)] == sorted(map(len, cut_groups(sizes, max_tokens)))[
+        ::-1
+    ]
     for parts, count in zip(groups, at_least, strict=False):
         assert len(parts) >= min(count, sum(map(len, parts)))
-    in_parts, whole = plan_parts(groups, sizes, *limits)
+    in_parts, whole = plan_parts(groups, sizes, max_tokens)
     assert_each_row_once(in_parts + whole, sizes)
     spread = spread_micro_batches(in_parts + whole, sizes, data.draw(st.integers(len(in_parts + whole), len(sizes))))
     plan, runs = runs_of_parts(spread, sizes)
     assert sorted(map(sorted, plan)) == sorted(map(sorted, spread))
     for rows in plan:
-        assert limits[0] is None or forwarded([sizes[row] for row in rows]) <= limits[0]
-        assert limits[1] is None or len(rows) <= limits[1]
+        assert forwarded([sizes[row] for row in rows]) <= max_tokens
     in_runs = {number for first, end in runs for number in range(first, end)}
     for first, end in runs:
         (group,) = {sizes[row].group for rows in plan[first:end] for row in rows}
@@ -292,11 +287,11 @@ def test_parts_keep_the_limits_and_stand_alone_in_runs(case, at_least, data):
 
 
 def test_the_groups_that_are_cut_most_come_first_and_are_cut_as_others_cut_theirs():
-    sizes = [RowSize("a", 5, 3)] * 2 + [RowSize("b", 5, 3)] * 5 + [RowSize("c", 5, 9)] * 4
-    assert [[len(part) for part in parts] for parts in cut_groups(sizes, None, 2)] == [[2, 2, 1], [2, 2], [2]]
-    groups = cut_groups(sizes, None, 2, [4, 3, 1])
+    sizes = [RowSize("a", 5, 3)] * 2 + [RowSize("b", 17, 3)] * 5 + [RowSize("c", 5, 9)] * 4
+    assert [[len(part) for part in parts] for parts in cut_groups(sizes, 22)] == [[2, 2, 1], [2, 2], [2]]
+    groups = cut_groups(sizes, 22, [4, 3, 1])
     assert [[len(part) for part in parts] for parts in groups] == [[2, 1, 1, 1], [2, 1, 1], [2]]
-    in_parts, whole = plan_parts(groups, sizes, None, 2)
+    in_parts, whole = plan_parts(groups, sizes, 22)
     assert whole == [[0, 1]]
     plan, runs = runs_of_parts([*whole, *in_parts], sizes)
     assert plan == [*in_parts, *whole] and runs == [(0, 4), (4, 7)]
@@ -314,9 +309,10 @@ RANKS = [
 ]
 
 
-@pytest.mark.parametrize("limit", [(None, 1), (None, 2), (None, 4), (18, None), (1000, None)], ids=str)
-def test_ranks_make_equally_many_micro_batches_and_each_forwards_a_prompt_once(limit):
-    plans = plan_all_ranks(RANKS, *limit)
+@pytest.mark.parametrize("limits", [(11, 9), (14, 13), (20, 9), (18, 18), (1000, 1000), (11, 1000)], ids=str)
+def test_ranks_make_equally_many_micro_batches_and_each_forwards_a_prompt_once(limits):
+    """Each has a limit of its own, as where verl's limit is one of rows."""
+    plans = plan_all_ranks(RANKS, limits)
     assert len({len(plan) for plan, _ in plans}) == 1
     for (plan, runs), sizes in zip(plans, RANKS, strict=True):
         assert_each_row_once(plan, sizes)
@@ -326,14 +322,14 @@ def test_ranks_make_equally_many_micro_batches_and_each_forwards_a_prompt_once(l
 
 
 def test_a_rank_that_cuts_nothing_follows_one_that_does():
-    """Two rows of a micro-batch: one rank has a group of four, which it cuts, and the other one four of one row."""
+    """One rank has a group of four, which it cuts, and the other one four of one row."""
     cut, uncut = RANKS[0][:4], [RowSize(name, 5, 3) for name in "wxyz"]
-    (_, runs), (plan, no_runs) = plan_all_ranks([cut, uncut], None, 2)
+    (_, runs), (plan, no_runs) = plan_all_ranks([cut, uncut], [14, 14])
     assert runs == [(0, 2)] and no_runs == [] and len(plan) == 2
 
 
 def test_without_reuse_a_rank_takes_the_plan_without_it():
-    rank = plan_of_rank(RANKS[0], None, 2)
+    rank = plan_of_rank(RANKS[0], 14)
     count, cut = next(rank)
     assert cut == 1
     plan, runs = finish_plan(rank, [count + 1, 0], lambda told: pytest.fail("nothing more is agreed on"))

@@ -195,8 +195,9 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
             return
         self._announced = True
         sizes, limit = self._sizes(data), self._limits(data)
-        together, group = rows_together(sizes, limit)
-        stay, cut = self._why_rows_stay(loss_function, data), why_groups_are_cut(sizes, limit)
+        stay = self._why_rows_stay(loss_function, data)
+        together, group = rows_together(sizes, limit, stay=bool(stay))
+        cut = why_groups_are_cut(sizes, limit, stay=bool(stay))
         reason = stay or self._why_not_reuse(data, loss_function, forward_only)
         limits = [*self.gate.reports[0].notes, stay]
         if cut is not None and reason is not None:
@@ -205,7 +206,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
             limits.append(why_levels_are_repeated(sizes, limit))
         reuses = " and reuse one forward of it" if cut and not reason else ""
         self.gate.announce(
-            f"the {self._role}'s micro-batches ({limit}) hold up to {together} of the "
+            f"the {self._role}'s micro-batches ({limit.setting if stay else limit}) hold up to {together} of the "
             f"{group} rows of a prompt{reuses}, {'rows stay where verl puts them' if stay else 'rows are regrouped'} "
             f"(regroup={self.options.regroup})",
             [text for text in limits if text is not None],

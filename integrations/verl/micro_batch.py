@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from verl.utils import tensordict_utils as tu
 
 from prefix_grouper_plugins.batch import prompt_group
+from prefix_grouper_plugins.integrations.verl.planning import tokens_of_rows
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import dummy_image
 from prefix_grouper_plugins.integrations.verl.vision.images import (
     TOKEN_TYPES,
@@ -84,8 +85,7 @@ def mend_positions(data: TensorDict) -> None:
 
 def _pays(packed: int, lengths: Sequence[int], removes_padding: bool) -> bool:
     """Whether ``packed`` tokens in one row are worth more than verl's own forward of rows of ``lengths``."""
-    forwarded = sum(lengths) if removes_padding else len(lengths) * max(lengths)
-    return pays_to_pack(packed, forwarded, len(lengths))
+    return pays_to_pack(packed, tokens_of_rows(lengths, removes_padding), len(lengths))
 
 
 def lengths_of_rows_apart(micro_batch: TensorDict, *, forward_last: bool) -> list[int] | None:

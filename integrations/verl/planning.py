@@ -45,17 +45,18 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a micro-batch may hold: tokens or rows.
+    """What a micro-batch may hold.
 
     Attributes:
         option: verl's name for the limit.
-        max_tokens, max_rows: one of them is set.
+        max_tokens: of a micro-batch, in which each prompt counts once.
+        rows: verl's limit, where that is a number of rows; ``max_tokens`` is then what the largest micro-batch of verl's holds.
         ranks: among which a micro-batch is split (Ulysses), each of which may hold ``max_tokens / ranks``.
     """
 
     option: str
-    max_tokens: int | None = None
-    max_rows: int | None = None
+    max_tokens: int
+    rows: int | None = None
     ranks: int = 1
 
     @classmethod
@@ -63,15 +64,24 @@ class Limits:
         """Those that verl put beside the rows of ``data``, for the pass whose ``options`` are a key of this module."""
         tokens, rows = _OPTIONS[options]
         if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
-            return cls(tokens, max_tokens=int(data["max_token_len_per_gpu"] * ranks), ranks=ranks)
-        return cls(rows, max_rows=int(data["micro_batch_size_per_gpu"]), ranks=ranks)
+            return cls(tokens, int(data["max_token_len_per_gpu"] * ranks), ranks=ranks)
+        size, lengths = int(data["micro_batch_size_per_gpu"]), data["input_ids"].offsets().diff().tolist()
+        removes_padding = tu.get_non_tensor_data(data, "use_remove_padding", True)
+        stock = (lengths[start : start + size] for start in range(0, len(lengths), size))
+        return cls(rows, max(tokens_of_rows(own, removes_padding) for own in stock), rows=size, ranks=ranks)
 
     def __str__(self) -> str:
-        value = self.max_rows if self.max_tokens is None else self.max_tokens // self.ranks
-        return f"{self.option}={value}"
+        return self.setting if self.rows is None else f"{self.setting}, up to {self.max_tokens} tokens"
 
-    def per_rank(self, tokens: int) -> int:
-        """The value of the option that a micro-batch of ``tokens`` needs."""
+    @property
+    def setting(self) -> str:
+        """The option and its value."""
+        return f"{self.option}={self.max_tokens // self.ranks if self.rows is None else self.rows}"
+
+    def value_for(self, tokens: int) -> int:
+        """The value of the option under which a micro-batch may hold ``tokens``."""
+        if self.rows is not None:
+            return -(-tokens * self.rows // self.max_tokens)
         return -(-tokens // self.ranks)
 
 
@@ -88,6 +98,11 @@ class Plan:
     micro_batches: list[list[int]]
     runs: list[tuple[int, int]]
     ends: list[set[int]]
+
+
+def tokens_of_rows(lengths: Sequence[int], removes_padding: bool) -> int:
+    """What verl's own forward of rows of these lengths processes."""
+    return sum(lengths) if removes_padding else len(lengths) * max(lengths)
 
 
 def plan_on_all_ranks(
@@ -116,22 +131,21 @@ def plan_on_all_ranks(
     Raises:
         ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
     """
-    most = limits.max_tokens, limits.max_rows
     left_out = int(not forward_last)
     rank, told = None, [0, 0]
     # Nothing is raised before all ranks know: those that went on would wait for this one.
-    if sizes is not None and (limits.max_tokens is None or longest - left_out <= limits.max_tokens):
-        rank = plan_of_rank(sizes, *most)
+    if sizes is not None and longest - left_out <= limits.max_tokens:
+        rank = plan_of_rank(sizes, limits.max_tokens)
         told = next(rank)
     share = sizes is None or any(size.path for size in sizes)
     numbers = [*told, int(sizes is None), longest, int(not reuses), int(share)]
     count, cut, refused, longest, repeats, shared = _largest(numbers, group)
     needed = longest if refused else longest - left_out
-    if limits.max_tokens is not None and needed > limits.max_tokens:
+    if limits.rows is None and needed > limits.max_tokens:
         raise ValueError(
             f"a row of {longest} tokens does not fit into a micro-batch: {limits}"
             f"{f' on each of {limits.ranks} sequence-parallel ranks' if limits.ranks > 1 else ''}. Set it to at least "
-            f"{limits.per_rank(needed)}, or make prompts and responses shorter"
+            f"{limits.value_for(needed)}, or make prompts and responses shorter"
         )
     if refused or rank is None or not shared:
         return None
@@ -157,31 +171,36 @@ def _ends_on_all_ranks(runs: Sequence[tuple[int, int]], count: int, group: Any) 
     return matched_ends([ends.tolist() for ends in of_all])
 
 
-def rows_together(sizes: Sequence[RowSize], limits: Limits) -> tuple[int, int]:
-    """How many rows of the largest group one micro-batch may hold, and how many it has."""
+def rows_together(sizes: Sequence[RowSize], limits: Limits, *, stay: bool = False) -> tuple[int, int]:
+    """How many rows of the largest group one micro-batch may hold, and how many it has.
+
+    Args:
+        sizes: the rows.
+        limits: of a micro-batch.
+        stay: whether rows keep the micro-batches of verl's.
+    """
     largest = max(rows_by_group(sizes, range(len(sizes))), key=len, default=[])
-    if limits.max_rows is not None:
-        return min(limits.max_rows, len(largest)), len(largest)
-    assert limits.max_tokens is not None
+    if stay and limits.rows is not None:
+        return min(limits.rows, len(largest)), len(largest)
     fitting, group = 0, sorted((sizes[row] for row in largest), key=lambda size: size.response)
     while fitting < len(group) and packed_tokens(group[: fitting + 1]) <= limits.max_tokens:
         fitting += 1
     return fitting, len(group)
 
 
-def rows_within(rows: Sequence[int], lengths: Sequence[int], max_tokens: int | None) -> list[int]:
-    """The first of ``rows``, two at least, that hold ``max_tokens`` with every prompt counted in every row."""
-    if max_tokens is None:
-        return list(rows)
+def rows_within(rows: Sequence[int], lengths: Sequence[int], limits: Limits) -> list[int]:
+    """The first of ``rows`` that verl puts in one micro-batch: by tokens, two at least, with every prompt counted in every row."""
+    if limits.rows is not None:
+        return list(rows[: limits.rows])
     totals = itertools.accumulate(lengths[row] for row in rows)
-    fitting = sum(total <= max_tokens for total in totals)
+    fitting = sum(total <= limits.max_tokens for total in totals)
     return list(rows[: max(fitting, 2)])
 
 
 def why_levels_are_repeated(sizes: Sequence[RowSize], limits: Limits) -> str | None:
     """A line for the log where parts of a group, which reuse its prompt, repeat what their responses have in common."""
     apart = together = 0
-    for parts in cut_groups(sizes, limits.max_tokens, limits.max_rows):
+    for parts in cut_groups(sizes, limits.max_tokens):
         reused = (len(parts) - 1) * (sizes[parts[0][0]].prompt - 1)
         apart += sum(packed_tokens(sizes[row] for row in part) for part in parts) - reused
         together += packed_tokens(sizes[row] for part in parts for row in part)
@@ -194,19 +213,21 @@ def why_levels_are_repeated(sizes: Sequence[RowSize], limits: Limits) -> str | N
     )
 
 
-def why_groups_are_cut(sizes: Sequence[RowSize], limits: Limits) -> str | None:
-    """A line for the log where a micro-batch holds less than a group, None where whole groups fit."""
+def why_groups_are_cut(sizes: Sequence[RowSize], limits: Limits, *, stay: bool = False) -> str | None:
+    """A line for the log where a micro-batch holds less than a group, None where whole groups fit. Arguments of :func:`rows_together`."""
     groups = rows_by_group(sizes, range(len(sizes)))
-    rows = max(map(len, groups), default=0)
-    if limits.max_rows is not None and rows > limits.max_rows:
+    if stay and limits.rows is not None:
+        rows = max(map(len, groups), default=0)
+        if rows <= limits.rows:
+            return None
         return (
-            f"{limits}: a group has {rows} rows, so its prompt is forwarded {-(-rows // limits.max_rows)} times; set a "
+            f"{limits.setting}: a group has {rows} rows, so its prompt is forwarded {-(-rows // limits.rows)} times; set a "
             f"multiple of {rows} to share it whole"
         )
     tokens = max((packed_tokens(sizes[row] for row in group) for group in groups if len(group) > 1), default=0)
-    if limits.max_tokens is not None and tokens > limits.max_tokens:
-        return (
-            f"{limits}: a group has up to {tokens} tokens, its prompt counted once, so it is cut and its prompt forwarded for "
-            f"each part; set {limits.per_rank(tokens)} to share it whole"
-        )
-    return None
+    if tokens <= limits.max_tokens:
+        return None
+    return (
+        f"{limits}: a group has up to {tokens} tokens, its prompt counted once, so it is cut and its prompt forwarded for "
+        f"each part; set {limits.value_for(tokens)} to share it whole"
+    )

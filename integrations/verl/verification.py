@@ -141,8 +141,8 @@ class ComparesPaths:
         """Rows of ``data`` that the memory of one micro-batch suffices for on the ordinary path too, to be scored. A collective."""
         group, lengths = self.get_data_parallel_group(), data["input_ids"].offsets().diff().tolist()
         plan, limits = self._plan(data, group, self._why_not_reuse(data, None, forward_only=True)), self._limits(data)
-        rows = list(range(len(lengths)))[: limits.max_rows] if plan is None else plan.micro_batches[0]
-        micro_batches = [tu.index_select_tensor_dict(data, rows_within(rows, lengths, limits.max_tokens))]
+        rows = list(range(len(lengths))) if plan is None else plan.micro_batches[0]
+        micro_batches = [tu.index_select_tensor_dict(data, rows_within(rows, lengths, limits))]
         if self._waits_for_towers:
             add_dummy_images(micro_batches, self._placeholders, group)
         micro_batch = micro_batches[0]

@@ -3,7 +3,7 @@
 TRL samples completions group by group, shuffles the rows of a process's generation batch and cuts it into micro-batches;
 ours brings rows of a prompt side by side again, runs several micro-batches in one forward where they fit, and lets
 forwards reuse an open prompt. verl cuts each optimizer step of a rank into micro-batches by rows or by tokens; ours plans them
-with every prompt counted once. The plans are made by the code that the trainers run (``token_budget.py`` and
+by tokens, with every prompt counted once. The plans are made by the code that the trainers run (``token_budget.py`` and
 ``micro_batches.py``). What is counted here is what the metric ``prefix_grouper/token_ratio`` counts: exactly, where the
 order of rows makes no difference, and for one order drawn at random where it does (prompts that begin alike).
 """
@@ -375,8 +375,8 @@ def _ordinary(prompts: Prompts, rows: Sequence[RowSize], sizes: VerlSizes) -> li
 
 def _planned(prompts: Prompts, ranks: Sequence[Sequence[RowSize]], sizes: VerlSizes) -> list[Load]:
     """Ours, equally many on each rank; the parts of a group that exceeds a micro-batch reuse its prompt, as under FSDP2."""
-    most = sizes.max_token_len, sizes.micro_batch_size if sizes.max_token_len is None else None
-    loads, plans = [], plan_all_ranks(ranks, *most)
+    most = [sizes.max_token_len or max(load.tokens for load in _ordinary(prompts, own, sizes)) for own in ranks]
+    loads, plans = [], plan_all_ranks(ranks, most)
     reuses = any(runs for _, runs in plans)
     for (plan, runs), rows in zip(plans, ranks, strict=True):
         first_of = {number: first for first, end in runs for number in range(first, end)}

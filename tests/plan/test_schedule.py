@@ -115,10 +115,14 @@ def test_verl_forwards_a_prompt_once_for_each_optimizer_step(limits: tuple[int |
 
 
 def test_verl_scores_every_position_but_those_of_a_prompt_that_its_parts_reuse() -> None:
-    whole, reused = (verl_schedule(prompts(False), LENGTHS, VerlSizes(G, 2, rows, None)).shared for rows in (G, 2))
+    """A row has 15 tokens, a group packed 29."""
+    both, whole, reused = (
+        verl_schedule(prompts(False), LENGTHS, VerlSizes(G, 2, rows, None)).shared for rows in (G, 2, 1)
+    )
+    assert [load.scored for load in both] == [2 * (P - 1 + G * R)], "60 tokens of verl's rows hold two groups"
     assert [load.scored for load in whole] == [P - 1 + G * R] * 2
-    assert [load.scored for load in reused] == [2 * R] * 4
-    assert [load.open_tokens for load in reused] == [0, P - 1] * 2
+    assert [load.scored for load in reused] == [R] * 2 * G
+    assert [load.open_tokens for load in reused] == [0, *[P - 1] * 3] * 2
 
 
 def test_verl_gives_whole_groups_to_each_of_several_processes() -> None:

@@ -75,14 +75,14 @@ def test_first_batches_on_two_ranks(results):
 
 def test_rows_are_compared_within_the_memory_that_ordinary_rows_take():
     rows, lengths = [3, 1, 0, 2], [10, 20, 30, 40]
-    assert rows_within(rows, lengths, None) == rows
-    assert rows_within(rows, lengths, 70) == [3, 1, 0]
-    assert rows_within(rows, lengths, 5) == [3, 1], "one row shares with nothing"
+    assert rows_within(rows, lengths, Limits("rows", 1000, rows=3)) == [3, 1, 0]
+    assert rows_within(rows, lengths, Limits("tokens", 1000)) == rows
+    assert rows_within(rows, lengths, Limits("tokens", 70)) == [3, 1, 0]
+    assert rows_within(rows, lengths, Limits("tokens", 5)) == [3, 1], "one row shares with nothing"
 
 
 def test_how_many_rows_of_a_group_stand_together():
     sizes = [RowSize("a", 20, 11), RowSize("a", 20, 31), RowSize("b", 20, 1), RowSize("a", 20, 21)]
-    assert rows_together(sizes, Limits("rows", max_rows=2)) == (2, 3)
-    assert rows_together(sizes, Limits("tokens", max_tokens=1000)) == (3, 3)
-    assert rows_together(sizes, Limits("tokens", max_tokens=51)) == (2, 3), "19 of the prompt, 11 and 21 of responses"
-    assert rows_together(sizes, Limits("tokens", max_tokens=50)) == (1, 3)
+    assert rows_together(sizes, Limits("tokens", 1000)) == (3, 3)
+    assert rows_together(sizes, Limits("tokens", 51)) == (2, 3), "19 of the prompt, 11 and 21 of responses"
+    assert rows_together(sizes, Limits("rows", 50, rows=2)) == (1, 3)

@@ -108,7 +108,7 @@ def test_a_micro_batch_that_cannot_be_shared_after_all_stops():
 def test_where_prompts_are_not_reused_the_log_says_why_once_for_each_pass(monkeypatch, caplog):
     plan = Plan([[0, 1], [2, 3]], [], [set(), set()])
     monkeypatch.setattr(engine_module, "plan_on_all_ranks", lambda *_, **__: plan)
-    case = Case(dynamic=False, micro_batch_size=2, groups=1)
+    case = Case(dynamic=False, micro_batch_size=1, groups=1, prompt_tokens=40)
     attributes = {"_without_adapter": False, "ulysses_sequence_parallel_size": 1, "_placeholders": (), "_cut": set()}
     attributes |= {"options": PrefixGrouperOptions(), "use_ulysses_sp": False}
     engine = bare_engine(gate=SharingGate(), **attributes)
@@ -118,5 +118,5 @@ def test_where_prompts_are_not_reused_the_log_says_why_once_for_each_pass(monkey
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2 and "update: " in lines[0] and "old_log_prob: " in lines[1]
     for line in lines:
-        assert "its prompt is forwarded 2 times" in line
+        assert "_per_gpu=1, up to " in line and "so it is cut and its prompt forwarded for each part" in line
         assert line.endswith("(its parts do not reuse one forward of it: Ulysses cuts rows into pieces)")
