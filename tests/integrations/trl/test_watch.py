@@ -102,7 +102,9 @@ def test_an_update_that_goes_past_the_shared_forward_is_told_and_counted(caplog,
 def test_a_loss_of_ones_own_that_scores_by_the_shared_method_is_not_past_it(caplog, qwen):
     cls = type("Own", (PrefixGrouperMixin, type("Base", (GRPOTrainer,), {"_compute_loss": token_mean})), {})
     _, trainer = train(qwen, shared=True, trainer_class=cls, **GROUPED)
-    assert not trainer.sharing.fallbacks and caplog.messages == []
+    # Older releases of TRL have log-probs of padding, of which such a loss is told.
+    told = [line for line in caplog.messages if "Log-probs and entropies of padding are 0 with sharing" not in line]
+    assert not trainer.sharing.fallbacks and told == []
     assert logged(trainer, "prefix_grouper/rows_per_group") == [4, 4]
 
 
