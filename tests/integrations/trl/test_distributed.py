@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from packaging.version import Version
 
 from tests import tiny
 from tests.integrations.trl import distributed_images
 from tests.integrations.trl.distributed_training import EQUAL, MODE
-from tests.integrations.trl.training import run_python
+from tests.integrations.trl.training import TRL, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,8 @@ OF_TEXT = [
 # The others combine what these do with checkpointing, LoRA, or processes without any image.
 IMAGES = ["images in half of the rows", "images on one process", "images in forwards ahead"]
 OTHERS = ["checkpointing", "synchronizes each", *(mode for mode in distributed_images.CASES if mode not in IMAGES)]
-MODES = [*OF_TEXT, "one process", "images", *IMAGES]
+MIXES_ROWS = Version("1.14") <= TRL  # with images and without; earlier releases stop at some of them
+MODES = [*OF_TEXT, "one process", "images", *(IMAGES if MIXES_ROWS else ())]
 
 
 GEOMETRIES = ["1/8/8", "2/8/8", "1/4/4", "4/8/16", "3/4/6", "8/4/8"]
@@ -59,6 +61,7 @@ def test_groups_without_images_do_not_leave_the_vision_tower_without_a_gradient(
     assert errors["images"].count("so it gets a dummy image, which changes no result") == 1
 
 
+@pytest.mark.skipif(not MIXES_ROWS, reason=f"TRL {TRL} stops at rows without images beside others with some")
 @pytest.mark.parametrize("mode", IMAGES)
 def test_two_processes_that_reuse_prompts_with_images_learn_the_stock_weights(errors, mode):
     assert EQUAL in errors[mode]
