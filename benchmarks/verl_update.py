@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     padding: bool
 
 
-SHARED = [Sizes(1024, 64, 1, 8, rows, padding) for rows, padding in ((8, True), (2, False), (1, True), (1, False))]
+SHARED = [Sizes(1024, 64, 1, 8, rows, padding) for rows, padding in ((8, True), (2, True), (1, True), (1, False))]
 NOT_SHARED = [
     Sizes(*lengths, 8, 1, rows, padding)
     for lengths in ((1024, 64), (64, 64))
