@@ -12,13 +12,14 @@ schedule-level reuse of shared prefixes (arXiv 2606.01143), depth-first training
 
 What arrives at the prompt's keys and values is added up, part after part, in float32 or better. The last part is connected
 to the prompt's graph and hands the sums on, so the backward of the prompt is a piece of the last part's own backward: one
-gradient synchronisation, one place for a trainer's scaling, and autograd keeps the order.
+gradient synchronisation, one place for a trainer's scaling, and autograd keeps the order. Layer by layer
+the prompt's nodes go first (`_run_early`), so that no weight waits for the second half of its gradient.
 
 Keys and values of a part are appended to those of the prompt in one buffer for each layer, so the prompt's are copied
 once, not once for each part. Recurrent layers start each part from the prompt's state (modeling/mixers/state_forking.py).
-A cache costs, for each layer, the prompt's graph, its keys and values a second time, and
-their gradients from the second part on. In the place of the graph it may keep the inputs of layers, which run again in the last
-part's backward (modeling/recomputation.py).
+A cache costs, for each layer, the prompt's graph, a second copy of its keys and values until the last part's backward has passed the
+layer, and their gradients from the second part on. Instead of the graph it may keep the inputs of layers, which run again in
+the last part's backward (modeling/recomputation.py); then there is one copy of the keys and values.
 
 Under FSDP2 the prompt's forward goes through the root module, whose hooks gather the parameters. A layer's parameters are
 gathered for its backward when a gradient arrives at the layer's output, and that of the last layer is read by nobody, so
@@ -28,12 +29,13 @@ the last part's values send it a gradient of zero (:meth:`PromptCache.attach`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
 
 from prefix_grouper_plugins.layout import PrefixLayout
@@ -44,22 +46,37 @@ from prefix_grouper_plugins.modeling.mixers.table import why_on_rows
 from prefix_grouper_plugins.modeling.recomputation import recomputed
 
 
+class _Edge(torch.autograd.Function):
+    """A tensor of the shape of ``live`` and with its graph, which takes no memory: its values are not read."""
+
+    @staticmethod
+    def forward(ctx: Any, live: Tensor) -> Tensor:
+        return torch.zeros((), dtype=live.dtype, device=live.device).expand(live.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
 class _Given:
     """Keys, or values, of the prompt in one layer.
 
+    Under gradient checkpointing nobody else keeps what the prompt's forward computed, so it is held once, in front of the
+    part's, until the last part's backward has passed the layer.
+
     Attributes:
-        live (`Tensor[P, H_kv, D]`): what the prompt's forward computed, with its graph.
+        edge (`Tensor[P, H_kv, D]`): leads into the prompt's graph.
         gradient (`Tensor[P, H_kv, D]` or None): what the parts so far have sent back to it.
     """
 
     def __init__(self, live: Tensor) -> None:
-        self.live = live
+        self.edge: Tensor = _Edge.apply(live)  # type: ignore[assignment]
         self.gradient: Tensor | None = None
         self._buffer = live.detach()
 
     def in_front_of(self, new: Tensor) -> Tensor:
         """The prompt's keys and then ``new [N, H_kv, D]``: ``[P + N, H_kv, D]``, valid until the next call."""
-        prompt, total = len(self.live), len(self.live) + len(new)
+        prompt, total = len(self.edge), len(self.edge) + len(new)
         if len(self._buffer) < total:
             grown = new.new_empty((total, *new.shape[1:]))
             grown[:prompt] = self._buffer[:prompt]
@@ -73,26 +90,31 @@ class _Given:
             self.gradient = torch.zeros_like(gradient, dtype=exact)
         self.gradient += gradient
 
+    def send(self, dtype: torch.dtype) -> Tensor:
+        """The gradient, for the prompt's backward. Neither it nor the keys are held any longer."""
+        assert self.gradient is not None
+        total, self.gradient = self.gradient.to(dtype), None
+        self._buffer = self._buffer.new_empty(0)
+        return total
+
 
 class _Concatenate(torch.autograd.Function):
     """Keys of a part after those of its prompt. The prompt's gradient is kept in ``given``, or sent on at the last part."""
 
     @staticmethod
-    def forward(ctx: Any, live: Tensor | None, new: Tensor, given: _Given, sent: Callable[[], None]) -> Tensor:
-        ctx.given, ctx.is_last, ctx.sent = given, live is not None, sent
+    def forward(ctx: Any, edge: Tensor | None, new: Tensor, given: _Given, sent: Callable[[], None]) -> Tensor:
+        ctx.given, ctx.is_last, ctx.sent = given, edge is not None, sent
         return given.in_front_of(new)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         given: _Given = ctx.given
-        count = len(given.live)
+        count = len(given.edge)
         given.add(gradient[:count])
         if not ctx.is_last:
             return None, gradient[count:], None, None
-        assert given.gradient is not None
-        total, given.gradient = given.gradient.to(gradient.dtype), None
         ctx.sent()
-        return total, gradient[count:], None, None
+        return given.send(gradient.dtype), gradient[count:], None, None
 
 
 class _State:
@@ -199,15 +221,19 @@ class PromptCache:
                 output = _run_decoder(model, inputs).last_hidden_state
         finally:
             self._runs = False
-        if isinstance(model, FSDPModule) and output.requires_grad:
-            self._output = output
+        if isinstance(model, FSDPModule):
+            self._output = output if output.requires_grad else None
+        else:
+            ends = [given.edge for pair in self._layers.values() for given in pair]
+            ends += [state.live for state in self._states.values()]
+            _run_early(end.grad_fn for end in ends)
         if not self._layers and not self._states:
             raise UnsupportedModelError(f"no layer of {type(model).__name__} has brought keys or a state to the cache")
         self._waiting = {
             (module, i)
             for module, pair in self._layers.items()
             for i, given in enumerate(pair)
-            if given.live.requires_grad
+            if given.edge.requires_grad
         }
         self._waiting |= {place for place, state in self._states.items() if state.live.requires_grad}
 
@@ -344,13 +370,13 @@ class PromptCache:
 
     def _join(self, module: nn.Module, index: int, new: Tensor) -> Tensor:
         given = self._layers[module][index]
-        if not (torch.is_grad_enabled() and (new.requires_grad or given.live.requires_grad)):
+        if not (torch.is_grad_enabled() and (new.requires_grad or given.edge.requires_grad)):
             return given.in_front_of(new)
-        _check_graph(module, given.live)
+        _check_graph(module, given.edge)
         if not new.requires_grad:  # where the vision tower learns alone
             new = new.detach().requires_grad_()
         sent = functools.partial(self._waiting.discard, (module, index))
-        return _Concatenate.apply(given.live if self._is_last else None, new, given, sent)  # type: ignore[no-any-return]
+        return _Concatenate.apply(given.edge if self._is_last else None, new, given, sent)  # type: ignore[no-any-return]
 
 
 _TWICE = "{} runs twice in one forward, so its prompt is not reused"
@@ -363,6 +389,31 @@ def _check_graph(module: nn.Module, live: Tensor) -> None:
             f"{type(module).__name__} has lost the graph of its prompt, whose gradient would be missing: checkpoint "
             "with use_reentrant=False, and forward the prompt with gradients on"
         )
+
+
+# Above the numbers that autograd gives to nodes, and below that of the nodes that accumulate gradients, which always go first.
+_EARLY = 1 << 48
+
+
+def _run_early(ends: Iterable[Node | None]) -> None:
+    """Let the nodes of the graph behind ``ends`` run before younger ones as soon as they can.
+
+    Autograd takes the youngest of the nodes whose gradients have arrived, which are those of a part: all of its layers, and
+    then all of the prompt's. Each weight is in both, and its gradient from the part waits for the prompt's: as much memory as
+    all gradients take. Where the prompt's nodes go first, a layer of the prompt follows on that layer of the part. Not under
+    FSDP2, whose hooks free the parameters of a layer between the two.
+    """
+    left = [node for node in ends if node is not None]
+    seen = set(left)
+    while left:
+        node = left.pop()
+        if not node.next_functions:  # it accumulates the gradient of a weight
+            continue
+        node._set_sequence_nr(_EARLY + node._sequence_nr() % _EARLY)  # type: ignore[attr-defined]
+        for inner, _ in node.next_functions:
+            if inner is not None and inner not in seen:
+                seen.add(inner)
+                left.append(inner)
 
 
 def _run_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import pad_sequence
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
@@ -66,6 +67,47 @@ def in_parts(model, size, *, recomputes=False):
         is_last = start + size >= len(ROWS)
         assert cache.is_closed or not is_last
     return total, gradients(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_weight_waits_through_a_whole_backward_for_the_second_half_of_its_gradient(checkpointing):
+    """Layer by layer: a part's, and at once the prompt's. Only keys of the prompt's last layer are read."""
+    model = tiny.model("qwen3", num_hidden_layers=3).train()
+    enable_prefix_grouper(model, self_check=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    passed = []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_full_backward_hook(lambda *_, number=number: passed.append(number))
+    in_parts(model, len(ROWS))
+    assert passed == [2, 1, 1, 0, 0]
+
+
+def test_under_gradient_checkpointing_nobody_keeps_what_the_prompts_forward_computed(monkeypatch):
+    """But the cache, one copy of it, until the backward of the last part has passed the layer."""
+    model = tiny.model("qwen3").train()
+    enable_prefix_grouper(model, self_check=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    taken, caches = [], []
+    take = PromptCache._take
+
+    def noted(cache, module, key, value):
+        take(cache, module, key, value)
+        if cache._runs:
+            caches.append(cache)
+            taken.extend(StorageWeakRef(x.untyped_storage()) for x in (key, value))
+
+    monkeypatch.setattr(PromptCache, "_take", noted)
+    held = []
+    prepare = PromptCache.prepare
+    monkeypatch.setattr(PromptCache, "prepare", lambda self, *a, **k: (held.append(alive()), prepare(self, *a, **k))[1])
+
+    def alive():
+        return sum(not storage.expired() for storage in taken)
+
+    in_parts(model, 2)
+    assert len(taken) == 2 * len(model.model.layers) and held == [len(taken), 0, 0]
+    assert all(given._buffer.numel() == 0 for pair in caches[0]._layers.values() for given in pair)
 
 
 def assert_parts_equal_rows(model, size, tolerance, *, recomputes=False):
