@@ -1,6 +1,7 @@
 """What does the update of one group cost when micro-batches are smaller than the group?
 
     python benchmarks/prompt_reuse.py      CPU, one thread: G = 8 by micro-batches of 1 ... 8 rows, then G = 1 ... 64 by 1
+    MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/prompt_reuse.py --peaks     peak memory by layers and checkpointing alone
 
 One optimizer step of a policy-gradient loss on a small Qwen2 model, in micro-batches of ``rows`` rows, in three ways:
 
@@ -17,12 +18,15 @@ memory of a forward is that of its layers.
 Two cases have nothing to gain: a group of one row, and a short prompt. ``bound`` is the ratio of the FLOPs of stock and reused
 (prefix_grouper_plugins/cost.py): attention between completions and prompt, and the head, cost what they cost in stock.
 Seconds are of the process, in turns; peak memory is that of a fresh process for each way, above the model and its gradients.
-Stock and packed take no more memory for a larger group, only longer, so they are left out where it is large.
+Stock and packed take no more memory for a larger group, only longer, so they are left out where it is large. `--peaks` compares
+deeper models, with their layers' graphs kept and under gradient checkpointing; the variable keeps the allocator of glibc from
+holding what was freed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +55,7 @@ ROWS = (1, 2, 4, 8)  # of a micro-batch, with a group of 8
 GROUPS = (1, 2, 4, 8, 16, 32, 64)  # with micro-batches of 1 row
 SHORT = (16, 512, 8, 8)  # prompt, response, group and rows where next to nothing is shared
 CHUNK = 64  # positions whose logits exist at a time
+DEPTHS = (4, 8, 24)  # layers of the models whose peaks are compared
 MOST_ROWS_APART = 16  # of a group that is timed in the other ways, too
 
 
@@ -93,15 +98,15 @@ def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) ->
     row = RowTokens.of("the prompt", prompt, response)
     micro_batches = [[row] * len(part) for part in range_parts(group, rows)]
     cache = PromptCache()
-    for forward in plan_forwards(
-        micro_batches, Most(rows * (prompt + response)), group, cost_of_forward=cost_of_forward("cpu")
-    ):
+    again = recomputable_layers(Anatomy(model))  # none under gradient checkpointing
+    cost = cost_of_forward("cpu") if again else None
+    for forward in plan_forwards(micro_batches, Most(rows * (prompt + response)), group, cost_of_forward=cost):
         first, end = (number * rows for number in (forward.micro_batches.start, forward.micro_batches.stop))
         (batch,) = _batches(prompts[first:end], completions[first:end], end - first)
         if forward.shared:
             if first == 0:
-                again = recomputable_layers(Anatomy(model)) if forward.recomputed else ()
-                cache.run(model, PrefixLayout.from_rows([prompts[0]]), prompts[0, :-1], recompute=again)
+                recompute = again if forward.recomputed else ()
+                cache.run(model, PrefixLayout.from_rows([prompts[0]]), prompts[0, :-1], recompute=recompute)
             batch = batch.behind_prompt()
             cache.prepare(batch.layout, last=end >= group)
         _backward(model, batch)
@@ -127,10 +132,21 @@ def _backward(model: nn.Module, batch: GroupedBatch) -> None:
 WAYS: dict[str, Callable[[nn.Module, Tensor, Tensor, int], None]] = {"stock": stock, "packed": packed, "reused": reused}
 
 
-def step_of(way: str, prompt: int, response: int, group: int, rows: int) -> Step:
+def step_of(
+    way: str,
+    prompt: int,
+    response: int,
+    group: int,
+    rows: int,
+    *,
+    layers: int | None = None,
+    checkpointing: bool = False,
+) -> Step:
     """One update of a model of its own, whose gradients exist already, so that they do not count as memory of the step."""
     torch.manual_seed(0)
-    model = build(SHAPE, "cpu", torch.float32)
+    model = build(SHAPE if layers is None else dataclasses.replace(SHAPE, num_layers=layers), "cpu", torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     if way != "stock":
@@ -149,11 +165,11 @@ def ways_of(group: int) -> list[str]:
     return [way for way in WAYS if way == "reused" or group <= MOST_ROWS_APART]
 
 
-def memory(way: str, sizes: Sequence[int]) -> float:
-    """MiB at the peak of a step, in a fresh process."""
+def memory(way: str, sizes: Sequence[int], **options: Any) -> float:
+    """MiB at the peak of a step, in a fresh process. Options are those of :func:`step_of`."""
 
     def measure() -> float:
-        step = step_of(way, *sizes)
+        step = step_of(way, *sizes, **options)
         return peak_mib(lambda: step, "cpu")
 
     return in_a_fork(measure)
@@ -189,6 +205,18 @@ def measure(sizes: tuple[int, int, int, int], repeats: int, peaks: dict[str, flo
     return found
 
 
+def peaks_by_depth() -> list[dict[str, Any]]:
+    """A row for each depth, with and without gradient checkpointing, of the smallest micro-batches."""
+    sizes, found = (*LENGTHS[0], 8, 1), []
+    for layers in DEPTHS:
+        for checkpointing in (False, True):
+            options = {"layers": layers, "checkpointing": checkpointing}
+            peaks = {f"{way}_mib": number(memory(way, sizes, **options)) for way in ("stock", "reused")}
+            found.append(options | peaks)
+            print(found[-1], flush=True)
+    return found
+
+
 def range_parts(group: int, rows: int) -> list[range]:
     return [range(start, min(start + rows, group)) for start in range(0, group, rows)]
 
@@ -198,16 +226,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of a micro-batch, with a group of 8")
     parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="with micro-batches of 1 row")
-    parser.add_argument("--output", type=Path, default=RESULTS / "prompt-reuse-cpu.csv")
+    parser.add_argument("--peaks", action="store_true", help="peak memory of deeper models alone")
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
+    output = args.output or RESULTS / f"prompt-reuse-{'peaks-' * args.peaks}cpu.csv"
     use("cpu")
+    if args.peaks:
+        write_csv(
+            output, peaks_by_depth(), "cpu", "peak MiB of an update of 8 x (1024 + 64) tokens, micro-batches of a row"
+        )
+        return
     cases = [(*lengths, 8, rows) for lengths in LENGTHS for rows in args.rows] + [SHORT]
     cases += [(*LENGTHS[0], group, 1) for group in args.groups if (*LENGTHS[0], group, 1) not in cases]
     peaks = {case: {way: memory(way, case) for way in ways_of(case[2])} for case in cases}  # before any step runs here
     rows: list[dict[str, Any]] = []
     for case in cases:
         rows += measure(case, args.repeats, peaks[case])
-        write_csv(args.output, rows, "cpu", "seconds of the process, median of the turns; times_as_fast: against stock")
+        write_csv(output, rows, "cpu", "seconds of the process, median of the turns; times_as_fast: against stock")
 
 
 if __name__ == "__main__":

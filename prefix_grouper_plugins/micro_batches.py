@@ -196,8 +196,9 @@ def plan_of_rank(sizes: Sequence[RowSize], max_tokens: int) -> RankPlan:
         sizes, max_tokens: as in :func:`plan_micro_batches`.
 
     Yields:
-        first how many micro-batches there are without reuse, and how many groups are cut; where no rank cuts one, or 0 is
-        sent, nothing more. Then the parts of each group, then how many micro-batches there are.
+        first how many micro-batches there are without reuse, how many groups are cut, and how many groups there are, times -1;
+        where no rank cuts one, and none has fewer groups than there are micro-batches, nothing more. Then the parts of each
+        group, then how many micro-batches there are.
 
     Returns:
         row indices of each micro-batch, and the runs of those that reuse a prompt, see :func:`runs_of_parts`.
@@ -207,10 +208,10 @@ def plan_of_rank(sizes: Sequence[RowSize], max_tokens: int) -> RankPlan:
     """
     plan = plan_micro_batches(sizes, max_tokens)
     parts = cut_groups(sizes, max_tokens)
-    count, cut = yield [len(plan), sum(len(of_group) > 1 for of_group in parts)]
-    if not cut:
+    count, cut, fewest = yield [len(plan), sum(len(of_group) > 1 for of_group in parts), -len(parts)]
+    if not cut and not must_split(count, fewest):
         return spread_micro_batches(plan, sizes, count), []
-    at_least = yield [*map(len, parts[:cut]), *[1] * (cut - len(parts))]
+    at_least = yield [*map(len, parts[:cut]), *[1] * (cut - len(parts))] or [0]
     groups = cut_groups(sizes, max_tokens, at_least)
     in_parts, whole = plan_parts(groups, sizes, max_tokens)
     (count,) = yield [len(in_parts) + len(whole)]
@@ -220,6 +221,11 @@ def plan_of_rank(sizes: Sequence[RowSize], max_tokens: int) -> RankPlan:
     else:
         plan = spread_micro_batches(in_parts + whole, sizes, count)
     return runs_of_parts(plan, sizes)
+
+
+def must_split(count: int, fewest: int) -> bool:
+    """Whether ``count`` micro-batches are more than the groups of some rank, -``fewest`` of them, so that one has to be split."""
+    return count > -fewest
 
 
 def finish_plan(

@@ -330,8 +330,8 @@ def test_a_rank_that_cuts_nothing_follows_one_that_does():
 
 def test_without_reuse_a_rank_takes_the_plan_without_it():
     rank = plan_of_rank(RANKS[0], 14)
-    count, cut = next(rank)
-    assert cut == 1
-    plan, runs = finish_plan(rank, [count + 1, 0], lambda told: pytest.fail("nothing more is agreed on"))
+    count, cut, fewest = next(rank)
+    assert (cut, fewest) == (1, -2)
+    plan, runs = finish_plan(rank, [count + 1, 0, -count - 1], lambda told: pytest.fail("nothing more is agreed on"))
     assert runs == [] and len(plan) == count + 1
     assert_each_row_once(plan, RANKS[0])

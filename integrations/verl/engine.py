@@ -37,10 +37,17 @@ from prefix_grouper_plugins.integrations.verl.planning import (
     Plan,
     plan_on_all_ranks,
     rows_together,
+    tokens_of_rows,
     why_groups_are_cut,
     why_levels_are_repeated,
 )
-from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, autocast, why_not_reuse, why_not_reuse_rows
+from prefix_grouper_plugins.integrations.verl.reuse import (
+    PromptReuse,
+    autocast,
+    positions_differ,
+    why_not_reuse,
+    why_not_reuse_rows,
+)
 from prefix_grouper_plugins.integrations.verl.switch import STRATEGY, raise_failures, show_what_is_decided
 from prefix_grouper_plugins.integrations.verl.verification import ComparesPaths, why_no_reference
 from prefix_grouper_plugins.integrations.verl.vision.dummy_image import add_dummy_images
@@ -151,6 +158,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         self._cut: set[str] = set()  # passes whose groups are cut, of which one line of the log tells
         self._reuse: PromptReuse | None = None  # of the call that runs
         self._rows_apart = False  # whether no two rows of the call that runs share anything
+        self._max_tokens: int | None = None  # of its micro-batches, where they are planned here
         self._without_adapter = False
         self._placeholders = placeholder_ids(self.model_config.hf_config)
         self._model_type = self.model_config.hf_config.model_type
@@ -203,7 +211,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         if cut is not None and reason is not None:
             limits.append(cut if stay else _not_reused(cut, reason))
         elif cut is not None:
-            limits.append(why_levels_are_repeated(sizes, limit))
+            limits.append(why_levels_are_repeated(sizes, limit, forward_last=self._forward_last))
         reuses = " and reuse one forward of it" if cut and not reason else ""
         self.gate.announce(
             f"the {self._role}'s micro-batches ({limit.setting if stay else limit}) hold up to {together} of the "
@@ -311,7 +319,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
                 self._reuse.leave()
             return output  # type: ignore[no-any-return]
         finally:
-            self._reuse, self._rows_apart = None, False
+            self._reuse, self._rows_apart, self._max_tokens = None, False, None
             tu.assign_non_tensor(data, use_dynamic_bsz=dynamic)  # see _planning
 
     @contextmanager
@@ -363,10 +371,12 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
 
     def _plan(self, data: TensorDict, dp_group: Any, why_not_reuse: str | None) -> Plan | None:
         """The micro-batches, as many on every data-parallel rank; None where some rank cannot share."""
-        limits, sizes = self._limits(data), None if self._why_not_share(data) else self._sizes(data)
+        limits = self._limits(data)
+        sizes = None if self._why_not_share(data) or positions_differ(data) else self._sizes(data)
         longest, reuses = int(data["input_ids"].offsets().diff().max()), why_not_reuse is None
         self._rows_apart = sizes is not None and not any(size.path for size in sizes)
         plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=reuses, forward_last=self._forward_last)
+        self._max_tokens = None if plan is None else limits.max_tokens
         repeats = plan is not None and not plan.runs
         if sizes and repeats and self._pass not in self._cut and (notice := why_groups_are_cut(sizes, limits)):
             self._cut.add(self._pass)
@@ -430,7 +440,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
             lengths = micro_batch["input_ids"].offsets().diff().tolist()
             self.sharing.count_fallback(str(reason), lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
-        if self._reuse is None and not self._compares and not packed.pays:
+        if not self._packs_all(packed.row_lengths, micro_batch) and not packed.pays:
             self.sharing.count_rows(packed.row_lengths, during=self._pass)
             return self._ordinary_inputs(micro_batch)
         if packed.some_share_nothing:
@@ -461,11 +471,23 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
 
     def _lengths_of_rows_apart(self, micro_batch: TensorDict) -> list[int] | None:
         """Tokens of rows that share nothing, where that is known before they are laid out, and that it does not pay to pack."""
-        if self._compares or self._reuse is not None or not (self._rows_apart or len(micro_batch) == 1):
+        if not (self._rows_apart or len(micro_batch) == 1) or self._why_not_share(micro_batch) is not None:
             return None
-        if self._why_not_share(micro_batch) is not None:
-            return None
-        return lengths_of_rows_apart(micro_batch, forward_last=self._forward_last)
+        lengths = lengths_of_rows_apart(micro_batch, forward_last=self._forward_last)
+        return None if lengths is None or self._packs_all(lengths, micro_batch) else lengths
+
+    def _packs_all(self, lengths: list[int], micro_batch: TensorDict) -> bool:
+        """Whether rows of ``lengths`` are packed even where it does not pay: verl's forward of them would be wrong, or too large."""
+        if self._compares or self._reuse is not None:
+            return True
+        removes_padding = tu.get_non_tensor_data(micro_batch, "use_remove_padding", True)
+        if self._max_tokens is not None and tokens_of_rows(lengths, removes_padding) > self._max_tokens:
+            return True
+        anatomy = self.gate.anatomies[0]
+        if self.use_ulysses_sp:
+            return why_no_reference(anatomy) is not None
+        # In some layers that mix tokens in another way than attention, states leak from one row to the next in verl.
+        return bool(anatomy.mixers) and removes_padding and len(lengths) > 1
 
     def _packed(self, micro_batch: TensorDict) -> tuple[str | None, PackedMicroBatch | None]:
         """Why ``micro_batch`` takes the ordinary path, or else its packed row."""

@@ -17,6 +17,7 @@ from prefix_grouper_plugins.micro_batches import (
     RowSize,
     cut_groups,
     finish_plan,
+    must_split,
     packed_tokens,
     plan_of_rank,
     rows_by_group,
@@ -67,7 +68,7 @@ class Limits:
             return cls(tokens, int(data["max_token_len_per_gpu"] * ranks), ranks=ranks)
         size, lengths = int(data["micro_batch_size_per_gpu"]), data["input_ids"].offsets().diff().tolist()
         removes_padding = tu.get_non_tensor_data(data, "use_remove_padding", True)
-        stock = (lengths[start : start + size] for start in range(0, len(lengths), size))
+        stock = cut_by_rows(lengths, size)
         return cls(rows, max(tokens_of_rows(own, removes_padding) for own in stock), rows=size, ranks=ranks)
 
     def __str__(self) -> str:
@@ -78,11 +79,17 @@ class Limits:
         """The option and its value."""
         return f"{self.option}={self.max_tokens // self.ranks if self.rows is None else self.rows}"
 
-    def value_for(self, tokens: int) -> int:
-        """The value of the option under which a micro-batch may hold ``tokens``."""
-        if self.rows is not None:
-            return -(-tokens * self.rows // self.max_tokens)
-        return -(-tokens // self.ranks)
+    def value_for(self, tokens: int, lengths: Sequence[int] = ()) -> int:
+        """The smallest value of the option under which a micro-batch may hold ``tokens``.
+
+        Args:
+            tokens: as many as all rows have at most.
+            lengths: of the rows, in verl's order; for a limit of rows, which has to divide their number.
+        """
+        if self.rows is None:
+            return -(-tokens // self.ranks)
+        divisors = (rows for rows in range(1, len(lengths) + 1) if len(lengths) % rows == 0)
+        return next(rows for rows in divisors if max(map(sum, cut_by_rows(lengths, rows))) >= tokens)
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,11 @@ class Plan:
     micro_batches: list[list[int]]
     runs: list[tuple[int, int]]
     ends: list[set[int]]
+
+
+def cut_by_rows(lengths: Sequence[int], rows: int) -> list[Sequence[int]]:
+    """The rows of each micro-batch where verl's limit is a number of rows."""
+    return [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
 
 
 def tokens_of_rows(lengths: Sequence[int], removes_padding: bool) -> int:
@@ -126,20 +138,20 @@ def plan_on_all_ranks(
 
     Returns:
         the plan; where the rows of some rank cannot share, or those of no rank have anything in common, None: all take
-        verl's micro-batches.
+        verl's micro-batches, if each row fits into one.
 
     Raises:
         ValueError: on every rank, where a row of one of them is longer than a micro-batch may be.
     """
     left_out = int(not forward_last)
-    rank, told = None, [0, 0]
+    rank, told = None, [0, 0, 0]
     # Nothing is raised before all ranks know: those that went on would wait for this one.
     if sizes is not None and longest - left_out <= limits.max_tokens:
         rank = plan_of_rank(sizes, limits.max_tokens)
         told = next(rank)
     share = sizes is None or any(size.path for size in sizes)
     numbers = [*told, int(sizes is None), longest, int(not reuses), int(share)]
-    count, cut, refused, longest, repeats, shared = _largest(numbers, group)
+    count, cut, fewest, refused, longest, repeats, shared = _largest(numbers, group)
     needed = longest if refused else longest - left_out
     if limits.rows is None and needed > limits.max_tokens:
         raise ValueError(
@@ -147,10 +159,12 @@ def plan_on_all_ranks(
             f"{f' on each of {limits.ranks} sequence-parallel ranks' if limits.ranks > 1 else ''}. Set it to at least "
             f"{limits.value_for(needed)}, or make prompts and responses shorter"
         )
-    if refused or rank is None or not shared:
+    fits_verl = limits.rows is not None or longest <= limits.max_tokens
+    if refused or rank is None or (not shared and fits_verl):
         return None
-    reused = cut and not repeats
-    plan, runs = finish_plan(rank, [count, cut if reused else 0], lambda values: _largest(values, group))
+    reused = (cut or must_split(count, fewest)) and not repeats
+    agreed = [count, cut, fewest] if reused else [count, 0, -count]
+    plan, runs = finish_plan(rank, agreed, lambda values: _largest(values, group))
     ends = _ends_on_all_ranks(runs, len(plan), group) if reused else [set() for _ in plan]
     return Plan(plan, runs, ends)
 
@@ -189,19 +203,23 @@ def rows_together(sizes: Sequence[RowSize], limits: Limits, *, stay: bool = Fals
 
 
 def rows_within(rows: Sequence[int], lengths: Sequence[int], limits: Limits) -> list[int]:
-    """The first of ``rows`` that verl puts in one micro-batch: by tokens, two at least, with every prompt counted in every row."""
-    if limits.rows is not None:
-        return list(rows[: limits.rows])
+    """The first of ``rows`` that one micro-batch of verl's may hold, with every prompt counted in every row.
+
+    Two at least, unless verl's have one.
+    """
     totals = itertools.accumulate(lengths[row] for row in rows)
-    fitting = sum(total <= limits.max_tokens for total in totals)
-    return list(rows[: max(fitting, 2)])
+    fitting = max(sum(total <= limits.max_tokens for total in totals), 2)
+    return list(rows[: fitting if limits.rows is None else min(fitting, limits.rows)])
 
 
-def why_levels_are_repeated(sizes: Sequence[RowSize], limits: Limits) -> str | None:
-    """A line for the log where parts of a group, which reuse its prompt, repeat what their responses have in common."""
+def why_levels_are_repeated(sizes: Sequence[RowSize], limits: Limits, *, forward_last: bool = False) -> str | None:
+    """A line for the log where parts of a group, which reuse its prompt, repeat what their responses have in common.
+
+    With ``forward_last`` they repeat the last token of the prompt, too, which is not told.
+    """
     apart = together = 0
     for parts in cut_groups(sizes, limits.max_tokens):
-        reused = (len(parts) - 1) * (sizes[parts[0][0]].prompt - 1)
+        reused = (len(parts) - 1) * (sizes[parts[0][0]].prompt - 1 + forward_last)
         apart += sum(packed_tokens(sizes[row] for row in part) for part in parts) - reused
         together += packed_tokens(sizes[row] for part in parts for row in part)
     if apart == together:
@@ -229,5 +247,5 @@ def why_groups_are_cut(sizes: Sequence[RowSize], limits: Limits, *, stay: bool =
         return None
     return (
         f"{limits}: a group has up to {tokens} tokens, its prompt counted once, so it is cut and its prompt forwarded for "
-        f"each part; set {limits.value_for(tokens)} to share it whole"
+        f"each part; set {limits.value_for(tokens, [size.prompt + size.response for size in sizes])} to share it whole"
     )

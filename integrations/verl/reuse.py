@@ -59,23 +59,35 @@ def why_not_reuse_rows(data: TensorDict) -> str | None:
     lengths, prompt_lengths = row_lengths(data)
     if any(length <= prompt for length, prompt in zip(lengths, prompt_lengths, strict=True)):
         return "a row has an empty response"
+    if data["position_ids"].dim() == 3:
+        return _why_positions_differ(data, prompt_lengths)
+    return None if _count_from_0(data) else "rows have positions that do not count from 0"
+
+
+def positions_differ(data: TensorDict) -> bool:
+    """Whether rows of equal prompts number their tokens differently, so that micro-batches of them cannot be shared."""
+    return (
+        "prompts" in data and not _count_from_0(data) and _why_positions_differ(data, row_lengths(data)[1]) is not None
+    )
+
+
+def _count_from_0(data: TensorDict) -> bool:
+    """Whether each row has positions 0, 1, 2 and so on."""
     positions, offsets = data["position_ids"], data["input_ids"].offsets()
     if positions.dim() == 3:
-        return _why_positions_differ(data, prompt_lengths)
+        return False
     counted = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(offsets.diff())
-    if torch.equal(positions.values(), counted.to(positions.values())):
-        return None
-    return "rows have positions that do not count from 0"
+    return torch.equal(positions.values(), counted.to(positions.values()))
 
 
 def _why_positions_differ(data: TensorDict, prompt_lengths: Sequence[int]) -> str | None:
-    """Whether rows of equal prompts have unequal positions ``[4, L]`` there, so that parts would not be of one prompt."""
+    """Whether rows of equal prompts have unequal positions ``[L]`` or ``[4, L]`` there, so that parts would not be of one prompt."""
     ends = data["input_ids"].offsets().tolist()
     ids, positions = data["input_ids"].values().cpu(), data["position_ids"].values().cpu()
     found: dict[bytes, bytes] = {}
     for start, length in zip(ends, prompt_lengths, strict=False):
         prompt = slice(start, start + length)
-        own = positions[:, prompt].numpy().tobytes()
+        own = positions[..., prompt].numpy().tobytes()
         if found.setdefault(ids[prompt].numpy().tobytes(), own) != own:
             return "rows of equal prompts number their tokens differently"
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("verl")
@@ -91,10 +93,11 @@ def test_rows_that_are_known_to_share_nothing_are_not_laid_out(monkeypatch, case
     rows = make_rows(case)
     micro_batch = make_batch(case, rows, len(rows))
     tu.assign_non_tensor(micro_batch, use_remove_padding=case.remove_padding)
-    attributes = {"_rows_apart": apart, "_reuse": None, "_compares": compares, "_placeholders": ()}
+    attributes = {"_rows_apart": apart, "_reuse": None, "_max_tokens": None, "_compares": compares, "_placeholders": ()}
     attributes |= {"_pass": "update", "_model_type": "qwen3", "use_ulysses_sp": False}
     engine = bare_engine(gate=SharingGate(), sharing=SharingMeter(warn=False), **attributes)
     engine.gate.min_level = lambda *_: None
+    engine.gate.anatomies = [SimpleNamespace(mixers=[])]
     engine.options = type("Options", (), {"share": "prompts"})
     engine.prepare_model_inputs(micro_batch)
     assert read == ([len(rows)] if laid_out or compares else [])
@@ -105,3 +108,31 @@ def test_rows_that_are_known_to_share_nothing_are_not_laid_out(monkeypatch, case
         == counts.tokens_forwarded
         == int(torch.tensor([len(row["prompt"]) + len(row["response"]) for row in rows]).sum())
     )
+
+
+def test_rows_that_would_exceed_the_limit_as_verl_lays_them_out_are_packed(monkeypatch):
+    """A packed row leaves the last token of each row out, and all padding."""
+    monkeypatch.setattr(fsdp.FSDPEngineWithLMHead, "prepare_model_inputs", lambda self, rows: ({}, {}))
+    rows = make_rows(Case(groups=3, rows_per_group=1, prompt_tokens=60))
+    lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
+    engine = bare_engine(gate=SharingGate(), _compares=False, _reuse=None, use_ulysses_sp=False)
+    engine.gate.anatomies = [SimpleNamespace(mixers=[])]
+    for padding, tokens in ((False, sum(lengths)), (True, 3 * max(lengths))):
+        micro_batch = make_batch(Case(), rows, len(rows))
+        tu.assign_non_tensor(micro_batch, use_remove_padding=not padding)
+        engine._max_tokens = tokens
+        assert not engine._packs_all(lengths, micro_batch)
+        engine._max_tokens = tokens - 1
+        assert engine._packs_all(lengths, micro_batch)
+        engine._max_tokens = None  # verl's own micro-batches
+        assert not engine._packs_all(lengths, micro_batch)
+
+
+def test_rows_are_packed_where_verls_states_leak_from_one_row_to_the_next():
+    rows = make_rows(Case(groups=3, rows_per_group=1, prompt_tokens=60))
+    engine = bare_engine(gate=SharingGate(), _compares=False, _reuse=None, use_ulysses_sp=False, _max_tokens=None)
+    engine.gate.anatomies = [SimpleNamespace(mixers=["a gated delta net"])]
+    micro_batch = make_batch(Case(), rows, len(rows))
+    for padding, lengths, packs in ((False, [61, 62], True), (True, [61, 62], False), (False, [61], False)):
+        tu.assign_non_tensor(micro_batch, use_remove_padding=not padding)
+        assert engine._packs_all(lengths, micro_batch) == packs

@@ -100,22 +100,38 @@ def test_ranks_cut_their_groups_alike_and_know_when_others_forward_a_prompt(rows
     assert [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)] == found
 
 
-def planned_apart(rank: int, meeting: str, folder: str, rows: list) -> None:
+def planned_together(rank: int, meeting: str, folder: str, rows: list, limit: tuple) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    plan = plan_on_all_ranks(rows[rank], 20, Limits(OPTION, 26, rows=2), None)
-    Path(f"{folder}/{rank}").write_text(str(plan and plan.micro_batches))
+    longest = max(size.prompt + size.response for size in rows[rank])
+    plan = plan_on_all_ranks(rows[rank], longest, Limits(OPTION, *limit), None, reuses=True)
+    Path(f"{folder}/{rank}").write_text(str(plan and (plan.micro_batches, plan.runs)))
     dist.destroy_process_group()
 
 
+APART = [RowSize(name, 10, 3, ()) for name in "abcd"]
+
+
 @pytest.mark.parametrize(
-    ("shared", "found"),
-    [([False, False], ["None", "None"]), ([False, True], ["[[0, 1], [2, 3]]", "[[0, 1], [2, 3]]"])],
-    ids=["no rank shares", "one rank shares"],
+    ("rows", "limit", "found"),
+    [
+        ([APART, APART], (26, 2), ["None", "None"]),
+        ([APART, APART], (26,), ["None", "None"]),
+        ([APART, group(4, 10, 3)], (26, 2), ["([[0, 1], [2, 3]], [])", "([[0, 1], [2, 3]], [(0, 2)])"]),
+        ([APART, APART], (12,), ["([[0], [1], [2], [3]], [])"] * 2),
+        ([APART, group(4, 10, 3)], (12,), ["([[0], [1], [2], [3]], [])", "([[0], [1], [2], [3]], [(0, 4)])"]),
+    ],
+    ids=[
+        "no rank shares",
+        "no rank shares, dynamic",
+        "a group is split, since the other rank has more micro-batches, and reuses its prompt",
+        "rows that fit without their last tokens alone, which verl would refuse",
+        "one rank shares",
+    ],
 )
-def test_rows_of_which_no_rank_has_two_that_share_are_verls_to_plan(shared, found, tmp_path):
-    apart = [RowSize(name, 10, 3, ()) for name in "abcd"]
-    rows = [group(4, 10, 3) if shares else apart for shares in shared]
-    mp.start_processes(planned_apart, (f"{tmp_path}/meeting", str(tmp_path), rows), nprocs=2, start_method="fork")
+def test_ranks_that_share_nothing_and_their_neighbours(rows, limit, found, tmp_path):
+    mp.start_processes(
+        planned_together, (f"{tmp_path}/meeting", str(tmp_path), rows, limit), nprocs=2, start_method="fork"
+    )
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == found
 
 
@@ -126,9 +142,9 @@ def test_rows_of_which_no_rank_has_two_that_share_are_verls_to_plan(shared, foun
             Limits("o", 13, rows=1),
             group(8, 10, 3),
             "o=1, up to 13 tokens: a group has up to 33 tokens, its prompt counted once, so it is cut and its prompt forwarded for "
-            "each part; set 3 to share it whole",
+            "each part; set 4 to share it whole",  # three rows do not divide eight
         ),
-        (Limits("o", 26, rows=2), group(8, 10, 3), "set 3 to share it whole"),
+        (Limits("o", 13, rows=1), [*group(8, 10, 3), RowSize("b", 10, 3)], "set 3 to share it whole"),
         (Limits("o", 39, rows=3), group(8, 10, 3), None),
         (Limits("o", 13, rows=1), group(1, 10, 3) + group(1, 10, 3, "b"), None),
         (Limits("o", max_tokens=32), group(8, 10, 3), "o=32: a group has up to 33 tokens, its prompt counted once"),
@@ -199,4 +215,6 @@ def test_limits_are_those_that_verl_put_beside_the_rows(beside, options, limits)
 
 def test_limits_say_what_verl_calls_them_and_which_value_would_do():
     assert str(Limits("o", 80, ranks=2)) == "o=40" and Limits("o", 80, ranks=2).value_for(81) == 41
-    assert str(Limits("o", 80, rows=4)) == "o=4, up to 80 tokens" and Limits("o", 80, rows=4).value_for(81) == 5
+    assert (
+        str(Limits("o", 80, rows=4)) == "o=4, up to 80 tokens" and Limits("o", 80, rows=4).value_for(81, [20] * 16) == 8
+    )

@@ -21,7 +21,12 @@ import prefix_grouper_plugins.integrations.verl.engine as engine_module
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.config import SETTINGS
 from prefix_grouper_plugins.integrations.verl.planning import Plan
-from prefix_grouper_plugins.integrations.verl.reuse import PromptReuse, why_not_reuse, why_not_reuse_rows
+from prefix_grouper_plugins.integrations.verl.reuse import (
+    PromptReuse,
+    positions_differ,
+    why_not_reuse,
+    why_not_reuse_rows,
+)
 from prefix_grouper_plugins.sharing import SharingGate
 from tests import tiny
 from tests.integrations.verl.cases import Case, make_batch, make_rows
@@ -72,6 +77,17 @@ def test_rows_that_number_their_tokens_in_another_way_do_not_reuse_prompts():
     assert why_not_reuse_rows(make_batch(Case(), rows, len(rows))) is None
     rows[3]["positions"] = rows[3]["positions"] + 1
     assert "do not count from 0" in why_not_reuse_rows(make_batch(Case(), rows, len(rows)))
+
+
+def test_rows_of_equal_prompts_that_number_their_tokens_differently_are_noticed_before_they_are_planned():
+    """Else a micro-batch of many of them would take the ordinary path."""
+    rows = make_rows(Case())
+    assert not positions_differ(make_batch(Case(), rows, len(rows)))
+    for row in rows:
+        row["positions"] = row["positions"] + 1
+    assert not positions_differ(make_batch(Case(), rows, len(rows)))
+    rows[3]["positions"] = rows[3]["positions"] + 1
+    assert positions_differ(make_batch(Case(), rows, len(rows)))
 
 
 def test_rows_without_a_response_do_not_reuse_prompts():
