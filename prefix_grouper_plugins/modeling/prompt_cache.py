@@ -223,7 +223,7 @@ class PromptCache:
             self._runs = False
         if isinstance(model, FSDPModule):
             self._output = output if output.requires_grad else None
-        else:
+        elif not _has_inside(model, FSDPModule):
             ends = [given.edge for pair in self._layers.values() for given in pair]
             ends += [state.live for state in self._states.values()]
             _run_early(end.grad_fn for end in ends)
@@ -451,11 +451,16 @@ def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | Non
     if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, anatomy.checkpointable)):
         return "reentrant gradient checkpointing hides the prompt's graph: set use_reentrant=False"
     # Not by the anatomy: these wrappers may be younger.
-    if dist.is_initialized() and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if _has_inside(model, FullyShardedDataParallel):
         return "FSDP1 gathers parameters for one forward and its backward at a time: use FSDP2"
     if decoder(model) is transformers_model(model):
         return f"{type(transformers_model(model)).__name__} has no decoder apart from its head"
     return None
+
+
+def _has_inside(model: nn.Module, wrapper: type) -> bool:
+    """Whether a module of ``model`` is sharded by ``wrapper``; only where there are processes to shard it over."""
+    return dist.is_initialized() and any(isinstance(module, wrapper) for module in model.modules())
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:
