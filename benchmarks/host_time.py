@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import functools
+import gc
 import sys
 import time
 import traceback
@@ -157,8 +158,13 @@ def calls_of(run: Attention, layout: PrefixLayout) -> float:
 
     model()
     profile = cProfile.Profile()
-    with torch.autograd.set_multithreading_enabled(False):  # the profiler sees its own thread
-        profile.runcall(model)
+    gc.collect()
+    gc.disable()  # what it calls for what has died is no part of a layer
+    try:
+        with torch.autograd.set_multithreading_enabled(False):  # the profiler sees its own thread
+            profile.runcall(model)
+    finally:
+        gc.enable()
     return sum(entry.callcount for entry in profile.getstats()) / LAYERS
 
 
