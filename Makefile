@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # verl and a recent TRL cannot live in one environment.
 VERL_VENV := .venvs/verl
 VERL_BIN := $(VERL_VENV)/bin
-# Tests run in as many processes as there are cores, so each of them keeps to one thread.
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# Tests run in as many processes as there are cores, so each of them keeps to one thread. `nproc` would take that for the cores.
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 TEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_VERL := $(ENVIRONMENT) $(VERL_BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/integrations/verl tests/examples
