@@ -98,15 +98,14 @@ def reused(model: nn.Module, prompts: Tensor, completions: Tensor, rows: int) ->
     row = RowTokens.of("the prompt", prompt, response)
     micro_batches = [[row] * len(part) for part in range_parts(group, rows)]
     cache = PromptCache()
-    again = recomputable_layers(Anatomy(model))  # none under gradient checkpointing
-    cost = cost_of_forward("cpu") if again else None
+    cost = None if model.is_gradient_checkpointing else cost_of_forward("cpu")  # type: ignore[attr-defined]
     for forward in plan_forwards(micro_batches, Most(rows * (prompt + response)), group, cost_of_forward=cost):
         first, end = (number * rows for number in (forward.micro_batches.start, forward.micro_batches.stop))
         (batch,) = _batches(prompts[first:end], completions[first:end], end - first)
         if forward.shared:
             if first == 0:
-                recompute = again if forward.recomputed else ()
-                cache.run(model, PrefixLayout.from_rows([prompts[0]]), prompts[0, :-1], recompute=recompute)
+                again = recomputable_layers(Anatomy(model)) if forward.recomputed else ()
+                cache.run(model, PrefixLayout.from_rows([prompts[0]]), prompts[0, :-1], recompute=again)
             batch = batch.behind_prompt()
             cache.prepare(batch.layout, last=end >= group)
         _backward(model, batch)

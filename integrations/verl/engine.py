@@ -372,7 +372,9 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
     def _plan(self, data: TensorDict, dp_group: Any, why_not_reuse: str | None) -> Plan | None:
         """The micro-batches, as many on every data-parallel rank; None where some rank cannot share."""
         limits = self._limits(data)
-        sizes = None if self._why_not_share(data) or positions_differ(data) else self._sizes(data)
+        may_differ = why_not_reuse is not None  # rows that reuse prompts have been looked at
+        shares = self._why_not_share(data) is None and not (may_differ and positions_differ(data))
+        sizes = self._sizes(data) if shares else None
         longest, reuses = int(data["input_ids"].offsets().diff().max()), why_not_reuse is None
         self._rows_apart = sizes is not None and not any(size.path for size in sizes)
         plan = plan_on_all_ranks(sizes, longest, limits, dp_group, reuses=reuses, forward_last=self._forward_last)
