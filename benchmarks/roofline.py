@@ -67,9 +67,10 @@ def passes_before(tokens: int, reached: int, shared: int) -> int:
 
 
 def passes_seconds(forest: Forest, forward: Levels, backward: Levels) -> float:
-    """Of the passes beside the flash kernels where these levels are copied."""
+    """Of the passes beside the flash kernels where these levels are copied. Copies that both need are saved in between."""
     heads = HEADS, KV_HEADS
-    moved = traffic(forest, forward).forward(*heads) + traffic(forest, backward).backward(*heads)
+    moved = traffic(forest, forward).forward(*heads)
+    moved += traffic(forest, backward).backward(*heads, saved=forward == backward)
     return moved * HEAD_DIM / BANDWIDTH
 
 

@@ -5,8 +5,9 @@ looks at operators (torch.compile, selective checkpointing, fake tensors, a FLOP
 asked in the forward and again in the backward. A mode of functions (a default device) gets the operators too, in which it
 changes nothing.
 
-It saves what the operator saves, in the same order: a layer that is checkpointed under a mode of functions may run again
-without it, since torch takes such modes off for `Tensor.backward`, and so may one whose operators are counted in one pass only.
+Where hooks look at what is saved, it saves what the operator saves, in the same order: a layer that is checkpointed under a mode
+of functions may run again without it, since torch takes such modes off for `Tensor.backward`, and so may one whose operators
+are counted in one pass only. Where none do, copies of keys and values that the backward needs too are saved in their place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prefix_grouper_plugins.attention import op
+from prefix_grouper_plugins.attention.backends import merged_lse
 from prefix_grouper_plugins.attention.request import Options
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -73,6 +75,9 @@ class SharedPrefixAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.call, (segments, *ctx.arguments) = call
         with torch._C._AutoDispatchBelowAutograd():
+            ctx.copies = _copies_to_save(ctx, query, key)
+            if ctx.copies is not None:
+                key, value = ctx.copies.of(key), ctx.copies.of(value)
             out, lse = op.forward(ctx.call, query, key, value, sinks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, out, lse, segments, sinks)
@@ -85,9 +90,23 @@ class SharedPrefixAttention(torch.autograd.Function):
         query, key, value, out, lse, segments, sinks = ctx.saved_tensors  # hooks may return others than were saved
         tensors = (grad_out, query, key, value, out, lse)
         if torch.is_grad_enabled() or is_traced(*tensors, sinks) or is_in_function_mode():
+            if ctx.copies is not None:
+                tensors = (grad_out, query, ctx.copies.undo(key), ctx.copies.undo(value), out, lse)
             num_given, *options = ctx.arguments  # the operator refuses a second derivative
             dq, dk, dv, dsinks = op.attention_backward_op(*tensors, segments, num_given, sinks, *options)
             return dq, dk, dv, None if sinks is None else dsinks, None
         with torch._C._AutoDispatchBelowAutograd():
             grads = op.backward(ctx.call, *tensors, sinks)
         return *grads, None
+
+
+def _copies_to_save(ctx: Any, query: Tensor, key: Tensor) -> merged_lse.Copies | None:
+    """The copies of keys and values to save instead of them, or None.
+
+    None too where the query needs no gradient: by the saved query a derivative of the backward is refused.
+    """
+    if ctx.call.backend != "merged_lse" or not ctx.needs_input_grad[0]:
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    return merged_lse.copies_for_both(query, key, ctx.call.forest)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.merged_lse import cpu, cuda
+from prefix_grouper_plugins.attention.backends.merged_lse.gathered import Copies
 from prefix_grouper_plugins.attention.device import why_not_flash
 from prefix_grouper_plugins.attention.request import Options, Request
 from prefix_grouper_plugins.forest import Forest
@@ -62,11 +63,17 @@ def _padded(head_dim: int, *tensors: Tensor) -> Iterator[Tensor]:
         yield x if x.size(-1) == head_dim else F.pad(x, (0, head_dim - x.size(-1)))
 
 
+def copies_for_both(query: Tensor, key: Tensor, forest: Forest) -> Copies | None:
+    """What a forward and its backward may be given in place of keys and values: copies that both of them make. None if they do not."""
+    return (cpu if query.is_cpu else cuda).copies_for_both(query, key, forest)
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, forest: Forest, options: Options) -> tuple[Tensor, Tensor]:
     """Attention output and log-sum-exp.
 
     Args:
-        query, key, value: ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``, ``Q = forest.num_queries``.
+        query, key, value: ``[Q, H, D]``, ``[T, H_kv, D]``, ``[T, H_kv, D_v]``, ``Q = forest.num_queries``; or the copies of
+            key and value that `copies_for_both` gives.
         forest: of the layout.
         options: of the layer, without window and softcap; see `why_not`.
 
@@ -91,7 +98,7 @@ def backward(
     forest: Forest,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in float32, float64 or the query's dtype.
+    """Gradients of query, key and value, not of their copies, in float32, float64 or the query's dtype.
 
     Args:
         grad_out, out: ``[Q, H, D_v]``; ``out`` merged, in the query's dtype.

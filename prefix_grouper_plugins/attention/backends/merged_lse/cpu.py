@@ -57,6 +57,10 @@ class _Plan(NamedTuple):
         return len(self.triangles) == 1 and self.triangles[0].start == 0 and not self.rectangles
 
 
+def copies_for_both(q: Tensor, k: Tensor, forest: Forest) -> None:
+    """No keys are copied here; see `cuda.copies_for_both`."""
+
+
 @lru_cache(maxsize=CACHED_LAYOUTS)
 def plan(forest: Forest, longest: int) -> _Plan:
     """Triangles of at most ``longest`` tokens (at least 2), and the rectangles left of and below them."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from prefix_grouper_plugins.attention.backends.merged_lse.gathered import (
     NONE,
+    Copies,
     Levels,
     copied_backward,
     copied_forward,
@@ -86,10 +87,19 @@ def unread_states(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.empty(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
+def copies_for_both(q: Tensor, k: Tensor, forest: Forest) -> Copies | None:
+    """The copies that forward and backward both make of keys and values; None where they make none, or not the same."""
+    heads = q.shape[1], k.shape[1]
+    copied = copied_forward(forest, *heads)
+    if not copied or copied != copied_backward(forest, *heads):
+        return None
+    return copies_of(forest, copied, q.device, stream_of(q.device))
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
-    """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward`."""
+    """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward`; k and v as they are, or what `copies_for_both` makes of them."""
     copied, where = copied_forward(forest, q.shape[1], k.shape[1]), (q.device, stream_of(q.device))
-    if copied:
+    if copied and k.shape[0] == forest.num_tokens:  # copies are always more
         copies = copies_of(forest, copied, *where)
         k, v = copies.of(k), copies.of(v)
     return varlen_forward(flash_ops()[0], q, k, v, varlen_calls(forest, *where, copied), scale)
@@ -98,13 +108,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tu
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, forest: Forest, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, see `varlen_backward`."""
+    """Gradients of q, k and v, see `varlen_backward`; k and v as they are, or their copies, gradients of the former."""
     copied, where = copied_backward(forest, q.shape[1], k.shape[1]), (q.device, stream_of(q.device))
     calls, op = varlen_calls(forest, *where, copied), flash_ops()[1]
     if not copied:
         return varlen_backward(op, do, q, k, v, out, lse, calls, scale)
     copies = copies_of(forest, copied, *where)
-    dq, dk, dv = varlen_backward(op, do, q, copies.of(k), copies.of(v), out, lse, calls, scale)
+    if k.shape[0] == forest.num_tokens:
+        k, v = copies.of(k), copies.of(v)
+    dq, dk, dv = varlen_backward(op, do, q, k, v, out, lse, calls, scale)
     return dq, copies.sum(dk), copies.sum(dv)
 
 

@@ -49,6 +49,10 @@ class Copies(NamedTuple):
         """``[C, ...]``, the copies of keys or values ``x [T, ...]``."""
         return x.index_select(0, self.key_of)
 
+    def undo(self, copies: Tensor) -> Tensor:
+        """``[T, ...]``, the keys or values that ``copies [C, ...]`` were made of; zero for those without any, which no query sees."""
+        return copies.new_zeros((len(self.first) - 1, *copies.shape[1:])).index_copy_(0, self.key_of.long(), copies)
+
     def sum(self, grad: Tensor) -> Tensor:
         """``[T, ...]``, the gradient of keys or values from that of their copies, ``grad [C, ...]``, in its dtype."""
         return sum_copies(grad, self.key_of, self.places, self.first)
@@ -88,8 +92,8 @@ class Traffic(NamedTuple):
         merged = heads * (10 * self.reached if self.levels < 2 else 14 * self.reached + 12 * self.queries)
         return merged + self._gathering(kv_heads)
 
-    def backward(self, heads: int, kv_heads: int) -> int:
-        """The same, of a backward.
+    def backward(self, heads: int, kv_heads: int, saved: bool = False) -> int:
+        """The same, of a backward; ``saved`` where the forward has saved the copies that it takes.
 
         Per reached query and head: the level's call reads dO and O for delta (4), clears and converts the float32 dq (10), and dq
         is added (6). Per shared key: dk and dv of each query head, where heads are grouped, are written and read again
@@ -107,10 +111,10 @@ class Traffic(NamedTuple):
         if not self.gathered:
             return merged
         sums = kv_heads * (4 * self.copied + 4 * self.gathered + 4 * self.tokens)
-        return merged + self._gathering(kv_heads) + per_head * self.copied + sums
+        return merged + self._gathering(kv_heads, saved) + per_head * self.copied + sums
 
-    def _gathering(self, kv_heads: int) -> int:
-        return kv_heads * (8 * self.gathered + 4 * self.copied)
+    def _gathering(self, kv_heads: int, saved: bool = False) -> int:
+        return kv_heads * (4 * self.copied if saved else 8 * self.gathered + 4 * self.copied)
 
 
 def traffic(forest: Forest, copied: Levels = NONE) -> Traffic:
