@@ -87,12 +87,14 @@ def count(layout: PrefixLayout) -> tuple[Counter[str], Counter[str], int]:
         cuda.forward(q, k, v, forest, 0.1)  # makes the tables, once for all layers
         kernels.counts.clear()
         lengths.clear()
+        copies = cuda.copies_for_both(q, k, forest)
         with forward:
-            out, lse = cuda.forward(q, k, v, forest, 0.1)
+            keys, values = (k, v) if copies is None else copies.of(k, v)  # saved for the backward, see `eager`
+            out, lse = cuda.forward(q, keys, values, forest, 0.1)
             out = out.to(q.dtype)
         kernels = backward
         with backward:
-            for grad, x in zip(cuda.backward(q, q, k, v, out, lse, forest, 0.1), (q, k, v), strict=True):
+            for grad, x in zip(cuda.backward(q, q, keys, values, out, lse, forest, 0.1), (q, k, v), strict=True):
                 grad.to(x.dtype)
     for kernel_counts in (forward.counts, backward.counts):
         for name in ("aten.empty_like", "aten.split"):

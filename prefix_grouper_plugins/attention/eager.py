@@ -77,7 +77,7 @@ class SharedPrefixAttention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             ctx.copies = _copies_to_save(ctx, query, key)
             if ctx.copies is not None:
-                key, value = ctx.copies.of(key), ctx.copies.of(value)
+                key, value = ctx.copies.of(key, value)
             out, lse = op.forward(ctx.call, query, key, value, sinks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, out, lse, segments, sinks)

@@ -31,6 +31,7 @@ from prefix_grouper_plugins.attention.backends.merged_lse.gathered import (
     Levels,
     copied_backward,
     copied_forward,
+    copied_in_both,
     copies_of,
 )
 from prefix_grouper_plugins.attention.backends.merged_lse.merge import add, merge
@@ -89,11 +90,8 @@ def unread_states(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def copies_for_both(q: Tensor, k: Tensor, forest: Forest) -> Copies | None:
     """The copies that forward and backward both make of keys and values; None where they make none, or not the same."""
-    heads = q.shape[1], k.shape[1]
-    copied = copied_forward(forest, *heads)
-    if not copied or copied != copied_backward(forest, *heads):
-        return None
-    return copies_of(forest, copied, q.device, stream_of(q.device))
+    copied = copied_in_both(forest, q.shape[1], k.shape[1])
+    return copies_of(forest, copied, q.device, stream_of(q.device)) if copied else None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
@@ -101,7 +99,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tu
     copied, where = copied_forward(forest, q.shape[1], k.shape[1]), (q.device, stream_of(q.device))
     if copied and k.shape[0] == forest.num_tokens:  # copies are always more
         copies = copies_of(forest, copied, *where)
-        k, v = copies.of(k), copies.of(v)
+        k, v = copies.of(k, v)
     return varlen_forward(flash_ops()[0], q, k, v, varlen_calls(forest, *where, copied), scale)
 
 
@@ -115,7 +113,7 @@ def backward(
         return varlen_backward(op, do, q, k, v, out, lse, calls, scale)
     copies = copies_of(forest, copied, *where)
     if k.shape[0] == forest.num_tokens:
-        k, v = copies.of(k), copies.of(v)
+        k, v = copies.of(k, v)
     dq, dk, dv = varlen_backward(op, do, q, k, v, out, lse, calls, scale)
     return dq, copies.sum(dk), copies.sum(dv)
 

@@ -45,9 +45,9 @@ class Copies(NamedTuple):
     places: Tensor
     first: Tensor
 
-    def of(self, x: Tensor) -> Tensor:
-        """``[C, ...]``, the copies of keys or values ``x [T, ...]``."""
-        return x.index_select(0, self.key_of)
+    def of(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``[C, ...]`` each, the copies of keys and values, ``[T, ...]``."""
+        return key.index_select(0, self.key_of), value.index_select(0, self.key_of)
 
     def undo(self, copies: Tensor) -> Tensor:
         """``[T, ...]``, the keys or values that ``copies [C, ...]`` were made of; zero for those without any, which no query sees."""
@@ -147,6 +147,13 @@ def copied_forward(forest: Forest, heads: int, kv_heads: int) -> Levels:
 def copied_backward(forest: Forest, heads: int, kv_heads: int) -> Levels:
     """The same of a backward. Gradients of copies are made for each query head, so there are at most as many copies as keys."""
     return _cheapest(forest, lambda counts: counts.backward(heads, kv_heads), forest.num_tokens)
+
+
+@lru_cache(maxsize=2 * CACHED_LAYOUTS)
+def copied_in_both(forest: Forest, heads: int, kv_heads: int) -> Levels:
+    """The levels that forward and backward copy; none where they do not copy the same ones."""
+    copied = copied_forward(forest, heads, kv_heads)
+    return copied if copied == copied_backward(forest, heads, kv_heads) else NONE
 
 
 def _cheapest(forest: Forest, cost: Callable[[Traffic], int], most: int) -> Levels:
