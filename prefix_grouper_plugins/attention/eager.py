@@ -5,9 +5,10 @@ looks at operators (torch.compile, selective checkpointing, fake tensors, a FLOP
 asked in the forward and again in the backward. A mode of functions (a default device) gets the operators too, in which it
 changes nothing.
 
-Where hooks look at what is saved, it saves what the operator saves, in the same order: a layer that is checkpointed under a mode
-of functions may run again without it, since torch takes such modes off for `Tensor.backward`, and so may one whose operators
-are counted in one pass only. Where none do, copies of keys and values that the backward needs too are saved in their place.
+Where hooks are there for all that is saved, it saves what the operator saves, in the same order: a layer that is checkpointed
+under a mode of functions may run again without it, since torch takes such modes off for `Tensor.backward`, and so may one
+whose operators are counted in one pass only. Where none are, copies of keys and values that the backward needs too are saved in
+their place.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class SharedPrefixAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.call, (segments, *ctx.arguments) = call
         with torch._C._AutoDispatchBelowAutograd():
-            ctx.copies = _copies_to_save(ctx, query, key)
+            ctx.copies = _copies_to_save(ctx.call, query, key)
             if ctx.copies is not None:
                 key, value = ctx.copies.of(key, value)
             out, lse = op.forward(ctx.call, query, key, value, sinks)
@@ -100,13 +101,10 @@ class SharedPrefixAttention(torch.autograd.Function):
         return *grads, None
 
 
-def _copies_to_save(ctx: Any, query: Tensor, key: Tensor) -> merged_lse.Copies | None:
-    """The copies of keys and values to save instead of them, or None.
-
-    None too where the query needs no gradient: by the saved query a derivative of the backward is refused.
-    """
-    if ctx.call.backend != "merged_lse" or not ctx.needs_input_grad[0]:
+def _copies_to_save(call: op.Call, query: Tensor, key: Tensor) -> merged_lse.Copies | None:
+    """The copies of keys and values to save instead of them, or None."""
+    if call.backend != "merged_lse" or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return None
-    return merged_lse.copies_for_both(query, key, ctx.call.forest)
+    if query.is_cuda:
+        op.refuse_capture(query.device)  # before tables go to the device
+    return merged_lse.copies_for_both(query, key, call.forest)

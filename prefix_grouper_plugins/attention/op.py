@@ -115,7 +115,7 @@ def forward(call: Call, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor
         RuntimeError: the current stream is recording a CUDA graph.
     """
     if query.is_cuda:
-        _refuse_capture(query.device)
+        refuse_capture(query.device)
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # it would narrow the matrix products
         with torch.autocast(kind, enabled=False):
@@ -143,7 +143,7 @@ def backward(
         RuntimeError: the current stream is recording a CUDA graph.
     """
     if query.is_cuda:
-        _refuse_capture(query.device)
+        refuse_capture(query.device)
     kind, tensors = query.device.type, (grad_out, query, key, value, out, lse)
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
@@ -157,7 +157,7 @@ def backward(
     return dq, dk, dv, dsinks.to(sinks.dtype)
 
 
-def _refuse_capture(device: torch.device) -> None:
+def refuse_capture(device: torch.device) -> None:
     """
     Raises:
         RuntimeError: the current stream is recording a CUDA graph.

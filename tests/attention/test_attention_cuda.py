@@ -237,8 +237,9 @@ def test_cuda_graphs_of_torch_compile_follow_the_layout_of_each_batch() -> None:
         assert_all_close([x.clone() for x in actual], [out, 2 * dq, *grads], 3e-2)
 
 
-def test_a_capture_by_hand_is_refused() -> None:
-    layout = LAYOUTS["group"]()
+@pytest.mark.parametrize("prompt", [500, 20], ids=["merged", "copied"])
+def test_a_capture_by_hand_is_refused(prompt: int) -> None:
+    layout = PrefixLayout.from_groups([prompt], [[130] * 5])
     tensors = on_device(inputs(layout, PLAIN), torch.bfloat16)
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="captured into a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +25,7 @@ from tests.attention.forests import (
     emulated_flash_backward,
     emulated_flash_forward,
     inputs,
+    layouts,
     output_and_gradients,
 )
 
@@ -29,8 +33,13 @@ GROUPS = PrefixLayout.from_groups([5, 4], [[30, 25, 28], [31, 19]])
 LAYOUTS = {
     "groups": GROUPS,
     "a given prompt": PrefixLayout.from_groups([5], [[30, 25, 28]]).given(4),
+    "given keys that no query sees": PrefixLayout.from_rows(  # copies are as many as keys
+        [torch.tensor([*range(6), *range(first, first + more)]) for first, more in ((100, 5), (200, 30), (300, 30))],
+        [0, 0, 0],
+    ).given(10),
     "merged in the backward": PrefixLayout.from_groups([23], [[30] * 8]),
 }
+DONE = {"merged in the backward": ["of"], "given keys that no query sees": ["of", "of", "sum", "sum"]}
 FEATURES = {
     "heads alike": Features(heads=4, kv_heads=2),
     "head dims that differ, sinks": Features(heads=4, kv_heads=2, head_dim=8, value_dim=6, sinks=True),
@@ -69,8 +78,7 @@ def test_copies_are_made_once_and_give_the_dense_gradients(name: str, features: 
     layout = LAYOUTS[name]
     tensors = tensors_of(layout, features)
     actual = output_and_gradients(lambda *x: attend(layout, features, *x), tensors)
-    sums = [] if name == "merged in the backward" else ["sum", "sum"]
-    assert copied == ["of", *sums]
+    assert copied == DONE.get(name, ["of", "sum", "sum"])
     dense = output_and_gradients(
         lambda q, k, v, *sinks: shared_prefix_attention(
             q, k, v, layout, sinks=sinks[0] if sinks else None, **features.options(), backend="dense"
@@ -78,6 +86,19 @@ def test_copies_are_made_once_and_give_the_dense_gradients(name: str, features: 
         tensors,
     )
     assert_all_close(actual, dense)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=layouts(), data=st.data())
+def test_any_forest_gives_the_dense_gradients(layout: PrefixLayout, data: st.DataObject) -> None:
+    layout = copy.copy(layout)
+    layout.num_given = data.draw(st.sampled_from([0, *layout.segments[:-1, 1].tolist()]))
+    tensors = [x.detach().requires_grad_() for x in inputs(layout, Features(heads=4, kv_heads=2))]
+    tensors[0] = tensors[0].detach()[layout.num_given :].requires_grad_()
+    actual = output_and_gradients(lambda *x: shared_prefix_attention(*x[:3], layout), tensors)
+    assert_all_close(
+        actual, output_and_gradients(lambda *x: shared_prefix_attention(*x[:3], layout, backend="dense"), tensors)
+    )
 
 
 def test_hooks_that_see_what_is_saved_get_the_keys_as_they_are(copied: list[str]) -> None:

@@ -323,4 +323,4 @@ def test_no_cuda_graph_repeats_the_layout_of_another_batch(op: Any, monkeypatch:
     tensors = inputs(LAYOUT, PLAIN)
     torch.autograd.grad(attend(*tensors, LAYOUT, PLAIN).sum(), tensors)  # what is on the CPU is in no capture
     with pytest.raises(RuntimeError, match="leave packed forwards and backwards out of CUDA graphs"):
-        ops._refuse_capture(torch.device("cuda"))
+        ops.refuse_capture(torch.device("cuda"))

@@ -97,7 +97,7 @@ def copies_for_both(q: Tensor, k: Tensor, forest: Forest) -> Copies | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float) -> tuple[Tensor, Tensor]:
     """``out [Q, H, D]`` and ``lse [H, Q]``, see `varlen_forward`; k and v as they are, or what `copies_for_both` makes of them."""
     copied, where = copied_forward(forest, q.shape[1], k.shape[1]), (q.device, stream_of(q.device))
-    if copied and k.shape[0] == forest.num_tokens:  # copies are always more
+    if copied and k.shape[0] == forest.num_tokens:  # else copies, see `copied_in_both`
         copies = copies_of(forest, copied, *where)
         k, v = copies.of(k, v)
     return varlen_forward(flash_ops()[0], q, k, v, varlen_calls(forest, *where, copied), scale)

@@ -151,9 +151,15 @@ def copied_backward(forest: Forest, heads: int, kv_heads: int) -> Levels:
 
 @lru_cache(maxsize=2 * CACHED_LAYOUTS)
 def copied_in_both(forest: Forest, heads: int, kv_heads: int) -> Levels:
-    """The levels that forward and backward copy; none where they do not copy the same ones."""
+    """The levels that forward and backward copy; none where they do not copy the same ones.
+
+    None, too, where the keys with their copies are not more than the keys, as where no query sees some of them: by their
+    number the two are told apart.
+    """
     copied = copied_forward(forest, heads, kv_heads)
-    return copied if copied == copied_backward(forest, heads, kv_heads) else NONE
+    if copied != copied_backward(forest, heads, kv_heads) or traffic(forest, copied).copied <= 0:
+        return NONE
+    return copied
 
 
 def _cheapest(forest: Forest, cost: Callable[[Traffic], int], most: int) -> Levels:
