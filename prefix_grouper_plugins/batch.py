@@ -181,8 +181,10 @@ def blocks_on_host(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tens
 def _check_batch(
     prompts: Tensor, prompt_mask: Tensor, completions: Tensor, completion_mask: Tensor, keys: Sequence[Hashable] | None
 ) -> None:
-    _check_block("prompt", prompts, prompt_mask, padded_left=True)
-    _check_block("completion", completions, completion_mask, padded_left=False)
+    _check_block("prompt", prompts, prompt_mask)
+    _check_block("completion", completions, completion_mask)
+    if (found := _not_padded(prompt_mask, completion_mask)) is not None:
+        raise ValueError("{}_mask of row {} has padding other than on the {}".format(*found))
     for name, given in (("completion_ids", completions), ("keys", prompts if keys is None else keys)):
         if len(given) != len(prompts):
             raise ValueError(f"{name} has {len(given)} rows and prompt_ids {len(prompts)}: give one for each prompt")
@@ -191,16 +193,27 @@ def _check_batch(
         raise ValueError(f"the prompt of row {int(empty[0])} is empty: it needs at least one token")
 
 
-def _check_block(name: str, ids: Tensor, mask: Tensor, *, padded_left: bool) -> None:
+def why_not_padded(on_host: Blocks) -> str | None:
+    """Why rows, see `blocks_on_host`, cannot be packed, as far as their masks say."""
+    found = _not_padded(on_host[1], on_host[3])
+    return None if found is None else f"{found[0]}_mask has padding other than on the {found[2]}"
+
+
+def _not_padded(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[str, int, str] | None:
+    """The block and the row that are not padded on the side where they should be, and that side; None if all are."""
+    for name, side, mask in (("prompt", "left", prompt_mask), ("completion", "right", completion_mask)):
+        steps = mask.int().diff(dim=1)
+        wrong = (steps < 0 if side == "left" else steps > 0).any(1)
+        if wrong.any():
+            return name, int(wrong.nonzero()[0]), side
+    return None
+
+
+def _check_block(name: str, ids: Tensor, mask: Tensor) -> None:
     if ids.dim() != 2 or ids.shape != mask.shape:
         raise ValueError(
             f"{name}_ids has shape {tuple(ids.shape)} and {name}_mask {tuple(mask.shape)}: both must be [rows, tokens]"
         )
-    steps = mask.int().diff(dim=1)
-    wrong = (steps < 0 if padded_left else steps > 0).any(1)
-    if wrong.any():
-        side = "left" if padded_left else "right"
-        raise ValueError(f"{name}_mask of row {int(wrong.nonzero()[0])} has padding other than on the {side}")
 
 
 def prompt_group(key: Hashable, prompt: Tensor) -> Hashable:

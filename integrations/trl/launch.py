@@ -71,7 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     """
     with errors_in_one_line():
         target, arguments, wanted = _prepare(sys.argv[1:] if argv is None else argv)
-    _run(target, arguments)
+    try:
+        _run(target, arguments)
+    except SystemExit as end:  # sys.exit(main())
+        if wanted and not end.code:
+            _warn_if_unused()
+        raise
     if wanted:
         _warn_if_unused()
 
@@ -97,6 +102,8 @@ def _prepare(argv: list[str]) -> tuple[str, list[str], bool]:
         _check(switch, in_environment[switch], switch.upper())
     given = {**in_yaml, **in_environment, **options}
     wanted = bool(given) and _is_yes(given.get(switch, True))
+    if not given and (unused := next((name for name in map(str.upper, TRL_OPTIONS) if name in os.environ), None)):
+        logger.warning("prefix grouper: %s is set, and sharing is off: add --%s", unused, switch)
     if wanted or in_yaml:  # TRL's parser would not know our keys in the YAML file, even where they say "off"
         # The script's own parser never sees our options; its config reads them from the environment, where they win
         # over YAML as a command line should.

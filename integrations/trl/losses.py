@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 import trl
@@ -37,8 +38,15 @@ _PARTS_OF_THE_LOSS = (
 _STEPS_IN_BACKWARD = {"lomo", "adalomo"}
 _MACHINERY = ("torch.distributed.", "accelerate.", "deepspeed.")  # whose hooks reduce gradients over processes
 _HOMES = {_GRPO, _RLOO, _GMPO, "transformers.trainer"}
+
+
+def _roots_of(*packages: Any) -> tuple[str, ...]:
+    return tuple(os.path.join(os.path.dirname(str(package.__file__)), "") for package in packages)
+
+
 # Methods of TRL are wrapped in decorators of its own, of torch and of transformers.
-_ROOTS = tuple(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (trl, torch, transformers))
+_ROOTS = _roots_of(trl, torch, transformers)
+_OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
 def why_rows_depend(settings: Any) -> str | None:
@@ -64,13 +72,13 @@ def why_rows_stay(trainer: Any) -> str | None:
     if getattr(trainer, "aux_loss_enabled", False):
         return "the router loss is made of means over a micro-batch"
     if trainer.loss_is_sum_over_rows:
-        return None
-    if (owner := _owner_of_the_loss(trainer)) is not None:
+        return _why_promise_is_older(trainer)
+    if (owner := owner_of_the_loss(trainer)) is not None:
         return (
             f"{owner} is not TRL's own and may compute something from the whole micro-batch; set "
             "loss_is_sum_over_rows = True on the class if it does not"
         )
-    if (reason := _why_gradients_depend(trainer.model)) is not None:
+    if (reason := _why_gradients_depend(trainer.model) or _why_steps_are_seen(trainer)) is not None:
         return reason
     home = next(_home(function) for _, function in _definitions(trainer, "_compute_loss"))
     if home == _RLOO:
@@ -80,7 +88,7 @@ def why_rows_stay(trainer: Any) -> str | None:
 
 def what_padding_changes(trainer: Any) -> str | None:
     """What code that is not TRL's own may not read; None for TRL's, and where TRL has none of padding either."""
-    if MASKS_PADDING or (owner := _owner_of_the_loss(trainer)) is None:
+    if MASKS_PADDING or (owner := owner_of_the_loss(trainer)) is None:
         return None
     return (
         f"{owner} is not TRL's own. Log-probs and entropies of padding are 0 with sharing, and in this release of TRL those of the "
@@ -88,8 +96,38 @@ def what_padding_changes(trainer: Any) -> str | None:
     )
 
 
-def _owner_of_the_loss(trainer: Any) -> str | None:
-    """See :func:`own_code`."""
+def _why_promise_is_older(trainer: Any) -> str | None:
+    """Why ``loss_is_sum_over_rows`` does not answer for the loss: a class below the one that sets it has code of its own."""
+    if "loss_is_sum_over_rows" in vars(trainer):
+        return None
+    mro = type(trainer).__mro__
+    promising = next(place for place, cls in enumerate(mro) if "loss_is_sum_over_rows" in vars(cls))
+    for cls in mro[:promising]:
+        for name in _PARTS_OF_THE_LOSS:
+            if name in vars(cls) and _home(vars(cls)[name]) not in _HOMES and not _is_ours(vars(cls)[name]):
+                return (
+                    f"{cls.__name__}.{name} may compute something from the whole micro-batch, and loss_is_sum_over_rows = True stands "
+                    f"on {mro[promising].__name__}, which does not know it; set it on {cls.__name__} too if it does not"
+                )
+    return None
+
+
+def _why_steps_are_seen(trainer: Any) -> str | None:
+    """The user's own code that runs between micro-batches, where gradients, settings and rows may be read or changed."""
+    promise = (
+        "set loss_is_sum_over_rows = True on the trainer's class if it changes none of gradients, settings and rows"
+    )
+    for callback in getattr(getattr(trainer, "callback_handler", None), "callbacks", ()):
+        if not _is_of_libraries(callback.on_substep_end):
+            return f"{type(callback).__name__}.on_substep_end runs between micro-batches; {promise}"
+    accelerator = getattr(trainer, "accelerator", None)
+    if accelerator is not None and not _is_of_libraries(accelerator.backward):
+        return f"{type(accelerator).__name__}.backward is not Accelerate's own, and gets the loss of each micro-batch; {promise}"
+    return None
+
+
+def owner_of_the_loss(trainer: Any) -> str | None:
+    """Who computes the loss, if it is not TRL, see :func:`own_code`."""
     return next(filter(None, (own_code(trainer, name) for name in _PARTS_OF_THE_LOSS)), None)
 
 
@@ -141,22 +179,34 @@ def _why_entropy_depends(settings: Any) -> str | None:
 
 
 def _definitions(trainer: Any, name: str, behind: type | None = None) -> Iterator[tuple[str, Any]]:
-    """Where ``name`` is defined, in the order in which Python finds it: on the object, and in its classes but ours."""
+    """Where ``name`` is defined, in the order in which Python finds it: on the object, and in its classes, but not by us.
+
+    Our classes count too: a script that sets a method on ``GRPOTrainer`` sets it on ours where the launcher has put it there.
+    """
     if behind is None and name in vars(trainer):
         yield f"{type(trainer).__name__} object", vars(trainer)[name]
     mro = type(trainer).__mro__
     for cls in mro if behind is None else mro[mro.index(behind) + 1 :]:
-        ours = cls.__module__.startswith("prefix_grouper_plugins.")
-        if name in vars(cls) and not ours:
+        if name in vars(cls) and not _is_ours(vars(cls)[name]):
             yield cls.__name__, vars(cls)[name]
 
 
-def _home(function: Any) -> str | None:
-    """The module that a method was written in, if it and all that decorates it are code of TRL and its libraries."""
+def _is_ours(function: Any) -> bool:
+    home = _home(function, (*_ROOTS, _OURS))
+    return home is not None and home.startswith("prefix_grouper_plugins.")
+
+
+def _is_of_libraries(function: Any) -> bool:
+    """Whether ``function``, and all that decorates it, is code of TRL, its libraries, Accelerate or ours."""
+    return _home(function, (*_ROOTS, _OURS, *_roots_of(accelerate))) is not None
+
+
+def _home(function: Any, roots: tuple[str, ...] = _ROOTS) -> str | None:
+    """The module that a method was written in, if it and all that decorates it are code in ``roots``, of TRL and its libraries."""
     function = getattr(function, "__func__", function)
     while True:
         code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(_ROOTS):
+        if code is None or not code.co_filename.startswith(roots):
             return None
         inner: Callable[..., Any] | None = getattr(function, "__wrapped__", None)
         if inner is None:

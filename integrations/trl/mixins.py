@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -31,6 +32,25 @@ def must_come_before_trainers(mixin: type, cls: type) -> None:
             f"{trainer.__name__} comes before {mixin.__name__} in {cls.__name__}, so its methods would run and "
             f"nothing would be shared: write class {cls.__name__}({mixin.__name__}, {trainer.__name__})"
         )
+
+
+def show_signature(mixin: type, cls: type) -> None:
+    """Let ``inspect.signature`` of ``cls``, and of its ``__init__``, tell what the trainer behind ``mixin`` takes.
+
+    Scripts ask it which release of TRL they meet.
+    """
+    own = next(vars(c)["__init__"] for c in cls.__mro__ if c is not mixin and "__init__" in vars(c))
+    signature = inspect.signature(own)
+    _, *parameters = signature.parameters.values()
+    cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    if "__init__" in vars(cls) or not cls.__module__.startswith("prefix_grouper_plugins."):
+        return
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(cls, self).__init__(*args, **kwargs)  # type: ignore[arg-type,misc]
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    cls.__init__ = __init__  # type: ignore[misc]
 
 
 def is_reference(model: Any) -> bool:

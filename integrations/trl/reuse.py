@@ -26,7 +26,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from prefix_grouper_plugins.batch import Blocks, blocks_on_host
+from prefix_grouper_plugins.batch import Blocks, blocks_on_host, why_not_padded
 from prefix_grouper_plugins.integrations.trl.forward import (
     HAS_FUSED_HEAD,
     PackedForward,
@@ -39,16 +39,16 @@ from prefix_grouper_plugins.integrations.trl.forward import (
 )
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_join
 from prefix_grouper_plugins.integrations.trl.last_forward import row_besides, shows_images, unseen
-from prefix_grouper_plugins.integrations.trl.losses import why_rows_stay
+from prefix_grouper_plugins.integrations.trl.losses import owner_of_the_loss, why_rows_stay
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
 from prefix_grouper_plugins.integrations.trl.row_tokens import tokens_of_rows, tokens_of_unknown, with_levels
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import is_multimodal, transformers_model
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.model_state import ModelState
-from prefix_grouper_plugins.modeling.prompt_cache import why_not_reuse
 from prefix_grouper_plugins.modeling.prompt_reuse import OpenPrompts
 from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
+from prefix_grouper_plugins.modeling.reuse_conditions import why_not_reuse
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
 from prefix_grouper_plugins.token_budget import (
     Most,
@@ -192,11 +192,12 @@ class PromptReuse:
         """Read the rows of a generation batch from the device, all at once, and count their tokens."""
         self._micro_batches, self._tokens = micro_batches, []
         given = list(map(given_of, micro_batches))
-        if (reason := why_not_join(self._trainer.model, given)) is not None:
-            self._trainer.gate.warn(f"micro-batches share nothing with each other: {reason}")
-            return
         sizes = [len(batch["prompt_ids"]) for batch in micro_batches]
         on_host = blocks_on_host(*joined_blocks(list(map(_blocks_of, micro_batches))))
+        reason = why_not_join(self._trainer.model, given) or why_not_padded(on_host)
+        if reason is not None:
+            self._trainer.gate.warn(f"micro-batches share nothing with each other: {reason}")
+            return
         self._on_host = list(zip(*(block.split(sizes) for block in on_host), strict=True))
         self._images = list(map(RowsOfImages, given, sizes))
         self._tokens = self._tokens_of(self._trainer.model, on_host, self._images)
@@ -277,7 +278,7 @@ class PromptReuse:
         Raises:
             RuntimeError: a micro-batch has failed, or was left out, so that :meth:`leave` was not called for it.
         """
-        if self.is_open:
+        if self._ahead is not None or self._prompts.is_unfinished:
             raise RuntimeError(
                 "a forward that micro-batches share has not got its gradient, since one of them has failed or was not scored: "
                 f"set {_REMEDY}"
@@ -393,8 +394,11 @@ class PromptReuse:
         return next((anatomy for anatomy in self._trainer.gate.anatomies if anatomy.base is base), None)
 
     def _layers_to_recompute(self, model: Any) -> list[nn.Module]:
-        """Layers that may run again in the backward of a prompt; asked once in an optimizer step."""
-        if not torch.is_grad_enabled():
+        """Layers that may run again in the backward of a prompt; asked once in an optimizer step.
+
+        A loss of the user's own may run them within settings that are over by then.
+        """
+        if not torch.is_grad_enabled() or owner_of_the_loss(self._trainer) is not None:
             return []
         if self._recomputable is None:
             anatomy = self._anatomy(model)

@@ -17,7 +17,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
-from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
+from prefix_grouper_plugins.integrations.trl.mixins import (
+    SHARDED,
+    is_reference,
+    must_come_before_trainers,
+    option,
+    show_signature,
+)
 from prefix_grouper_plugins.metrics import REF_LOG_PROB, UPDATE
 from prefix_grouper_plugins.row_sharing import RowSharing
 from prefix_grouper_plugins.sharing import SharingGate
@@ -58,6 +64,7 @@ class ShareRowsMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         must_come_before_trainers(ShareRowsMixin, cls)
+        show_signature(ShareRowsMixin, cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

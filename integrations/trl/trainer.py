@@ -20,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
+from prefix_grouper_plugins.batch import why_not_padded
 from prefix_grouper_plugins.integrations.trl.checkpoints import check_checkpoint
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows, Scores, ScoringCall
 from prefix_grouper_plugins.integrations.trl.generation import SharedGeneration
@@ -33,7 +34,13 @@ from prefix_grouper_plugins.integrations.trl.losses import (
     who_stands_in_front,
     why_rows_stay,
 )
-from prefix_grouper_plugins.integrations.trl.mixins import SHARDED, is_reference, must_come_before_trainers, option
+from prefix_grouper_plugins.integrations.trl.mixins import (
+    SHARDED,
+    is_reference,
+    must_come_before_trainers,
+    option,
+    show_signature,
+)
 from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, Regrouped, regroup, regrouped_window
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from prefix_grouper_plugins.integrations.trl.sharded_reuse import ShardedReuse, is_fsdp2
@@ -41,7 +48,7 @@ from prefix_grouper_plugins.integrations.trl.verify import Verification
 from prefix_grouper_plugins.integrations.trl.watch import SharingWatch
 from prefix_grouper_plugins.integrations.trl.windows import StepWindows, windows
 from prefix_grouper_plugins.metrics import OLD_LOG_PROB, REF_LOG_PROB, UPDATE, Counts
-from prefix_grouper_plugins.modeling import row_limit, transformers_model, without_prefix_grouper
+from prefix_grouper_plugins.modeling import row_limit, transformers_model, why_not_enabled, without_prefix_grouper
 from prefix_grouper_plugins.sharing import SharingGate
 
 
@@ -82,6 +89,7 @@ class PrefixGrouperMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         must_come_before_trainers(PrefixGrouperMixin, cls)
+        show_signature(PrefixGrouperMixin, cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -425,7 +433,9 @@ class PrefixGrouperMixin:
             with self.accelerator.autocast():  # which is a part of what was checked
                 alone = self.accelerator.distributed_type not in SHARDED
                 self.gate.check_changes(model, self.accelerator.device, alone=alone)
-        reason = self._why_not_share(call)
+        rows, reason = call.rows, self._why_not_share(call)
+        if reason is None:  # masks of the user's own, or fewer tokens scored than the completions have
+            reason = why_not_padded(rows.on_host)
         if self._shares and self.gate.needs_first_batch(model):
             self._compare_first_batch(call, shares=reason is None)
             reason = reason or self.gate.reason
@@ -436,7 +446,7 @@ class PrefixGrouperMixin:
                 self.sharing.count_fallback(reason, lengths, during=self._pass(model))
             return call.run(super()._get_per_token_logps_and_entropies)  # type: ignore[misc]
         scores = []
-        chunks = list(call.rows.chunks(call.batch_size))
+        chunks = list(rows.chunks(call.batch_size))
         for chunk, found in zip(chunks, self._reused(call, chunks), strict=True):
             score, counts = self._score_apart(call, chunk) if found is None else found
             for count in counts:
@@ -529,6 +539,8 @@ class PrefixGrouperMixin:
             return "use_prefix_grouper is off"
         if self.gate.reason is not None:
             return self.gate.reason
+        if (reason := why_not_enabled(transformers_model(call.model))) is not None:  # a teacher, say
+            return reason
         reason = self.why_not_columns(call.model, call.input_ids.shape[1])
         return why_not_share_images(call.model, call.given) if reason is None else reason
 

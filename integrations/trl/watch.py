@@ -65,9 +65,11 @@ class SharingWatch(TrainerCallback):
         trainer, counts = self._trainer, self._of_step
         self._of_step = SharingCounts()
         trainer.step_windows.end_step()
+        counts += trainer.sharing.take()  # of micro-batches whose training_step is not ours
         if not counts.update.forwards:
             trainer.sharing.count_fallback(trainer.gate.reason or self._why_update_is_not_shared())
-        update = self._log("train", counts + trainer.sharing.take())
+            counts += trainer.sharing.take()
+        update = self._log("train", counts)
         if not self._seen_update and (remark := self._what_is_not_shared(update)) and not trainer.limits():
             trainer.gate.warn(remark)
         self._seen_update = True

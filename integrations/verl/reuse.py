@@ -22,7 +22,7 @@ from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.integrations.verl.vision.model_patches import has_verls_forward
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.metrics import Counts
-from prefix_grouper_plugins.modeling import is_multimodal, prompt_cache, transformers_model
+from prefix_grouper_plugins.modeling import is_multimodal, reuse_conditions, transformers_model
 from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.prompt_reuse import MatchedForwards, OpenPrompts
 
@@ -49,7 +49,7 @@ def why_not_reuse(engine: Any, loss_function: Any, *, gradients: bool) -> str | 
     if is_multimodal(config) and not has_verls_forward(engine.module):
         return f"verl does not run the vision tower of {config.model_type} where a micro-batch has no images"
     with torch.set_grad_enabled(gradients):
-        return prompt_cache.why_not_reuse(engine.module, engine.gate.anatomies[0])
+        return reuse_conditions.why_not_reuse(engine.module, engine.gate.anatomies[0])
 
 
 def why_not_reuse_rows(data: TensorDict) -> str | None:

@@ -5,6 +5,7 @@ from prefix_grouper_plugins.modeling.attention import base_implementation
 from prefix_grouper_plugins.modeling.enable import (
     disable_prefix_grouper,
     is_enabled,
+    why_not_enabled,
     without_prefix_grouper,
 )
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
@@ -37,6 +38,7 @@ __all__ = [
     "row_limit",
     "row_positions",
     "transformers_model",
+    "why_not_enabled",
     "without_prefix_grouper",
     "without_router_loss",
 ]

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefix_grouper_plugins.attention.registry import check_backend_name
-from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
+from prefix_grouper_plugins.modeling.anatomy import Anatomy, decoder_of, transformers_model
 from prefix_grouper_plugins.modeling.attention import WINDOW_OF_MASK, base_implementation, is_ours, register
 from prefix_grouper_plugins.modeling.carrier import (
     LAYOUT_KWARG,
@@ -151,6 +151,14 @@ def _check_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 def is_enabled(model: nn.Module) -> bool:
     """Whether :func:`~prefix_grouper_plugins.enable_prefix_grouper` is in force on ``model``."""
     return has_layers_enabled(Anatomy(model))
+
+
+def why_not_enabled(base: PreTrainedModel) -> str | None:
+    """Why packed rows of ``base`` are no rows: nobody has enabled it. Looks at hooks alone, since it is asked for each forward."""
+    models = (base, decoder_of(base))
+    if any(model is not None and _without_cache in model._forward_pre_hooks.values() for model in models):
+        return None
+    return f"{type(base).__name__} would read the packed row as one text: call enable_prefix_grouper(model) first"
 
 
 def has_layers_enabled(anatomy: Anatomy) -> bool:

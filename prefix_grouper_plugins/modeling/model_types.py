@@ -43,6 +43,7 @@ class ModelType:
             has no image.
         compared_in_verl: its images were compared with verl's own engine.
         plain_tower: its vision tower returns features without those of deeper layers, which verl's forward stumbles over.
+        attention_runs_twice: a module of attention runs twice in one forward, on different keys.
     """
 
     verified: bool = False
@@ -63,6 +64,7 @@ class ModelType:
     verls_forward: bool = False
     compared_in_verl: bool = False
     plain_tower: bool = False
+    attention_runs_twice: bool = False
 
 
 MODEL_TYPES: dict[str, ModelType] = {}
@@ -181,6 +183,7 @@ _note("gemma4_unified", images_both_ways_in="all layers")
 _note("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe", verls_forward=True, compared_in_verl=True)
 _note("llava llava_next llava_onevision gemma3 internvl smolvlm idefics3", compared_in_verl=True)
 _note("qwen2_vl qwen2_5_vl", plain_tower=True)
+_note("diffllama dory hrm_text", attention_runs_twice=True)
 
 
 def _doge_reasons(config: Any) -> list[str]:

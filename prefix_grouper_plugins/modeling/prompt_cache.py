@@ -36,13 +36,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from prefix_grouper_plugins.layout import PrefixLayout
-from prefix_grouper_plugins.modeling.anatomy import Anatomy, transformers_model
+from prefix_grouper_plugins.modeling.anatomy import transformers_model
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
 from prefix_grouper_plugins.modeling.inputs import packed_inputs
-from prefix_grouper_plugins.modeling.mixers.table import why_on_rows
 from prefix_grouper_plugins.modeling.recomputation import recomputed
 
 
@@ -103,11 +102,13 @@ class _Concatenate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, edge: Tensor | None, new: Tensor, given: _Given, sent: Callable[[], None]) -> Tensor:
-        ctx.given, ctx.is_last, ctx.sent = given, edge is not None, sent
+        ctx.given, ctx.is_last, ctx.sent, ctx.has_run = given, edge is not None, sent, False
         return given.in_front_of(new)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        _check_once(ctx.has_run)
+        ctx.has_run = True
         given: _Given = ctx.given
         count = len(given.edge)
         given.add(gradient[:count])
@@ -115,6 +116,20 @@ class _Concatenate(torch.autograd.Function):
             return None, gradient[count:], None, None
         ctx.sent()
         return given.send(gradient.dtype), gradient[count:], None, None
+
+
+def _check_once(has_run: bool) -> None:
+    """
+    Raises:
+        RuntimeError: a second backward goes through a part. The prompt would get the part's gradient twice, be it that the second
+            one is the other half of a loss, or that the first one was there to be looked at.
+    """
+    if has_run:
+        raise RuntimeError(
+            "a second backward goes through responses that share the forward of their prompt with other micro-batches, which "
+            "would count them twice: run one backward for each micro-batch, or set prefix_grouper_regroup='none' in TRL, "
+            "prefix_grouper.regroup=none in verl"
+        )
 
 
 class _State:
@@ -136,8 +151,15 @@ class _State:
         """The state, for a part: its gradient is kept here, or sent on at the last part."""
         if is_last:
             return _SendOn.apply(self.live, self, sent)  # type: ignore[no-any-return]
-        leaf = self.live.detach().requires_grad_()
-        leaf.register_hook(self.add)
+        leaf, has_run = self.live.detach().requires_grad_(), False
+
+        def add(gradient: Tensor) -> None:
+            nonlocal has_run
+            _check_once(has_run)
+            has_run = True
+            self.add(gradient)
+
+        leaf.register_hook(add)
         return leaf
 
 
@@ -146,11 +168,13 @@ class _SendOn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, live: Tensor, state: _State, sent: Callable[[], None]) -> Tensor:
-        ctx.state, ctx.sent = state, sent
+        ctx.state, ctx.sent, ctx.has_run = state, sent, False
         return live.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        _check_once(ctx.has_run)
+        ctx.has_run = True
         state: _State = ctx.state
         state.add(gradient)
         total, state.gradient = state.gradient, None
@@ -203,7 +227,7 @@ class PromptCache:
         The prompt's images go through the vision tower here, and their gradients back through it with the last part.
 
         Args:
-            model: as for :func:`why_not_reuse`, which has no objection.
+            model: as for :func:`.why_not_reuse`, which has no objection.
             layout: one row of ``P`` tokens, of which ``P - 1`` are forwarded.
             input_ids, position_ids: ``LongTensor[P - 1]``, see :func:`packed_inputs`.
             images: the prompt's image tensors and token kinds, as the model takes them.
@@ -223,7 +247,7 @@ class PromptCache:
             self._runs = False
         if isinstance(model, FSDPModule):
             self._output = output if output.requires_grad else None
-        elif not _has_inside(model, FSDPModule):
+        elif not has_inside(model, FSDPModule):
             ends = [given.edge for pair in self._layers.values() for given in pair]
             ends += [state.live for state in self._states.values()]
             _run_early(end.grad_fn for end in ends)
@@ -379,7 +403,10 @@ class PromptCache:
         return _Concatenate.apply(given.edge if self._is_last else None, new, given, sent)  # type: ignore[no-any-return]
 
 
-_TWICE = "{} runs twice in one forward, so its prompt is not reused"
+_TWICE = (
+    "{} runs twice in one forward, so that the keys of its prompt cannot be told apart: forward whole groups at once, and set "
+    "prefix_grouper_regroup='none' in TRL, prefix_grouper.regroup=none in verl"
+)
 
 
 def _check_graph(module: nn.Module, live: Tensor) -> None:
@@ -434,37 +461,6 @@ def decoder(model: nn.Module) -> Any:
     return transformers_model(model).base_model
 
 
-def why_not_reuse(model: nn.Module, anatomy: Anatomy | None = None) -> str | None:
-    """Why the prompts of ``model``, which takes packed rows, cannot be reused across forwards; None if they can.
-
-    Args:
-        model: the model, bare or wrapped.
-        anatomy: its parts, where the caller knows them already: finding them walks the whole module tree.
-    """
-    anatomy = Anatomy(model) if anatomy is None else anatomy
-    for _, mixer in anatomy.mixers:
-        if (reason := why_on_rows(mixer)) is not None:
-            return (
-                f"{type(mixer).__name__} mixes tokens past the attention interface and does not start from a given state: "
-                f"{reason}"
-            )
-    if torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, anatomy.checkpointable)):
-        return "reentrant gradient checkpointing hides the prompt's graph: set use_reentrant=False"
-    # Not by the anatomy: these wrappers may be younger.
-    if _has_inside(model, FullyShardedDataParallel):
-        return "FSDP1 gathers parameters for one forward and its backward at a time: use FSDP2"
-    if decoder(model) is transformers_model(model):
-        return f"{type(transformers_model(model)).__name__} has no decoder apart from its head"
-    return None
-
-
-def _has_inside(model: nn.Module, wrapper: type) -> bool:
+def has_inside(model: nn.Module, wrapper: type) -> bool:
     """Whether a module of ``model`` is sharded by ``wrapper``; only where there are processes to shard it over."""
     return dist.is_initialized() and any(isinstance(module, wrapper) for module in model.modules())
-
-
-def _checkpoints_reentrantly(module: nn.Module) -> bool:
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    if not getattr(module, "gradient_checkpointing", False) or function is None:
-        return False
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))

@@ -31,6 +31,11 @@ class OpenPrompts:
         """Those that later micro-batches hold, by their keys."""
         return self._open
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether some prompt has not got its gradient: it is open, or the backward of its last micro-batch has not come."""
+        return bool(self._open) or any(not cache.is_closed for cache in self._closing)
+
     def expect(self, keys: Iterable[Hashable]) -> None:
         """Say what comes after the micro-batch that is about to run.
 

@@ -34,17 +34,17 @@ def recomputable_layers(anatomy: Anatomy) -> list[GradientCheckpointingLayer]:
     found: dict[int, GradientCheckpointingLayer] = {}
     layers = {name: module for name, module in anatomy.modules if isinstance(module, GradientCheckpointingLayer)}
     for name, _ in (*anatomy.attention_layers, *anatomy.mixers):
-        around = _nearest(name, layers)
+        around = _outermost(name, layers)
         if around is None or not around.training or "forward" in vars(around):
             return []
         found[id(around)] = around
     return list(found.values())
 
 
-def _nearest(name: str, layers: dict[str, GradientCheckpointingLayer]) -> GradientCheckpointingLayer | None:
-    """The one of ``layers`` that holds the module ``name``."""
+def _outermost(name: str, layers: dict[str, GradientCheckpointingLayer]) -> GradientCheckpointingLayer | None:
+    """The one of ``layers`` that holds the module ``name``: of a layer inside another (Zamba2) the other, which runs it again too."""
     parts = name.split(".")
-    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    names = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
     return next((layers[own] for own in names if own in layers), None)
 
 

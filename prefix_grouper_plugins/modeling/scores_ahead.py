@@ -21,11 +21,17 @@ class _LastOfAll(torch.autograd.Function):
     def forward(
         ctx: Any, scores: Tensor, own: slice, leaves: Sequence[tuple[slice, Tensor]], reached: Callable[[], None]
     ) -> Tensor:
-        ctx.shape, ctx.own, ctx.leaves, ctx.reached = scores.shape, own, leaves, reached
+        ctx.shape, ctx.own, ctx.leaves, ctx.reached, ctx.has_run = scores.shape, own, leaves, reached, False
         return scores[own].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if ctx.has_run:
+            raise RuntimeError(
+                "a second backward goes through rows that were forwarded with those of other micro-batches, which would count those "
+                "twice: run one backward for each micro-batch, or set prefix_grouper_regroup='none'"
+            )
+        ctx.has_run = True
         total = gradient.new_zeros(ctx.shape)
         total[ctx.own] = gradient
         for rows, leaf in ctx.leaves:

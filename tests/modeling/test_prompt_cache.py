@@ -13,8 +13,9 @@ from prefix_grouper_plugins.batch import GroupedBatch
 from prefix_grouper_plugins.modeling import packed_inputs
 from prefix_grouper_plugins.modeling.anatomy import Anatomy
 from prefix_grouper_plugins.modeling.errors import UnsupportedModelError
-from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.recomputation import recomputable_layers
+from prefix_grouper_plugins.modeling.reuse_conditions import why_not_reuse
 from tests import tiny
 from tests.modeling import families
 
@@ -144,7 +145,7 @@ def test_gradients_in_float64_equal_those_of_single_rows(model_type, changes, la
 @pytest.mark.parametrize(
     "model_type",
     "gemma2 gemma3_text gemma3n_text gemma4_text gpt_oss qwen3_moe deepseek_v3 gpt2 "
-    "qwen3_next falcon_h1 mamba2 lfm2 olmo_hybrid".split(),
+    "qwen3_next falcon_h1 mamba2 lfm2 olmo_hybrid zamba2".split(),
 )
 def test_other_kinds_of_layers_equal_single_rows(model_type, recomputes):
     model = families.build(model_type)
@@ -246,3 +247,22 @@ def test_a_cache_is_open_until_the_last_part_has_run_backward():
         assert not cache.is_closed
         loss.backward()
         assert cache.is_closed == last
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mamba2"], ids=["keys", "states"])
+@pytest.mark.parametrize("part", [0, 1], ids=["a part", "the last part"])
+def test_a_second_backward_through_a_part_is_an_error(model_type, part):
+    """The sums of the prompt would hold the part twice, whether the first backward was a look or half of a loss."""
+    model = enable_prefix_grouper(families.build(model_type).train(), self_check=False)
+    cache = PromptCache()
+    cache.run(model, PrefixLayout.from_rows([ROWS[0][:PROMPT]]), ROWS[0][: PROMPT - 1])
+    for number, rows in enumerate((ROWS[:2], ROWS[2:])):
+        batch = batch_of(rows).behind_prompt()
+        cache.prepare(batch.layout, last=number == 1)
+        loss = model(**packed_inputs(batch.layout, batch.input_ids)).logits.square().mean()
+        if number == part:
+            (loss / 2).backward(retain_graph=True)
+            with pytest.raises(RuntimeError, match="a second backward goes through responses that share the forward"):
+                (loss / 2).backward()
+            return
+        loss.backward()

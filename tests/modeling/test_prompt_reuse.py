@@ -14,8 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefix_grouper_plugins import PrefixLayout, enable_prefix_grouper
 from prefix_grouper_plugins.modeling import packed_inputs
-from prefix_grouper_plugins.modeling.prompt_cache import PromptCache, why_not_reuse
+from prefix_grouper_plugins.modeling.prompt_cache import PromptCache
 from prefix_grouper_plugins.modeling.prompt_reuse import MatchedForwards, OpenPrompts, matched_ends
+from prefix_grouper_plugins.modeling.reuse_conditions import why_not_reuse
 from tests import tiny
 from tests.modeling import families
 

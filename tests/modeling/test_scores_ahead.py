@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from prefix_grouper_plugins.modeling.scores_ahead import ScoresAhead
@@ -58,3 +59,15 @@ def test_without_gradients_there_is_nothing_to_hand_on():
     ahead = ScoresAhead(torch.ones(6, 4), None, SIZES)
     assert ahead.is_closed
     assert [len(ahead.take()[0]) for _ in SIZES] == list(SIZES)
+
+
+def test_a_second_backward_of_the_last_micro_batch_is_an_error():
+    """It would add the gradients of the others once more."""
+    _, logps = scores()
+    ahead = ScoresAhead(logps, None, SIZES)
+    for _ in SIZES[1:]:
+        loss_of(ahead.take()[0]).backward()
+    loss = loss_of(ahead.take()[0])
+    (loss / 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run one backward for each micro-batch"):
+        (loss / 2).backward()

@@ -258,10 +258,12 @@ def stops(path: str) -> None:
         train_sharded(path, shared=True, trainer_class=ScoresLess, **settings)
     with sharding():
         trainer = make_trainer(path, shared=True, **FSDP2, **settings)
+        trainer.loss_is_sum_over_rows = True  # an `on_substep_end` keeps rows apart otherwise
         trainer.add_callback(Changes())
         with pytest.raises(RuntimeError, match=r"the weight .*up_proj.weight has changed: make such changes between"):
             trainer.train()
         trainer = make_trainer(path, shared=True, **FSDP2, **settings)
+        trainer.loss_is_sum_over_rows = True  # an `on_substep_end` keeps rows apart otherwise
         trainer.add_callback(Interrupts())
         with pytest.raises(KeyboardInterrupt):
             trainer.train()

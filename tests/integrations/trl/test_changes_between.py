@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 import prefix_grouper_plugins.integrations.trl.reuse as reuse_module
 from prefix_grouper_plugins import UnsupportedModelError
-from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOTrainer, PrefixGrouperMixin
 from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse
 from tests import tiny
 from tests.integrations.trl.training import (
@@ -47,28 +48,33 @@ def one_kind_of_head(monkeypatch):
     monkeypatch.setattr(reuse_module, "HAS_FUSED_HEAD", True)  # else few rows go ahead
 
 
-class Changes(TrainerCallback):
-    """Changes the model once: after the first micro-batch of a step, or after the first step."""
+class ChangesAfterAStep(TrainerCallback):
+    """Changes the model once."""
 
-    def __init__(self, change, after):
-        self.change, self.after = change, after
+    def __init__(self, change):
+        self.change = change
 
-    def _change(self, model, after):
-        if self.after == after:
-            self.after = None
-            self.change(model)
+    def _change(self, args, state, control, model=None, **kwargs):
+        if self.change is not None:
+            self.change, change = None, self.change
+            change(model)
 
-    def on_substep_end(self, args, state, control, model=None, **kwargs):
-        self._change(model, "micro-batch")
+    on_step_end = _change
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._change(model, "step")
+
+class ChangesAfterAMicroBatch(ChangesAfterAStep):
+    on_step_end = TrainerCallback.on_step_end
+    on_substep_end = ChangesAfterAStep._change
 
 
 def train_with(path, change, after="micro-batch", **options):
     """Trained weights, and the trainer."""
     trainer = make_trainer(path, **{"max_steps": 2, **options})
-    trainer.add_callback(Changes(change, after))
+    if after == "step":
+        trainer.add_callback(ChangesAfterAStep(change))
+    else:
+        trainer.loss_is_sum_over_rows = True  # such a callback keeps rows apart otherwise
+        trainer.add_callback(ChangesAfterAMicroBatch(change))
     torch.manual_seed(5)
     trainer.train()
     return trained_weights(trainer), trainer
@@ -213,6 +219,51 @@ def test_no_optimizer_step_follows_where_a_failed_micro_batch_takes_the_gradient
     assert largest_difference(before, trained_weights(trainer)) == 0
 
 
+class FailsAfterScoring(Fails):
+    loss_is_sum_over_rows = True
+
+    def _compute_loss(self, model, inputs):
+        loss = PrefixGrouperGRPOTrainer._compute_loss(self, model, inputs)
+        if self._step == 3:
+            raise torch.OutOfMemoryError
+        return loss
+
+
+def test_no_optimizer_step_follows_where_the_last_micro_batch_of_a_prompt_fails_after_it_was_scored(path):
+    settings = {**OPEN_PROMPT, "max_steps": 1, "gradient_checkpointing": True}
+    trainer = make_trainer(path, shared=True, trainer_class=FailsAfterScoring, **settings)
+    with pytest.raises(
+        RuntimeError, match=r"one of them has failed or was not scored: set prefix_grouper_regroup='none'"
+    ):
+        trainer.train()
+
+
+class SetsSomething(GRPOTrainer):
+    """A loss within a setting of the model that is over when its backward comes."""
+
+    loss_is_sum_over_rows = True
+
+    def _compute_loss(self, model, inputs):
+        norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
+        own = norms[0].variance_epsilon
+        for norm in norms:
+            norm.variance_epsilon = 0.5
+        loss = super()._compute_loss(model, inputs)
+        for norm in norms:
+            norm.variance_epsilon = own
+        return loss
+
+
+def test_layers_do_not_run_again_outside_of_a_loss_of_the_users_own(path):
+    settings = {**OPEN_PROMPT, "max_steps": 1, "gradient_checkpointing": False}
+    settings["train_dataset"] = tiny.prompts(16, shortest=30, longest=30)
+    stock, _ = train(path, shared=False, trainer_class=SetsSomething, **settings)
+    shared = type("Shared", (PrefixGrouperMixin, SetsSomething), {"loss_is_sum_over_rows": True})
+    found, trainer = train(path, shared=True, trainer_class=shared, **settings)
+    assert largest_difference(stock, found) <= 1e-12
+    assert logged(trainer, "prefix_grouper/rows_per_group") == [4]
+
+
 @pytest.mark.parametrize(("name", "value"), [("gradient_accumulation_steps", 1), ("loss_type", "bnpo")])
 def test_settings_that_change_within_a_generation_batch_do_not_move_rows_to_another_step(path, name, value):
     """They go back to where TRL has put them."""
@@ -223,7 +274,7 @@ def test_settings_that_change_within_a_generation_batch_do_not_move_rows_to_anot
         def change(model, trainer=trainer):
             setattr(trainer.args if name == "gradient_accumulation_steps" else trainer, name, value)
 
-        trainer.add_callback(Changes(change, "step"))
+        trainer.add_callback(ChangesAfterAStep(change))
         torch.manual_seed(5)
         trainer.train()
         weights.append(trained_weights(trainer))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from prefix_grouper_plugins import UnsupportedModelError
@@ -30,6 +31,7 @@ from tests.integrations.trl.training import (
     make_trainer,
     skip_before,
     train,
+    trained_weights,
     use_float64_head,
 )
 
@@ -227,6 +229,100 @@ def test_a_method_of_trl_that_is_patched_or_wrapped_is_not_trls_any_more(monkeyp
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", wrapped)
     assert own_code(trainer, "_compute_loss") == "GRPOTrainer._compute_loss"
     assert trainer._window() == 1
+
+
+def centered(own):
+    """TRL's ``_prepare_inputs``, with advantages of the micro-batch."""
+
+    def prepare(self, generation_batch):
+        inputs = own(self, generation_batch)
+        return {**inputs, "advantages": inputs["advantages"] - inputs["advantages"].mean()}
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", ["_compute_loss", "_prepare_inputs"])
+def test_a_method_that_a_script_sets_on_grpo_trainer_keeps_rows_where_the_launcher_has_put_our_class(
+    monkeypatch, caplog, qwen, name
+):
+    """There `trl.GRPOTrainer` is our class, and so has the method what is no code of ours."""
+    use_float64_head(monkeypatch)
+    found = {}
+    for cls, is_shared in ((GRPOTrainer, False), (PrefixGrouperGRPOTrainer, True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, name, token_mean if name == "_compute_loss" else centered(cls._prepare_inputs))
+            found[is_shared], trainer = train(qwen, shared=is_shared, **SCATTERED)
+            assert not is_shared or own_code(trainer, name) == f"PrefixGrouperGRPOTrainer.{name}"
+    assert largest_difference(*found.values()) <= 1e-9
+    assert f"PrefixGrouperGRPOTrainer.{name} is not TRL's own" in caplog.text
+
+
+class Declared(PrefixGrouperGRPOTrainer):
+    loss_is_sum_over_rows = True
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs)
+
+
+class Below(Declared):
+    _compute_loss = token_mean
+
+
+class BelowAndDeclared(Below):
+    loss_is_sum_over_rows = True
+
+
+class BelowWithoutLoss(Declared):
+    def log(self, *args, **kwargs):
+        return super().log(*args, **kwargs)
+
+
+def test_a_declaration_does_not_answer_for_the_loss_of_a_class_below(qwen):
+    def why(cls):
+        return why_rows_stay(make_trainer(qwen, shared=True, trainer_class=cls, **SCATTERED))
+
+    assert why(Declared) is None and why(BelowAndDeclared) is None and why(BelowWithoutLoss) is None
+    assert "Below._compute_loss may compute something" in why(Below) and "stands on Declared" in why(Below)
+    trainer = make_trainer(qwen, shared=True, trainer_class=Below, **SCATTERED)
+    trainer.loss_is_sum_over_rows = True  # of this one, whatever its classes
+    assert why_rows_stay(trainer) is None
+
+
+class Clips(TrainerCallback):
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def clips_in_backward(trainer):
+    backward = trainer.accelerator.backward
+
+    def run(loss, **kwargs):
+        backward(loss, **kwargs)
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 0.1)
+
+    trainer.accelerator.backward = run
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda trainer: trainer.add_callback(Clips()), "Clips.on_substep_end runs between micro-batches"),
+        (clips_in_backward, "Accelerator.backward is not Accelerate's own"),
+    ],
+    ids=["callback", "backward"],
+)
+def test_code_that_gets_the_gradients_of_each_micro_batch_keeps_rows(monkeypatch, qwen, change, why):
+    use_float64_head(monkeypatch)
+    found = {}
+    for is_shared in (False, True):
+        trainer = make_trainer(qwen, shared=is_shared, **SCATTERED)
+        change(trainer)
+        torch.manual_seed(5)
+        trainer.train()
+        found[is_shared] = trained_weights(trainer)
+    assert largest_difference(*found.values()) <= 1e-9 and why in why_rows_stay(trainer)
+    trainer.loss_is_sum_over_rows = True
+    assert why_rows_stay(trainer) is None
 
 
 def test_scoring_of_ones_own_behind_the_mixin_is_not_passed_over_in_silence(qwen):

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from trl.trainer import utils as trl_utils
 
-from prefix_grouper_plugins import UnsupportedModelError
-from prefix_grouper_plugins.integrations.trl import PrefixGrouperGRPOConfig, PrefixGrouperGRPOTrainer
+from prefix_grouper_plugins import UnsupportedModelError, enable_prefix_grouper
+from prefix_grouper_plugins.integrations.trl import (
+    PrefixGrouperGRPOConfig,
+    PrefixGrouperGRPOTrainer,
+    PrefixGrouperMixin,
+    PrefixGrouperRLOOTrainer,
+)
 from prefix_grouper_plugins.integrations.trl import trainer as trainer_module
 from prefix_grouper_plugins.integrations.trl.forward import ScoringCall
 from prefix_grouper_plugins.modeling import is_enabled
 from tests import tiny
-from tests.integrations.trl.training import largest_difference, logged, make_trainer, reward, train, use_float64_head
+from tests.integrations.trl.training import (
+    largest_difference,
+    logged,
+    make_trainer,
+    reward,
+    train,
+    trained_weights,
+    use_float64_head,
+)
+from tests.modeling import families
 
 GROUPED = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 2}
 
@@ -171,7 +187,7 @@ def test_modules_are_walked_for_that_limit_once_for_each_model(monkeypatch, llam
     asked = []
     monkeypatch.setattr(trainer_module, "row_limit", lambda model: asked.append(model))
     trainer = make_trainer(llama, shared=True, **GROUPED)
-    ids, other = torch.randint(3, 20, (8, 8)), tiny.model()
+    ids, other = torch.randint(3, 20, (8, 8)), enable_prefix_grouper(tiny.model(), self_check=False)
     with torch.no_grad():
         for _ in range(3):
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
@@ -214,6 +230,118 @@ def test_a_micro_batch_without_completions_forwards_one_token_and_counts_no_fall
     logps[:2].sum().backward()
     gradients = [parameter.grad for parameter in trainer.model.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients), "every parameter is reached"
+
+
+class Teacher(GRPOTrainer):
+    """Scores its rows with a model of its own, which nobody has enabled."""
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        scored = inputs["completion_mask"]
+        with torch.no_grad():
+            theirs = self._get_per_token_logps_and_entropies(self.teacher, ids, mask, scored.shape[1])[0]
+        ours = self._get_per_token_logps_and_entropies(model, ids, mask, scored.shape[1])[0]
+        return ((ours - theirs).square() * scored).sum() / 20
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mamba2"])
+def test_a_model_that_nobody_has_enabled_takes_the_stock_path(caplog, monkeypatch, llama, model_type):
+    """Recurrent layers would read the packed row as one text, and attention would stop somewhere inside of itself."""
+    use_float64_head(monkeypatch)
+    found = {}
+    for shared in (False, True):
+        trainer_class = type("T", (PrefixGrouperMixin, Teacher), {}) if shared else Teacher
+        trainer = make_trainer(llama, shared=shared, trainer_class=trainer_class, max_steps=2)
+        trainer.teacher = families.build(model_type, vocab_size=trainer.model.config.vocab_size).eval()
+        if hasattr(trl_utils, "add_fused_lm_head"):
+            trl_utils.add_fused_lm_head(trainer.teacher, trainer.temperature)
+        torch.manual_seed(5)
+        trainer.train()
+        found[shared] = trained_weights(trainer)
+    assert largest_difference(*found.values()) <= 1e-9
+    (reason,) = trainer.sharing.fallbacks
+    assert reason.endswith("would read the packed row as one text: call enable_prefix_grouper(model) first")
+    assert reason in caplog.text and all(ratio < 1 for ratio in logged(trainer, "prefix_grouper/token_ratio"))
+
+
+class Holes(GRPOTrainer):
+    """Leaves tokens in the middle of completions out of everything."""
+
+    def _generate_and_score_completions(self, inputs):
+        found = super()._generate_and_score_completions(inputs)
+        found["completion_mask"][:, 1] = 0
+        return found
+
+
+class ScoresFew(GRPOTrainer):
+    """Scores the last tokens of completions alone."""
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logps = self._get_per_token_logps_and_entropies(model, ids, mask, 3)[0]
+        return (logps * inputs["completion_mask"][:, -3:] * inputs["advantages"][:, None]).sum() / 20
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"), [(Holes, "completion_mask has padding"), (ScoresFew, "prompt_mask has padding")]
+)
+def test_masks_that_packed_rows_cannot_follow_take_the_stock_path(monkeypatch, llama, base, reason):
+    use_float64_head(monkeypatch)
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_generations": 4,
+        "max_steps": 2,
+    }
+    stock, _ = train(llama, shared=False, trainer_class=base, **settings)
+    found, trainer = train(llama, shared=True, trainer_class=type("T", (PrefixGrouperMixin, base), {}), **settings)
+    assert largest_difference(stock, found) <= 1e-9
+    assert any(reason in known for known in trainer.sharing.fallbacks)
+
+
+class OwnStep(GRPOTrainer):
+    """A training step of the user's own, which computes the loss by TRL's method."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        self._step += 1
+        return loss.detach()
+
+
+class SharedOwnStep(PrefixGrouperGRPOTrainer):
+    training_step = OwnStep.training_step
+
+
+def test_a_training_step_of_ones_own_is_no_fallback_where_its_loss_shares(monkeypatch, llama):
+    use_float64_head(monkeypatch)
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_steps": 2,
+    }
+    stock, _ = train(llama, shared=False, trainer_class=OwnStep, **settings)
+    found, trainer = train(llama, shared=True, trainer_class=SharedOwnStep, **settings)
+    assert largest_difference(stock, found) <= 1e-9 and not trainer.sharing.fallbacks
+    assert all(ratio < 1 for ratio in logged(trainer, "prefix_grouper/token_ratio"))
+
+
+def test_scripts_that_ask_for_the_arguments_of_the_trainer_get_trls():
+    for ours, stock in ((PrefixGrouperGRPOTrainer, GRPOTrainer), (PrefixGrouperRLOOTrainer, RLOOTrainer)):
+        for name in ("__call__", "__init__"):
+            found = [inspect.signature(cls if name == "__call__" else cls.__init__) for cls in (ours, stock)]
+            assert found[0] == found[1]
+
+    class Own(PrefixGrouperGRPOTrainer):
+        def __init__(self, mine, **kwargs):
+            super().__init__(**kwargs)
+
+    assert list(inspect.signature(Own).parameters) == ["mine", "kwargs"]
 
 
 def test_generation_sees_the_models_own_attention(monkeypatch, llama):

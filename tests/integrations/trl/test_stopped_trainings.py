@@ -72,6 +72,7 @@ def says(name):
 def train_with(path, act, *, shared, micro_batches=3, again=True, **settings):
     """Weights and trainer, of a training that goes on after it was stopped."""
     trainer = make_trainer(path, **{"max_steps": 2, **settings}, shared=shared)
+    trainer.loss_is_sum_over_rows = True  # an `on_substep_end` keeps rows apart otherwise
     trainer.add_callback(After(micro_batches, act))
     torch.manual_seed(5)
     try:
@@ -97,6 +98,7 @@ def differs_by(path, drive, **settings):
 
 def is_stopped(trainer, micro_batches):
     """Begin a training that is stopped after so many micro-batches."""
+    trainer.loss_is_sum_over_rows = True  # an `on_substep_end` keeps rows apart otherwise
     trainer.add_callback(After(micro_batches, raises))
     with pytest.raises(Stop):
         trainer.train()
@@ -247,6 +249,7 @@ def test_a_step_that_ends_early_since_settings_have_changed_is_an_error(path):
         trainer.args.gradient_accumulation_steps = 4
 
     trainer = make_trainer(path, shared=True, **WHOLE_GROUPS | {"gradient_accumulation_steps": 8, "max_steps": 2})
+    trainer.loss_is_sum_over_rows = True  # an `on_substep_end` keeps rows apart otherwise
     trainer.add_callback(After(1, accumulates_less))
     with pytest.raises(
         ValueError, match=r"rows were regrouped over 8 micro-batches, and may exchange them only over 4 now"
@@ -261,6 +264,7 @@ def test_an_evaluation_inside_a_step_leaves_the_counts_of_the_update_alone(path,
         data = tiny.prompts(4, longest=6)
         trainer = make_trainer(path, shared=True, **sizes, max_steps=1, eval_dataset=data, per_device_eval_batch_size=8)
         if evaluates:
+            trainer.loss_is_sum_over_rows = True  # an `on_substep_end` keeps rows apart otherwise
             trainer.add_callback(After(2, lambda control, trainer=trainer: trainer.evaluate()))
         torch.manual_seed(5)
         trainer.train()
