@@ -62,8 +62,6 @@ from prefix_grouper_plugins.token_budget import (
 
 # Every process makes the same gradient synchronisation in these, however many forwards come before it.
 _KINDS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU}
-
-
 _REMEDY = "prefix_grouper_regroup='none'"
 
 

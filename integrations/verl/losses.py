@@ -9,17 +9,22 @@ to ranks, ask the same functions. What is not known here keeps its rows where ve
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
+import verl
 from verl.trainer.distillation import losses as distillation
 from verl.trainer.ppo import core_algos
+from verl.workers.utils import losses
 from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 
 # Of verl's policy losses, those that compute a loss for each token of a row and leave the rest to `agg_loss`.
 _TOKEN_WISE = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
 _SUMS_OVER_ROWS = frozenset("token-mean token-sum seq-mean-token-sum seq-mean-token-mean".split())
 _BY_LONGEST_RESPONSE = "seq-mean-token-sum-norm"
+_PARTS = ("agg_loss", "kl_penalty", "get_policy_loss_fn")  # of all losses, where verl's modules hold them
+_VERL = os.path.join(os.path.dirname(str(verl.__file__)), "")
 
 
 def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str | None:
@@ -36,6 +41,8 @@ def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str
     function, given = loss_function, {}
     if isinstance(loss_function, partial):
         function, given = loss_function.func, loss_function.keywords
+    if function in (sft_loss, value_loss, ppo_loss, distillation.distillation_ppo_loss) and not _is_verls(function):
+        return f"{function.__name__} was replaced by code that is not verl's and may depend on which rows are in one micro-batch"
     if function is sft_loss:
         return None
     config = given.get("config")
@@ -57,7 +64,9 @@ def why_prompts_are_read(loss_function: Any) -> str | None:
         loss_function: as verl's engines take it; None where the log-probs are the result, prompts included.
     """
     function = loss_function.func if isinstance(loss_function, partial) else loss_function
-    if function is None or function in (ppo_loss, distillation.distillation_ppo_loss, value_loss):
+    if function is None:
+        return None
+    if function in (ppo_loss, distillation.distillation_ppo_loss, value_loss) and _is_verls(function):
         return None
     return f"{getattr(function, '__qualname__', function)} is not known to read log-probs of responses alone"
 
@@ -81,6 +90,10 @@ def why_actor_rows_stay(actor: Any, distillation_config: Any = None) -> str | No
 
 def why_aggregation_keeps_rows(config: Any) -> str | None:
     """:func:`why_rows_stay` of ``agg_loss``, which actor and critic (``config``) apply to every term of their losses."""
+    for module in (core_algos, losses):
+        for name in _PARTS:
+            if (part := getattr(module, name, None)) is not None and not _is_verls(part):
+                return f"{name} was replaced by code that is not verl's and may depend on which rows are in one micro-batch"
     mode = config.get("loss_agg_mode", "token-mean")
     if mode in _SUMS_OVER_ROWS:
         return None
@@ -93,7 +106,7 @@ def why_aggregation_keeps_rows(config: Any) -> str | None:
 
 def _why_policy_loss_keeps_rows(mode: str) -> str | None:
     function = core_algos.POLICY_LOSS_REGISTRY.get(mode)
-    if mode in _TOKEN_WISE and getattr(function, "__module__", None) == core_algos.__name__:
+    if mode in _TOKEN_WISE and getattr(function, "__module__", None) == core_algos.__name__ and _is_verls(function):
         return None
     return f"the policy loss {mode} may depend on which rows are in one micro-batch"
 
@@ -101,7 +114,7 @@ def _why_policy_loss_keeps_rows(mode: str) -> str | None:
 def _why_distillation_keeps_rows(config: Any) -> str | None:
     mode = config.get("loss_mode")
     function = distillation.DISTILLATION_LOSS_REGISTRY.get(mode)
-    if getattr(function, "__module__", None) != distillation.__name__:
+    if getattr(function, "__module__", None) != distillation.__name__ or not _is_verls(function):
         return f"the distillation loss {mode} is not known to be a sum over rows"
     if not config.get("use_policy_gradient"):
         return None
@@ -109,3 +122,13 @@ def _why_distillation_keeps_rows(config: Any) -> str | None:
     if mode == "bypass_mode":  # whose settings a distillation config does not have
         return f"the policy loss {mode} of distillation is not known to be a sum over rows"
     return _why_policy_loss_keeps_rows(mode)
+
+
+def _is_verls(function: Any) -> bool:
+    """Whether ``function``, and all that it wraps, is code of verl: others may have put their own under its name."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(_VERL):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True

@@ -14,7 +14,7 @@ from typing import get_type_hints
 import pytest
 from trl import GRPOConfig, ModelConfig, RLOOConfig, ScriptArguments
 
-from prefix_grouper_plugins.integrations.trl import launch
+from prefix_grouper_plugins.integrations.trl import PrefixGrouperMixin, ShareRowsMixin, launch
 from prefix_grouper_plugins.integrations.trl.config import PrefixGrouperArguments
 from prefix_grouper_plugins.settings import TRL_OPTIONS
 from prefix_grouper_plugins.usage import UsageError
@@ -212,6 +212,30 @@ def test_a_script_without_a_grpo_trainer_is_told_that_nothing_was_shared(tmp_pat
     done = run_python(tmp_path, *LAUNCH, "script.py", "--use_prefix_grouper", in_fork=True)
     assert "no trainer here" in done.stdout
     assert "nothing was shared" in done.stderr
+
+
+@pytest.mark.parametrize(("code", "told"), [("0", True), ("None", True), ("3", False)])
+def test_a_script_that_ends_with_sys_exit_is_told_too_unless_it_has_failed(monkeypatch, caplog, tmp_path, code, told):
+    (tmp_path / "script.py").write_text(f"import sys\nsys.exit({code})\n")
+    monkeypatch.setattr(launch, "_prepare", lambda argv: (str(tmp_path / "script.py"), [], True))
+    monkeypatch.setattr(launch, "_SAID", set())
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for mixin in (PrefixGrouperMixin, ShareRowsMixin):
+        monkeypatch.setattr(mixin, "built", 0)
+    with pytest.raises(SystemExit):
+        launch.main([])
+    assert ("nothing was shared" in caplog.text) is told
+
+
+def test_an_option_in_the_environment_without_the_switch_is_told(monkeypatch, caplog):
+    monkeypatch.setenv("PREFIX_GROUPER_SHARE", "tree")
+    assert launch._prepare([__file__])[2] is False
+    assert "PREFIX_GROUPER_SHARE is set, and sharing is off: add --use_prefix_grouper" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("USE_PREFIX_GROUPER", "false")
+    launch._prepare([__file__])
+    assert not caplog.text
 
 
 def test_nothing_that_reads_the_environment_is_imported_before_the_script_sets_it(tmp_path):

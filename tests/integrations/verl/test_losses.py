@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 import pytest
@@ -13,11 +14,14 @@ from omegaconf import OmegaConf
 from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.trainer.ppo import core_algos
 from verl.workers.config import FSDPActorConfig, FSDPCriticConfig, PolicyLossConfig
+from verl.workers.utils import losses as verl_losses
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
+from prefix_grouper_plugins.integrations.verl import losses as our_losses
 from prefix_grouper_plugins.integrations.verl.losses import (
     why_actor_rows_stay,
     why_aggregation_keeps_rows,
+    why_prompts_are_read,
     why_rows_stay,
 )
 from tests.integrations.verl.cases import Case
@@ -153,3 +157,26 @@ def distillation(**loss):
 def test_distillation_is_asked_for_the_losses_that_it_uses(loss, reason):
     found = why_rows_stay(partial(distillation_ppo_loss, config=actor(), distillation_config=distillation(**loss)))
     assert found is None if reason is None else found.startswith(reason)
+
+
+def test_functions_of_verl_that_others_have_replaced_are_not_known(monkeypatch):
+    """A module that verl imports early may put its own under their names, before ours are bound or later."""
+    actor = FSDPActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1)
+    loss = partial(ppo_loss, config=actor)
+    assert why_rows_stay(loss) is None and why_prompts_are_read(loss) is None
+
+    def replaced(own):
+        return functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+
+    for name in ("agg_loss", "kl_penalty"):
+        for module in (core_algos, verl_losses):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, replaced(getattr(module, name)))
+                assert why_rows_stay(loss).startswith(f"{name} was replaced by code that is not verl's")
+    with monkeypatch.context() as patch:
+        patch.setitem(core_algos.POLICY_LOSS_REGISTRY, "vanilla", replaced(core_algos.POLICY_LOSS_REGISTRY["vanilla"]))
+        assert "the policy loss vanilla may depend" in why_rows_stay(loss)
+    own = replaced(ppo_loss)
+    monkeypatch.setattr(our_losses, "ppo_loss", own)  # as if it had been replaced before ours was imported
+    assert why_rows_stay(partial(own, config=actor)).startswith("ppo_loss was replaced by code that is not verl's")
+    assert "is not known to read log-probs of responses alone" in why_prompts_are_read(partial(own, config=actor))
