@@ -184,7 +184,8 @@ def _check_batch(
     _check_block("prompt", prompts, prompt_mask)
     _check_block("completion", completions, completion_mask)
     if (found := _not_padded(prompt_mask, completion_mask)) is not None:
-        raise ValueError("{}_mask of row {} has padding other than on the {}".format(*found))
+        name, row, side = found
+        raise ValueError(f"{name}_mask of row {row} has padding other than on the {side}")
     for name, given in (("completion_ids", completions), ("keys", prompts if keys is None else keys)):
         if len(given) != len(prompts):
             raise ValueError(f"{name} has {len(given)} rows and prompt_ids {len(prompts)}: give one for each prompt")
@@ -196,7 +197,10 @@ def _check_batch(
 def why_not_padded(on_host: Blocks) -> str | None:
     """Why rows, see `blocks_on_host`, cannot be packed, as far as their masks say."""
     found = _not_padded(on_host[1], on_host[3])
-    return None if found is None else f"{found[0]}_mask has padding other than on the {found[2]}"
+    if found is None:
+        return None
+    name, _, side = found
+    return f"{name}_mask has padding other than on the {side}"
 
 
 def _not_padded(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[str, int, str] | None:
