@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from prefix_grouper_plugins.batch import prompt_group
+from prefix_grouper_plugins.batch import Blocks, prompt_group
 from prefix_grouper_plugins.integrations.trl.windows import window_size
 from prefix_grouper_plugins.layout import PrefixLayout
 from prefix_grouper_plugins.modeling.images import IMAGE_TENSORS, first_alike
 
 MicroBatch = dict[str, Any]
+
+
+def blocks_of(micro_batch: MicroBatch) -> Blocks:
+    """Ids and masks of its prompts and completions."""
+    return tuple(micro_batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))  # type: ignore[return-value]
 
 
 def regrouped_window(args: Any, mode: str, mix_freely: bool) -> int:

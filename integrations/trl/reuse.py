@@ -40,7 +40,7 @@ from prefix_grouper_plugins.integrations.trl.forward import (
 from prefix_grouper_plugins.integrations.trl.images import RowsOfImages, given_of, why_not_join
 from prefix_grouper_plugins.integrations.trl.last_forward import row_besides, shows_images, unseen
 from prefix_grouper_plugins.integrations.trl.losses import owner_of_the_loss, why_rows_stay
-from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch
+from prefix_grouper_plugins.integrations.trl.regroup import MicroBatch, blocks_of
 from prefix_grouper_plugins.integrations.trl.row_tokens import tokens_of_rows, tokens_of_unknown, with_levels
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling import is_multimodal, transformers_model
@@ -75,7 +75,7 @@ class PromptReuse:
 
     def __init__(self, trainer: Any, forward: PackedForward) -> None:
         self._trainer, self._forward = trainer, forward
-        self._said_what_is_repeated = False
+        self._said_what_is_repeated = self._has_shared = False
         self.forget()
 
     def forget(self) -> None:
@@ -174,7 +174,10 @@ class PromptReuse:
             if not is_known or number not in range(self._ahead_end - ahead.num_left, self._ahead_end):
                 self.check_finished()
         if self._shares is None:
-            self._shares = self.why_not_ahead(self._trainer.model) is None
+            reason = self.why_not_ahead(self._trainer.model)
+            if reason is not None and self._has_shared:
+                self._trainer.gate.warn(f"micro-batches share nothing with each other any longer: {reason}")
+            self._shares = self._has_shared = reason is None
         if not self._shares:
             return
         if micro_batches is not self._micro_batches:
@@ -191,7 +194,7 @@ class PromptReuse:
         self._micro_batches, self._tokens = micro_batches, []
         given = list(map(given_of, micro_batches))
         sizes = [len(batch["prompt_ids"]) for batch in micro_batches]
-        on_host = blocks_on_host(*joined_blocks(list(map(_blocks_of, micro_batches))))
+        on_host = blocks_on_host(*joined_blocks(list(map(blocks_of, micro_batches))))
         reason = why_not_join(self._trainer.model, given) or why_not_padded(on_host)
         if reason is not None:
             self._trainer.gate.warn(f"micro-batches share nothing with each other: {reason}")
@@ -413,7 +416,7 @@ class PromptReuse:
         return bool(getattr(model, "find_unused_parameters", False)) and (anatomy is None or anatomy.has_experts)
 
     def _rows_of(self, number: int) -> Rows:
-        return Rows.of_blocks(_blocks_of(self._micro_batches[number]), self._on_host[number], self._images[number])
+        return Rows.of_blocks(blocks_of(self._micro_batches[number]), self._on_host[number], self._images[number])
 
     def _are_of(self, rows: Rows, number: int) -> bool:
         """Whether ``rows`` are those of a micro-batch, by its number."""
@@ -596,7 +599,3 @@ class PromptReuse:
         others = [row for row, own in enumerate(keys) if own is not None and own not in shared]
         pieces += [(others, None)] if others else []  # type: ignore[list-item]
         return sorted(pieces, key=lambda piece: shows_images(tokens[row] for row in piece[0]))
-
-
-def _blocks_of(micro_batch: MicroBatch) -> Blocks:
-    return tuple(micro_batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))  # type: ignore[return-value]

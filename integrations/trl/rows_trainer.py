@@ -25,6 +25,7 @@ from prefix_grouper_plugins.integrations.trl.mixins import (
     show_signature,
 )
 from prefix_grouper_plugins.metrics import REF_LOG_PROB, UPDATE
+from prefix_grouper_plugins.modeling import transformers_model
 from prefix_grouper_plugins.row_sharing import RowSharing
 from prefix_grouper_plugins.sharing import SharingGate
 
@@ -95,8 +96,9 @@ class ShareRowsMixin:
         self.sharing = self.gate.meter
         self._policy = self.model
         share = option(self.args, "prefix_grouper_share")
+        self._shared_models = self._models()
         self._row_sharing = RowSharing(
-            self._models(),
+            self._shared_models,
             self.gate,
             share="auto" if share == "prompt" else share,  # a decoder does not know which tokens are prompts
             reasons=why_not_share_settings(self.args),
@@ -117,6 +119,13 @@ class ShareRowsMixin:
                     self.gate.self_check(decoder, self.accelerator.device)
         if self.gate.reason is None:
             self.gate.say_what_differs()
+            known = [transformers_model(model) for model in self._shared_models]
+            for base in map(transformers_model, self._models()):  # which may have been wrapped since
+                if all(base is not other for other in known):
+                    self.gate.warn(
+                        f"{type(base).__name__} has become a model of this trainer after it was built, so its forwards are not "
+                        "shared: give it to the trainer's constructor"
+                    )
 
     def _models(self) -> list[Any]:
         """All models that forward rows, each once."""

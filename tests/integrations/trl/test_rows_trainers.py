@@ -476,6 +476,18 @@ def test_a_loss_that_forwards_another_model_is_noticed(path, caplog):
     assert caplog.text.count("the decoder was not called in the first update") == 1
 
 
+def test_a_reference_that_is_replaced_after_the_trainer_was_built_is_told(path, caplog):
+    trainer = build("DPO", path, shared=True, max_steps=1)
+    trainer.train()
+    assert "after it was built" not in caplog.text
+    trainer.ref_model = load(path)
+    trainer.train()
+    assert (
+        "LlamaForCausalLM has become a model of this trainer after it was built, so its forwards are not shared"
+        in caplog.text
+    )
+
+
 def test_an_option_that_this_trainer_does_not_have_is_named(monkeypatch, caplog):
     monkeypatch.setenv("PREFIX_GROUPER_REGROUP", "group")
     monkeypatch.setenv("PREFIX_GROUPER_BACKEND", "blockwise")
