@@ -399,10 +399,10 @@ class PromptReuse:
 
         A loss of the user's own may run them within settings that are over by then.
         """
-        if not torch.is_grad_enabled() or owner_of_the_loss(self._trainer) is not None:
+        if not torch.is_grad_enabled():
             return []
         if self._recomputable is None:
-            anatomy = self._anatomy(model)
+            anatomy = None if owner_of_the_loss(self._trainer) else self._anatomy(model)
             self._recomputable = [] if anatomy is None else list(recomputable_layers(anatomy))
         return self._recomputable
 

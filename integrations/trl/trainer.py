@@ -433,8 +433,9 @@ class PrefixGrouperMixin:
             with self.accelerator.autocast():  # which is a part of what was checked
                 alone = self.accelerator.distributed_type not in SHARDED
                 self.gate.check_changes(model, self.accelerator.device, alone=alone)
-        rows, reason = call.rows, self._why_not_share(call)
+        rows, reason = None, self._why_not_share(call)
         if reason is None:  # masks of the user's own, or fewer tokens scored than the completions have
+            rows = call.rows
             reason = why_not_padded(rows.on_host)
         if self._shares and self.gate.needs_first_batch(model):
             self._compare_first_batch(call, shares=reason is None)
@@ -445,6 +446,7 @@ class PrefixGrouperMixin:
                 lengths = call.attention_mask.sum(1).tolist()
                 self.sharing.count_fallback(reason, lengths, during=self._pass(model))
             return call.run(super()._get_per_token_logps_and_entropies)  # type: ignore[misc]
+        assert rows is not None
         scores = []
         chunks = list(rows.chunks(call.batch_size))
         for chunk, found in zip(chunks, self._reused(call, chunks), strict=True):

@@ -7,10 +7,11 @@ on a layer would not run where no gradient arrives at the layer's output.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -82,7 +83,8 @@ def _why_not_apart(model: nn.Module) -> str | None:
 
 def _why_hooks_differ(model: nn.Module) -> str | None:
     """The backward hook, in words, that would not run for prompts: no gradient arrives at the output of the last layer."""
-    for module in modules_of(decoder(model)):
+    hooked = [m for m in modules_of(decoder(model)) if m._backward_hooks or m._backward_pre_hooks]
+    for module in hooked:
         for hook in _own_hooks(module, ("_backward_hooks", "_backward_pre_hooks")):
             return f"a backward hook on {type(module).__name__} ({_named(hook)}) may not run for prompts"
     return None
@@ -102,28 +104,25 @@ def _around_decoder(model: nn.Module) -> list[nn.Module]:
 def _own_hooks(module: nn.Module, kinds: Iterable[str]) -> Iterator[Any]:
     """Hooks that are not those of a known package."""
     own = vars(module)
-    return (hook for kind in kinds for hook in (own.get(kind) or {}).values() if not _is_known(hook))
+    return (hook for kind in kinds if own.get(kind) for hook in own[kind].values() if not _is_known(hook))
 
 
 def _is_known(function: Any) -> bool:
     """Whether ``function``, and all that it wraps, is code of a known package."""
-    roots = _roots()
     while function is not None:
         inner = getattr(function, "func", function)
         inner = getattr(inner, "__func__", inner)
-        if not isinstance(inner, FunctionType):
-            called = inspect.getattr_static(type(inner), "__call__", None)
-            if not isinstance(called, FunctionType) or not called.__code__.co_filename.startswith(roots):
-                return False
-        elif not inner.__code__.co_filename.startswith(roots):
+        code = inner if isinstance(inner, FunctionType) else inspect.getattr_static(type(inner), "__call__", None)
+        if not isinstance(code, FunctionType) or not _is_in_known_package(code.__code__.co_filename):
             return False
         function = getattr(inner, "__wrapped__", None)
     return True
 
 
-def _roots() -> tuple[str, ...]:
+@functools.lru_cache(maxsize=4096)
+def _is_in_known_package(file: str) -> bool:
     files = (getattr(sys.modules.get(name), "__file__", None) for name in _KNOWN)
-    return tuple(f"{Path(file).parent}/" for file in files if file)
+    return any(known and file.startswith(os.path.join(os.path.dirname(known), "")) for known in files)
 
 
 def _named(hook: Any) -> str:

@@ -11,7 +11,7 @@ from prefix_grouper_plugins.batch import blocks_on_host
 from prefix_grouper_plugins.integrations.trl.forward import PackedForward, Rows
 from prefix_grouper_plugins.integrations.trl.images import DummyImageRow, RowsOfImages, given_of
 from prefix_grouper_plugins.integrations.trl.last_forward import row_besides
-from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, _blocks_of
+from prefix_grouper_plugins.integrations.trl.reuse import PromptReuse, blocks_of
 from prefix_grouper_plugins.metrics import Counts
 from prefix_grouper_plugins.modeling.images import TOKEN_TENSORS
 from prefix_grouper_plugins.modeling.model_types import VERIFIED_MULTIMODAL_TYPES
@@ -51,7 +51,7 @@ def stock_rows(model, micro_batches):
     """Log-probs of each row's completion from an ordinary forward of the padded row."""
     scores = []
     for batch in micro_batches:
-        prompts, prompt_mask, completions, mask = _blocks_of(batch)
+        prompts, prompt_mask, completions, mask = blocks_of(batch)
         shown = {name: x for name, x in given_of(batch).items() if not name.startswith("num_")}
         if not batch["num_images"][0]:
             shown = {name: x for name, x in shown.items() if name in TOKEN_TENSORS}
@@ -71,7 +71,7 @@ def run_step(model, micro_batches):
     for number, batch in enumerate(micro_batches):
         trainer.accelerator.sync_gradients = number == len(micro_batches) - 1
         reuse.enter(micro_batches, number)
-        blocks = _blocks_of(batch)
+        blocks = blocks_of(batch)
         ids, mask = (torch.cat([blocks[i], blocks[i + 2]], dim=1) for i in (0, 1))
         rows = Rows(ids, mask, blocks[2].shape[1], RowsOfImages(given_of(batch), 1))
         found = reuse.score_update(model, rows, entropy=False)
@@ -238,7 +238,7 @@ def test_what_the_last_forward_under_ddp_takes_besides(finds_unused, window, own
     batches = micro_batches_of("llava", families.rows("llava"))
     trainer, _ = of_two_processes(model, batches)
     model.find_unused_parameters = finds_unused
-    blocks = _blocks_of(batches[0])
+    blocks = blocks_of(batches[0])
     rows = Rows.of_blocks(blocks, blocks_on_host(*blocks))
     of_window, of_own = ([RowTokens(object(), 3, 2, images=shown) for shown in images] for images in (window, own))
     found = row_besides(model, rows, of_own, of_window, trainer.dummy_image_row, ahead=ahead)
