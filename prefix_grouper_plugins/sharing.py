@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -53,7 +54,14 @@ from prefix_grouper_plugins.modeling.self_check import (
     self_check,
     why_not_yet,
 )
-from prefix_grouper_plugins.modeling.self_check.changes import Watch, forget, has_changed, is_checking, remember
+from prefix_grouper_plugins.modeling.self_check.changes import (
+    Watch,
+    fingerprint,
+    forget,
+    has_changed,
+    is_checking,
+    remember,
+)
 from prefix_grouper_plugins.modeling.self_check.first_batch import compare_first_batch
 from prefix_grouper_plugins.modeling.self_check.micro_batch import Compared
 from prefix_grouper_plugins.modeling.support.report import SupportReport, report_on
@@ -510,7 +518,14 @@ def _check_again(base: Any, checks: bool, left_padding: bool) -> None:
     """
     if reasons := _why_not_any_longer(base, checks, left_padding):
         raise UnsupportedModelError(f"{_changed(base, reasons)}. Undo that, or call disable_prefix_grouper(model)")
-    remember(base)
+    if not (
+        checks and Anatomy(base).is_sharded
+    ):  # that was not checked, and is the next time all processes are at one point
+        remember(base)
+
+
+# Of sharded models that have changed: the state of which it was told that nobody has checked it.
+_TOLD: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def _why_not_any_longer(base: Any, checks: bool, left_padding: bool, outermost: nn.Module | None = None) -> list[str]:
@@ -535,7 +550,9 @@ def _why_not_any_longer(base: Any, checks: bool, left_padding: bool, outermost: 
             f"{type(base).__name__} has changed since it was checked. It is sharded, so it is not checked again on its own: "
             "call self_check(model) on every process"
         )
-        logger.warning("prefix grouper: %s", remark)
+        if _TOLD.get(base) != (state := fingerprint(base)):
+            _TOLD[base] = state
+            logger.warning("prefix grouper: %s", remark)
         return []
     return list(
         _why_not_after(self_check(anatomy.model, left_padding=left_padding, anatomy=anatomy), report.unverified)

@@ -31,6 +31,7 @@ from prefix_grouper_plugins.integrations.verl.micro_batch import (
     lengths_of_rows_apart,
     mend_positions,
     row_sizes,
+    why_positions_jump,
 )
 from prefix_grouper_plugins.integrations.verl.planning import (
     Limits,
@@ -141,6 +142,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
     # engine of the same process (actor and reference policy are two) may make.
     unlogged: ClassVar[Any] = SimpleNamespace(counts=SharingCounts())
     settings = SETTINGS
+    _positions_jump: str | None = None  # why no row of the call that runs is shared, by its positions
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         raise_failures()
@@ -210,7 +212,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         limits = [*self.gate.reports[0].notes, stay]
         if cut is not None and reason is not None:
             limits.append(cut if stay else _not_reused(cut, reason))
-        elif cut is not None:
+        elif cut is not None and max(size.prompt + size.response for size in sizes) <= limit.max_tokens:
             limits.append(why_levels_are_repeated(sizes, limit, forward_last=self._forward_last))
         reuses = " and reuse one forward of it" if cut and not reason else ""
         self.gate.announce(
@@ -264,6 +266,7 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         self._name_sharding(loss_function)
         self._pass = self._pass_of(forward_only)
         mend_positions(data)
+        self._positions_jump = why_positions_jump(data)
         self._announce(data, loss_function, forward_only)
         with torch.set_grad_enabled(not forward_only):
             if self.gate.needs_first_batch(self.module):
@@ -373,7 +376,10 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         """The micro-batches, as many on every data-parallel rank; None where some rank cannot share."""
         limits = self._limits(data)
         may_differ = why_not_reuse is not None  # rows that reuse prompts have been looked at
-        shares = self._why_not_share(data) is None and not (may_differ and positions_differ(data))
+        shares = self._why_not_share(data) is None
+        if shares and may_differ and positions_differ(data):
+            shares = False
+            self.gate.warn("rows of equal prompts number their tokens differently, so rows stay where verl puts them")
         sizes = self._sizes(data) if shares else None
         longest, reuses = int(data["input_ids"].offsets().diff().max()), why_not_reuse is None
         self._rows_apart = sizes is not None and not any(size.path for size in sizes)
@@ -403,6 +409,8 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         """Why parts of a group do not reuse its prompt."""
         if uses_topk(data):
             return "top-k distillation reads logits"
+        if tu.get_non_tensor_data(data, "return_model_output", False):
+            return "return_model_output asks for log-probs of prompts"
         return why_not_reuse(self, loss_function, gradients=not forward_only) or why_not_reuse_rows(data)
 
     def _reuse_by(self, plan: Plan) -> PromptReuse | None:
@@ -420,6 +428,10 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
             return reason
         if isinstance(data["temperature"], Tensor):
             return "each row has its own temperature"
+        if self._positions_jump is not None:
+            return self._positions_jump
+        if (reason := self._why_not_rows_so_long(data)) is not None:
+            return reason
         if "prompts" not in data:
             return "the batch does not say where prompts end (`prompts` is missing)"
         inputs = row_inputs(data)
@@ -427,6 +439,13 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
             return None
         lengths = data["input_ids"].offsets().diff().tolist()
         return why_not_share(inputs, lengths, self._placeholders, self._model_type)
+
+    def _why_not_rows_so_long(self, data: TensorDict) -> str | None:
+        limit = min((limit for anatomy in self.gate.anatomies for limit in anatomy.row_limits), default=None)
+        longest = 0 if limit is None else int(data["input_ids"].offsets().diff().max())
+        if limit is None or longest < limit.length:
+            return None
+        return f"a row has {longest} tokens, and from {limit.length} on rope_type {limit.kind!r} changes the angles of all rows of a batch"
 
     # ----------------------------------------------------------------------------------------------- one micro-batch
 

@@ -16,6 +16,7 @@ from typing import Any
 import verl
 from verl.trainer.distillation import losses as distillation
 from verl.trainer.ppo import core_algos
+from verl.utils import torch_functional
 from verl.workers.utils import losses
 from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 
@@ -23,7 +24,9 @@ from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 _TOKEN_WISE = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
 _SUMS_OVER_ROWS = frozenset("token-mean token-sum seq-mean-token-sum seq-mean-token-mean".split())
 _BY_LONGEST_RESPONSE = "seq-mean-token-sum-norm"
-_PARTS = ("agg_loss", "kl_penalty", "get_policy_loss_fn")  # of all losses, where verl's modules hold them
+# Of all losses, where verl's modules hold them.
+_PARTS = ("agg_loss", "kl_penalty", "get_policy_loss_fn", "compute_value_loss", "masked_sum", "masked_mean")
+_AVERAGE_OVER_ROWS = {"sapo"}  # policy losses, whatever `loss_agg_mode` says
 _VERL = os.path.join(os.path.dirname(str(verl.__file__)), "")
 
 
@@ -39,21 +42,25 @@ def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str
     if loss_function is None:
         return None
     function, given = loss_function, {}
-    if isinstance(loss_function, partial):
+    if type(loss_function) is partial:  # a subclass may do more
         function, given = loss_function.func, loss_function.keywords
     if function in (sft_loss, value_loss, ppo_loss, distillation.distillation_ppo_loss) and not _is_verls(function):
         return f"{function.__name__} was replaced by code that is not verl's and may depend on which rows are in one micro-batch"
     if function is sft_loss:
         return None
     config = given.get("config")
+    if not knows_global_batch and config is not None:
+        mode, policy_loss = str(config.get("loss_agg_mode")), config.get("policy_loss") or {}
+        if mode.startswith("seq-mean"):
+            return f"loss_agg_mode={mode} averages over a micro-batch where global_batch_size is missing"
+        if (name := policy_loss.get("loss_mode")) in _AVERAGE_OVER_ROWS:
+            return f"the policy loss {name} averages over a micro-batch where global_batch_size is missing"
     if function is value_loss and config is not None:
         return why_aggregation_keeps_rows(config)
     if function not in (ppo_loss, distillation.distillation_ppo_loss) or config is None:
         return (
             f"{getattr(function, '__qualname__', function)} is not a loss of verl's that is known to be a sum over rows"
         )
-    if not knows_global_batch and str(config.get("loss_agg_mode")).startswith("seq-mean"):
-        return f"loss_agg_mode={config.loss_agg_mode} averages over a micro-batch where global_batch_size is missing"
     return why_actor_rows_stay(config, given.get("distillation_config"))
 
 
@@ -63,9 +70,13 @@ def why_prompts_are_read(loss_function: Any) -> str | None:
     Args:
         loss_function: as verl's engines take it; None where the log-probs are the result, prompts included.
     """
-    function = loss_function.func if isinstance(loss_function, partial) else loss_function
+    function = loss_function.func if type(loss_function) is partial else loss_function
     if function is None:
         return None
+    if function is distillation.distillation_ppo_loss:
+        mode = loss_function.keywords["distillation_config"].distillation_loss.get("loss_mode")
+        if not _is_distillation_of_verl(mode):
+            return f"the distillation loss {mode} is not known to read log-probs of responses alone"
     if function in (ppo_loss, distillation.distillation_ppo_loss, value_loss) and _is_verls(function):
         return None
     return f"{getattr(function, '__qualname__', function)} is not known to read log-probs of responses alone"
@@ -90,7 +101,7 @@ def why_actor_rows_stay(actor: Any, distillation_config: Any = None) -> str | No
 
 def why_aggregation_keeps_rows(config: Any) -> str | None:
     """:func:`why_rows_stay` of ``agg_loss``, which actor and critic (``config``) apply to every term of their losses."""
-    for module in (core_algos, losses):
+    for module in (core_algos, losses, torch_functional):
         for name in _PARTS:
             if (part := getattr(module, name, None)) is not None and not _is_verls(part):
                 return f"{name} was replaced by code that is not verl's and may depend on which rows are in one micro-batch"
@@ -113,8 +124,7 @@ def _why_policy_loss_keeps_rows(mode: str) -> str | None:
 
 def _why_distillation_keeps_rows(config: Any) -> str | None:
     mode = config.get("loss_mode")
-    function = distillation.DISTILLATION_LOSS_REGISTRY.get(mode)
-    if getattr(function, "__module__", None) != distillation.__name__ or not _is_verls(function):
+    if not _is_distillation_of_verl(mode):
         return f"the distillation loss {mode} is not known to be a sum over rows"
     if not config.get("use_policy_gradient"):
         return None
@@ -122,6 +132,11 @@ def _why_distillation_keeps_rows(config: Any) -> str | None:
     if mode == "bypass_mode":  # whose settings a distillation config does not have
         return f"the policy loss {mode} of distillation is not known to be a sum over rows"
     return _why_policy_loss_keeps_rows(mode)
+
+
+def _is_distillation_of_verl(mode: Any) -> bool:
+    function = distillation.DISTILLATION_LOSS_REGISTRY.get(mode)
+    return getattr(function, "__module__", None) == distillation.__name__ and _is_verls(function)
 
 
 def _is_verls(function: Any) -> bool:

@@ -83,6 +83,22 @@ def mend_positions(data: TensorDict) -> None:
         data["position_ids"] = tu.nested_tensor_from_tensor_list(list(rows))
 
 
+def why_positions_jump(data: TensorDict) -> str | None:
+    """Why verl's own forward of rows without padding is not that of texts: transformers separates where positions do not go on by one.
+
+    None also where rows keep their padding, and for mRoPE, whose positions jump at images.
+    """
+    positions = data["position_ids"]
+    if positions.dim() != 2 or not positions.is_nested or not tu.get_non_tensor_data(data, "use_remove_padding", True):
+        return None
+    steps, offsets = positions.values().diff(), positions.offsets()
+    goes_on = steps == 1
+    goes_on[offsets[1:-1] - 1] = True  # from one row to the next
+    if bool(goes_on.all()):
+        return None
+    return "positions of a row do not go on by one, and verl takes what follows for another text"
+
+
 def _pays(packed: int, lengths: Sequence[int], removes_padding: bool) -> bool:
     """Whether ``packed`` tokens in one row are worth more than verl's own forward of rows of ``lengths``."""
     return pays_to_pack(packed, tokens_of_rows(lengths, removes_padding), len(lengths))

@@ -25,7 +25,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prefix_grouper_plugins.modeling.attention import base_implementation
 from prefix_grouper_plugins.modeling.implementations import names_in
 
 # What these put on a model does not change what it computes for one row.
@@ -36,6 +38,11 @@ _MACHINERY = ("prefix_grouper_plugins.", "torch.distributed.", "torch.utils.chec
 _REQUIRES_GRAD = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_GLOBAL_HOOKS = [
+    getattr(torch.nn.modules.module, f"_global{kind}")
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+]
 
 Kernels = tuple[str, torch.dtype, torch.dtype | None]
 
@@ -107,7 +114,7 @@ def kernels(base: nn.Module, modules: Sequence[nn.Module]) -> Kernels | None:
 
 def _codes_of_class(cls: Any) -> list[Any]:
     """The code of a class's forward, of its decorators, and of the functions that it calls by name: a patch may exchange each."""
-    forward, codes = cls.forward, []
+    forward, codes = cls.forward, [getattr(cls.__call__, "__code__", None)]
     while (inner := getattr(forward, "__wrapped__", None)) is not None:
         codes.append(getattr(forward, "__code__", None) or type(forward))
         forward = inner
@@ -132,8 +139,17 @@ def _codes(functions: Iterable[Any]) -> list[Any]:
 
 
 def what_is_compared(base: nn.Module, modules: Sequence[nn.Module]) -> tuple[int, int, Kernels | None]:
-    """The module tree, the code of its classes, and its kernels. ``modules`` are all modules of ``base``."""
-    return fingerprint(base, modules), codes_of_classes(modules), kernels(base, modules)
+    """The module tree, the code of its classes and around them, and its kernels. ``modules`` are all modules of ``base``."""
+    return fingerprint(base, modules), hash((codes_of_classes(modules), *_codes_around(base))), kernels(base, modules)
+
+
+def _codes_around(base: nn.Module) -> list[Any]:
+    """The code of hooks that all modules have, and of the attention function that the model had before it was enabled."""
+    codes = _codes(hook for hooks in _GLOBAL_HOOKS for hook in hooks.values())
+    name = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    if isinstance(name, str) and base_implementation(name) in ALL_ATTENTION_FUNCTIONS:
+        codes += _codes([ALL_ATTENTION_FUNCTIONS[base_implementation(name)]])
+    return codes
 
 
 def remember(base: nn.Module, modules: Sequence[nn.Module] | None = None) -> None:

@@ -11,11 +11,12 @@ pytest.importorskip("verl")
 
 import verl.workers.engine.fsdp.transformer_impl  # noqa: F401  first, as in a run: it registers our engine
 from omegaconf import OmegaConf
+from verl.trainer.distillation import losses as distillation_losses
 from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.trainer.ppo import core_algos
 from verl.workers.config import FSDPActorConfig, FSDPCriticConfig, PolicyLossConfig
 from verl.workers.utils import losses as verl_losses
-from verl.workers.utils.losses import ppo_loss, sft_loss
+from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 
 from prefix_grouper_plugins.integrations.verl import losses as our_losses
 from prefix_grouper_plugins.integrations.verl.losses import (
@@ -122,6 +123,36 @@ def test_means_over_rows_need_the_number_of_rows_of_the_whole_step():
     assert why_rows_stay(loss) is None
     assert "global_batch_size is missing" in why_rows_stay(loss, knows_global_batch=False)
     assert why_rows_stay(partial(ppo_loss, config=actor()), knows_global_batch=False) is None
+    sapo = partial(ppo_loss, config=actor(policy_loss={"loss_mode": "sapo"}))  # which averages over rows in any mode
+    assert "global_batch_size is missing" in why_rows_stay(sapo, knows_global_batch=False)
+    critic = FSDPCriticConfig(strategy="fsdp2", ppo_micro_batch_size_per_gpu=4, loss_agg_mode="seq-mean-token-mean")
+    assert why_rows_stay(partial(value_loss, config=critic)) is None
+    assert "global_batch_size is missing" in why_rows_stay(partial(value_loss, config=critic), knows_global_batch=False)
+
+
+class MorePartial(partial):
+    def __call__(self, *args, **kwargs):
+        loss, metrics = super().__call__(*args, **kwargs)
+        return loss * len(kwargs["data"]), metrics
+
+
+def test_a_subclass_of_partial_is_a_loss_of_the_users_own():
+    assert "MorePartial" in why_rows_stay(MorePartial(ppo_loss, config=actor()))
+    assert "is not known to read log-probs of responses alone" in why_prompts_are_read(
+        MorePartial(ppo_loss, config=actor())
+    )
+
+
+def test_a_distillation_loss_of_the_users_own_may_read_log_probs_of_prompts(monkeypatch):
+    def loss(mode):
+        config = OmegaConf.create({"distillation_loss": {"loss_mode": mode}})
+        return partial(distillation_ppo_loss, config=actor(), distillation_config=config)
+
+    monkeypatch.setitem(distillation_losses.DISTILLATION_LOSS_REGISTRY, "mine", lambda **kwargs: None)
+    assert why_prompts_are_read(loss("k1")) is None
+    assert why_prompts_are_read(loss("mine")) == (
+        "the distillation loss mine is not known to read log-probs of responses alone"
+    )
 
 
 @pytest.mark.parametrize("config", [actor(loss_agg_mode=NORM), OmegaConf.create({"loss_agg_mode": NORM})], ids=type)

@@ -20,6 +20,7 @@ from verl.workers.utils.losses import ppo_loss, sft_loss
 import prefix_grouper_plugins.integrations.verl.engine as engine_module
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.config import SETTINGS
+from prefix_grouper_plugins.integrations.verl.micro_batch import why_positions_jump
 from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.integrations.verl.reuse import (
     PromptReuse,
@@ -27,6 +28,7 @@ from prefix_grouper_plugins.integrations.verl.reuse import (
     why_not_reuse,
     why_not_reuse_rows,
 )
+from prefix_grouper_plugins.modeling.rope import RowLimit
 from prefix_grouper_plugins.sharing import SharingGate
 from tests import tiny
 from tests.integrations.verl.cases import Case, make_batch, make_rows
@@ -88,6 +90,41 @@ def test_rows_of_equal_prompts_that_number_their_tokens_differently_are_noticed_
     assert not positions_differ(make_batch(Case(), rows, len(rows)))
     rows[3]["positions"] = rows[3]["positions"] + 1
     assert positions_differ(make_batch(Case(), rows, len(rows)))
+
+
+def test_a_call_that_returns_log_probs_of_prompts_does_not_reuse_them():
+    engine = bare_engine(gate=engine_of().gate, use_ulysses_sp=False)
+    rows = make_rows(Case())
+    batch = make_batch(Case(), rows, len(rows))
+    tu.assign_non_tensor(batch, return_model_output=True)
+    assert engine._why_not_reuse(batch, None, True) == "return_model_output asks for log-probs of prompts"
+
+
+@pytest.mark.parametrize("removes_padding", [True, False])
+def test_rows_whose_positions_jump_are_several_texts_to_verl(removes_padding):
+    rows = make_rows(Case())
+    rows[1]["positions"] = rows[1]["positions"] + 5  # one text, which begins later
+    batch = make_batch(Case(), rows, len(rows))
+    tu.assign_non_tensor(batch, use_remove_padding=removes_padding)
+    assert why_positions_jump(batch) is None
+    rows[2]["positions"] = torch.cat([torch.arange(3), torch.arange(len(rows[2]["positions"]) - 3)])
+    batch = make_batch(Case(), rows, len(rows))
+    tu.assign_non_tensor(batch, use_remove_padding=removes_padding)
+    assert (why_positions_jump(batch) is not None) is removes_padding
+    engine = bare_engine(gate=engine_of().gate, use_ulysses_sp=False)
+    engine._positions_jump = why_positions_jump(batch)
+    assert engine._why_not_share(batch) == why_positions_jump(batch)
+
+
+def test_rows_so_long_that_they_change_the_angles_of_others_take_verls_way():
+    engine = bare_engine(gate=engine_of().gate, use_ulysses_sp=False)
+    rows = make_rows(Case())
+    batch = make_batch(Case(), rows, len(rows))
+    longest = max(len(row["positions"]) for row in rows)
+    for length, told in ((longest + 1, False), (longest, True)):
+        engine.gate.anatomies[0].row_limits = [RowLimit(length, "longrope")]
+        reason = engine._why_not_share(batch)
+        assert (reason is not None and f"from {length} on rope_type 'longrope'" in reason) is told
 
 
 def test_rows_without_a_response_do_not_reuse_prompts():

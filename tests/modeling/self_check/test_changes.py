@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LilyConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3 import modeling_qwen3
 
 from prefix_grouper_plugins import (
@@ -97,8 +98,27 @@ def a_function_of_the_modeling_file(model: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", patched)
 
 
+def a_call_of_a_class(model: Any, monkeypatch: Any) -> None:
+    own = modeling_qwen3.Qwen3MLP.__call__
+    monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "__call__", lambda self, x: leak(self, (), own(self, x)))
+
+
+def a_hook_of_all_modules(model: Any, monkeypatch: Any) -> None:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return leak(module, args, output) if isinstance(module, modeling_qwen3.Qwen3MLP) else None
+
+    monkeypatch.setitem(nn.modules.module._global_forward_hooks, -1, hook)
+
+
 @pytest.mark.parametrize(
-    "change", [a_forward_of_a_class, a_decorated_forward_of_a_class, a_function_of_the_modeling_file]
+    "change",
+    [
+        a_forward_of_a_class,
+        a_decorated_forward_of_a_class,
+        a_function_of_the_modeling_file,
+        a_call_of_a_class,
+        a_hook_of_all_modules,
+    ],
 )
 def test_code_that_was_patched_since_the_self_check_is_noticed(monkeypatch, change):
     model = enable_prefix_grouper(tiny.model())
@@ -108,6 +128,20 @@ def test_code_that_was_patched_since_the_self_check_is_noticed(monkeypatch, chan
         packed(model)
     monkeypatch.undo()
     packed(model)
+
+
+def test_an_attention_function_that_is_registered_anew_is_compared_with(monkeypatch):
+    """Packed rows are computed by ours, and single rows by the one that the model asks for."""
+    model = enable_prefix_grouper(tiny.model())
+    packed(model)
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def louder(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(module, query * 1.5, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", louder)
+    with pytest.raises(UnsupportedModelError, match=r"has changed since it was checked"):
+        packed(model)
 
 
 @pytest.mark.parametrize(
