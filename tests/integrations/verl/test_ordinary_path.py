@@ -97,7 +97,7 @@ def test_rows_that_are_known_to_share_nothing_are_not_laid_out(monkeypatch, case
     attributes |= {"_pass": "update", "_model_type": "qwen3", "use_ulysses_sp": False}
     engine = bare_engine(gate=SharingGate(), sharing=SharingMeter(warn=False), **attributes)
     engine.gate.min_level = lambda *_: None
-    engine.gate.anatomies = [SimpleNamespace(mixers=[])]
+    engine.gate.anatomies = [SimpleNamespace(mixers=[], row_limits=[])]
     engine.options = type("Options", (), {"share": "prompts"})
     engine.prepare_model_inputs(micro_batch)
     assert read == ([len(rows)] if laid_out or compares else [])
@@ -116,7 +116,7 @@ def test_rows_that_would_exceed_the_limit_as_verl_lays_them_out_are_packed(monke
     rows = make_rows(Case(groups=3, rows_per_group=1, prompt_tokens=60))
     lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
     engine = bare_engine(gate=SharingGate(), _compares=False, _reuse=None, use_ulysses_sp=False)
-    engine.gate.anatomies = [SimpleNamespace(mixers=[])]
+    engine.gate.anatomies = [SimpleNamespace(mixers=[], row_limits=[])]
     for padding, tokens in ((False, sum(lengths)), (True, 3 * max(lengths))):
         micro_batch = make_batch(Case(), rows, len(rows))
         tu.assign_non_tensor(micro_batch, use_remove_padding=not padding)
@@ -131,7 +131,7 @@ def test_rows_that_would_exceed_the_limit_as_verl_lays_them_out_are_packed(monke
 def test_rows_are_packed_where_verls_states_leak_from_one_row_to_the_next():
     rows = make_rows(Case(groups=3, rows_per_group=1, prompt_tokens=60))
     engine = bare_engine(gate=SharingGate(), _compares=False, _reuse=None, use_ulysses_sp=False, _max_tokens=None)
-    engine.gate.anatomies = [SimpleNamespace(mixers=["a gated delta net"])]
+    engine.gate.anatomies = [SimpleNamespace(mixers=["a gated delta net"], row_limits=[])]
     micro_batch = make_batch(Case(), rows, len(rows))
     for padding, lengths, packs in ((False, [61, 62], True), (True, [61, 62], False), (False, [61], False)):
         tu.assign_non_tensor(micro_batch, use_remove_padding=not padding)
