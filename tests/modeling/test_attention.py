@@ -160,7 +160,7 @@ def test_packed_rows_do_what_sdpa_does_with_softcap_and_sinks(model_type):
     except ValueError:
         model = enable_prefix_grouper(tiny.model(model_type))
         model.config._attn_implementation = interface.register("sdpa", "auto")
-        with pytest.raises(UnsupportedModelError, match="has changed since it was checked.*: sdpa refuses a softcap"):
+        with pytest.raises(UnsupportedModelError, match=r"has changed since it was checked.*: sdpa refuses a softcap"):
             packed(model)
         return
     enable_prefix_grouper(model)
