@@ -17,6 +17,7 @@ import transformers
 import trl
 
 from prefix_grouper_plugins.integrations.trl.fused_head import MASKS_PADDING
+from prefix_grouper_plugins.modeling.gradient_hooks import hooked_weight
 
 SCORING = "_get_per_token_logps_and_entropies"
 PARTS_OF_SCORING = ("_full_logits_logps", "_chunked_logps")  # what it is made of in TRL 1.14
@@ -36,7 +37,6 @@ _PARTS_OF_THE_LOSS = (
     "get_gamma_weights",
 )
 _STEPS_IN_BACKWARD = {"lomo", "adalomo"}
-_MACHINERY = ("torch.distributed.", "accelerate.", "deepspeed.")  # whose hooks reduce gradients over processes
 _HOMES = {_GRPO, _RLOO, _GMPO, "transformers.trainer"}
 
 
@@ -154,20 +154,12 @@ def who_stands_in_front(trainer: Any, ours: type, name: str) -> str | None:
 
 def _why_gradients_depend(model: Any) -> str | None:
     """A hook may do anything with the gradient of one backward: clip it, or let an optimizer step."""
-    for name, parameter in model.named_parameters():
-        after = getattr(parameter, "_post_accumulate_grad_hooks", None)
-        hooks = [hook for known in (parameter._backward_hooks, after) for hook in (known or {}).values()]
-        if parameter.requires_grad and any(not _module_of(hook).startswith(_MACHINERY) for hook in hooks):
-            return (
-                f"a hook on {name} gets the gradient of each micro-batch; set loss_is_sum_over_rows = True on the class if it "
-                "only multiplies by what is the same for all of them"
-            )
-    return None
-
-
-def _module_of(function: Any) -> str:
-    inner = getattr(function, "func", function)
-    return getattr(inner, "__module__", None) or type(inner).__module__
+    if (name := hooked_weight(model)) is None:
+        return None
+    return (
+        f"a hook on {name} gets the gradient of each micro-batch; set loss_is_sum_over_rows = True on the class if it "
+        "only multiplies by what is the same for all of them"
+    )
 
 
 def _why_entropy_depends(settings: Any) -> str | None:

@@ -83,6 +83,7 @@ from prefix_grouper_plugins.modeling import (
     transformers_model,
     without_router_loss,
 )
+from prefix_grouper_plugins.modeling.gradient_hooks import hooked_weight
 from prefix_grouper_plugins.modeling.model_types import known_of
 from prefix_grouper_plugins.modeling.self_check.schedule import Schedule
 from prefix_grouper_plugins.sharing import SharingGate
@@ -364,7 +365,10 @@ class PrefixGrouperEngine(ComparesPaths, fsdp.FSDPEngineWithLMHead):
         if self.options.regroup == "none":
             return "prefix_grouper.regroup=none"
         knows_global_batch = tu.get_non_tensor_data(data, "global_batch_size", None) is not None
-        return why_rows_stay(loss_function, knows_global_batch=knows_global_batch)
+        reason = why_rows_stay(loss_function, knows_global_batch=knows_global_batch)
+        if reason is None and loss_function is not None and (name := hooked_weight(self.module)) is not None:
+            return f"a hook on {name} gets the gradient of each micro-batch"
+        return reason
 
     def may_change_steps(self, loss_function: Callable[..., Any] | None) -> bool:
         """Whether rows that verl would shuffle over the optimizer steps may come to others, group by group."""

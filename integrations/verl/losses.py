@@ -58,9 +58,7 @@ def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str
     if function is value_loss and config is not None:
         return why_aggregation_keeps_rows(config)
     if function not in (ppo_loss, distillation.distillation_ppo_loss) or config is None:
-        return (
-            f"{getattr(function, '__qualname__', function)} is not a loss of verl's that is known to be a sum over rows"
-        )
+        return f"{_named(function)} is not a loss of verl's that is known to be a sum over rows"
     return why_actor_rows_stay(config, given.get("distillation_config"))
 
 
@@ -79,7 +77,7 @@ def why_prompts_are_read(loss_function: Any) -> str | None:
             return f"the distillation loss {mode} is not known to read log-probs of responses alone"
     if function in (ppo_loss, distillation.distillation_ppo_loss, value_loss) and _is_verls(function):
         return None
-    return f"{getattr(function, '__qualname__', function)} is not known to read log-probs of responses alone"
+    return f"{_named(function)} is not known to read log-probs of responses alone"
 
 
 def why_actor_rows_stay(actor: Any, distillation_config: Any = None) -> str | None:
@@ -137,6 +135,10 @@ def _why_distillation_keeps_rows(config: Any) -> str | None:
 def _is_distillation_of_verl(mode: Any) -> bool:
     function = distillation.DISTILLATION_LOSS_REGISTRY.get(mode)
     return getattr(function, "__module__", None) == distillation.__name__ and _is_verls(function)
+
+
+def _named(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__name__
 
 
 def _is_verls(function: Any) -> bool:
