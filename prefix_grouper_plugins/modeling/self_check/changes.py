@@ -144,8 +144,12 @@ def what_is_compared(base: nn.Module, modules: Sequence[nn.Module]) -> tuple[int
 
 
 def _codes_around(base: nn.Module) -> list[Any]:
-    """The code of hooks that all modules have, and of the attention function that the model had before it was enabled."""
-    codes = _codes(hook for hooks in _GLOBAL_HOOKS for hook in hooks.values())
+    """The code of hooks that all modules have, and of the attention function that the model had before it was enabled.
+
+    Hooks of torch's own, by which a FLOP counter knows the module that runs, change nothing.
+    """
+    hooks = (hook for hooks in _GLOBAL_HOOKS for hook in hooks.values())
+    codes = _codes(hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("torch."))
     name = getattr(getattr(base, "config", None), "_attn_implementation", None)
     if isinstance(name, str) and base_implementation(name) in ALL_ATTENTION_FUNCTIONS:
         codes += _codes([ALL_ATTENTION_FUNCTIONS[base_implementation(name)]])
