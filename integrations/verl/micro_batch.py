@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from copy import copy
 
 import torch
-from tensordict import NonTensorData, TensorDict
+from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -38,6 +38,18 @@ from prefix_grouper_plugins.modeling.images import (
     sharing_keys,
 )
 from prefix_grouper_plugins.token_budget import pays_to_pack
+
+# Entries of a micro-batch that concern all of its rows, and that verl's prepare_model_inputs/outputs read.
+_SETTINGS = (
+    "use_remove_padding",
+    "pad_mode",
+    "pad_token_id",
+    "use_fused_kernels",
+    "temperature",
+    "calculate_entropy",
+    "calculate_sum_pi_squared",
+    "distillation_only",
+)
 
 
 def row_lengths(data: TensorDict) -> tuple[list[int], list[int]]:
@@ -232,9 +244,7 @@ class PackedMicroBatch:
             self.counts.squares += len(dummy.placeholders) ** 2
         self.ids, self.positions = packed_ids, packed_positions
         # What concerns all rows: verl's prepare_model_inputs and prepare_model_outputs, or a patch of them, may read any of it.
-        # Logits of top-k distillation are read by rows, see `topk_outputs`.
-        settings = {key: value.data for key, value in micro_batch.items() if isinstance(value, NonTensorData)}
-        self._settings = {key: value for key, value in settings.items() if key != "distillation_use_topk"}
+        self._settings = {key: tu.get(micro_batch, key) for key in _SETTINGS if key in micro_batch}
 
     @property
     def num_tokens(self) -> int:

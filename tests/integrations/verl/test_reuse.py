@@ -20,7 +20,7 @@ from verl.workers.utils.losses import ppo_loss, sft_loss
 import prefix_grouper_plugins.integrations.verl.engine as engine_module
 from prefix_grouper_plugins.integrations.verl import PrefixGrouperOptions
 from prefix_grouper_plugins.integrations.verl.config import SETTINGS
-from prefix_grouper_plugins.integrations.verl.micro_batch import PackedMicroBatch, why_positions_jump
+from prefix_grouper_plugins.integrations.verl.micro_batch import why_positions_jump
 from prefix_grouper_plugins.integrations.verl.planning import Plan
 from prefix_grouper_plugins.integrations.verl.reuse import (
     PromptReuse,
@@ -138,16 +138,6 @@ def test_a_hook_that_gets_the_gradient_of_each_micro_batch_keeps_rows():
     assert engine._why_rows_stay(None, batch) is None  # log-probs have no gradients
     handle.remove()
     assert engine._why_rows_stay(sft_loss, batch) is None
-
-
-def test_the_packed_row_has_all_settings_of_its_micro_batch():
-    """A patch of verl's methods may read one that verl itself does not know."""
-    rows = make_rows(Case())
-    batch = make_batch(Case(), rows, len(rows))
-    tu.assign_non_tensor(batch, logit_softcap=2.0, use_remove_padding=True)
-    packed = PackedMicroBatch(batch).surrogate
-    assert tu.get_non_tensor_data(packed, "logit_softcap", None) == 2.0
-    assert tu.get_non_tensor_data(packed, "use_remove_padding", None) is True and "uid" not in packed
 
 
 def test_rows_without_a_response_do_not_reuse_prompts():
