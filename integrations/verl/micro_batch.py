@@ -243,7 +243,6 @@ class PackedMicroBatch:
             self.counts.tokens_forwarded += len(dummy.placeholders)
             self.counts.squares += len(dummy.placeholders) ** 2
         self.ids, self.positions = packed_ids, packed_positions
-        # What concerns all rows: verl's prepare_model_inputs and prepare_model_outputs, or a patch of them, may read any of it.
         self._settings = {key: tu.get(micro_batch, key) for key in _SETTINGS if key in micro_batch}
 
     @property
