@@ -8,7 +8,7 @@ function put on the trainer) may do anything with its micro-batch: its rows stay
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import accelerate
@@ -17,6 +17,7 @@ import transformers
 import trl
 
 from prefix_grouper_plugins.integrations.trl.fused_head import MASKS_PADDING
+from prefix_grouper_plugins.modeling.code_origin import home_of, roots_of
 from prefix_grouper_plugins.modeling.gradient_hooks import hooked_weight
 
 SCORING = "_get_per_token_logps_and_entropies"
@@ -40,12 +41,8 @@ _STEPS_IN_BACKWARD = {"lomo", "adalomo"}
 _HOMES = {_GRPO, _RLOO, _GMPO, "transformers.trainer"}
 
 
-def _roots_of(*packages: Any) -> tuple[str, ...]:
-    return tuple(os.path.join(os.path.dirname(str(package.__file__)), "") for package in packages)
-
-
 # Methods of TRL are wrapped in decorators of its own, of torch and of transformers.
-_ROOTS = _roots_of(trl, torch, transformers)
+_ROOTS = roots_of(trl, torch, transformers)
 _OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
@@ -80,7 +77,7 @@ def why_rows_stay(trainer: Any) -> str | None:
         )
     if (reason := _why_gradients_depend(trainer.model) or _why_steps_are_seen(trainer)) is not None:
         return reason
-    home = next(_home(function) for _, function in _definitions(trainer, "_compute_loss"))
+    home = next(home_of(function, _ROOTS) for _, function in _definitions(trainer, "_compute_loss"))
     if home == _RLOO:
         return None
     return _why_entropy_depends(trainer) if home == _GMPO else why_rows_depend(trainer)
@@ -104,7 +101,7 @@ def _why_promise_is_older(trainer: Any) -> str | None:
     promising = next(place for place, cls in enumerate(mro) if "loss_is_sum_over_rows" in vars(cls))
     for cls in mro[:promising]:
         for name in _PARTS_OF_THE_LOSS:
-            if name in vars(cls) and _home(vars(cls)[name]) not in _HOMES and not _is_ours(vars(cls)[name]):
+            if name in vars(cls) and home_of(vars(cls)[name], _ROOTS) not in _HOMES and not _is_ours(vars(cls)[name]):
                 return (
                     f"{cls.__name__}.{name} may compute something from the whole micro-batch, and loss_is_sum_over_rows = True stands "
                     f"on {mro[promising].__name__}, which does not know it; set it on {cls.__name__} too if it does not"
@@ -140,7 +137,7 @@ def own_code(trainer: Any, name: str, *, behind: type | None = None) -> str | No
         behind: look only at the classes after this one in the method resolution order.
     """
     for owner, function in _definitions(trainer, name, behind):
-        return None if _home(function) in _HOMES else f"{owner}.{name}"
+        return None if home_of(function, _ROOTS) in _HOMES else f"{owner}.{name}"
     return None
 
 
@@ -184,23 +181,10 @@ def _definitions(trainer: Any, name: str, behind: type | None = None) -> Iterato
 
 
 def _is_ours(function: Any) -> bool:
-    home = _home(function, (*_ROOTS, _OURS))
+    home = home_of(function, (*_ROOTS, _OURS))
     return home is not None and home.startswith("prefix_grouper_plugins.")
 
 
 def _is_of_libraries(function: Any) -> bool:
     """Whether ``function``, and all that decorates it, is code of TRL, its libraries, Accelerate or ours."""
-    return _home(function, (*_ROOTS, _OURS, *_roots_of(accelerate))) is not None
-
-
-def _home(function: Any, roots: tuple[str, ...] = _ROOTS) -> str | None:
-    """The module that a method was written in, if it and all that decorates it are code in ``roots``, of TRL and its libraries."""
-    function = getattr(function, "__func__", function)
-    while True:
-        code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(roots):
-            return None
-        inner: Callable[..., Any] | None = getattr(function, "__wrapped__", None)
-        if inner is None:
-            return str(function.__module__)
-        function = inner
+    return home_of(function, (*_ROOTS, _OURS, *roots_of(accelerate))) is not None

@@ -9,7 +9,6 @@ to ranks, ask the same functions. What is not known here keeps its rows where ve
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,8 @@ from verl.utils import torch_functional
 from verl.workers.utils import losses
 from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 
+from prefix_grouper_plugins.modeling.code_origin import home_of, roots_of
+
 # Of verl's policy losses, those that compute a loss for each token of a row and leave the rest to `agg_loss`.
 _TOKEN_WISE = frozenset("vanilla dppo_tv dppo_kl gspo sapo gpg dro cispo bypass_mode".split())
 _SUMS_OVER_ROWS = frozenset("token-mean token-sum seq-mean-token-sum seq-mean-token-mean".split())
@@ -27,7 +28,7 @@ _BY_LONGEST_RESPONSE = "seq-mean-token-sum-norm"
 # Of all losses, where verl's modules hold them.
 _PARTS = ("agg_loss", "kl_penalty", "get_policy_loss_fn", "compute_value_loss", "masked_sum", "masked_mean")
 _AVERAGE_OVER_ROWS = {"sapo"}  # policy losses, whatever `loss_agg_mode` says
-_VERL = os.path.join(os.path.dirname(str(verl.__file__)), "")
+_VERL = roots_of(verl)
 
 
 def why_rows_stay(loss_function: Any, *, knows_global_batch: bool = True) -> str | None:
@@ -143,9 +144,4 @@ def _named(function: Any) -> str:
 
 def _is_verls(function: Any) -> bool:
     """Whether ``function``, and all that it wraps, is code of verl: others may have put their own under its name."""
-    while function is not None:
-        code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(_VERL):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
+    return home_of(function, _VERL) is not None
