@@ -212,14 +212,14 @@ class SharingGate:
         device = device or next(model.parameters()).device
         if not (changed if alone else on_any_rank(changed, device)):
             return
-        outermost = None if alone else model
-        if not alone and Anatomy(model).is_sharded and on_any_rank(not changed, device):
+        anatomy = Anatomy(base if alone else model)
+        if not alone and anatomy.is_sharded and on_any_rank(not changed, device):
             # Its forwards need every process, and these would not make the same ones in a self-check.
             reasons = ["it is sharded and has changed on some processes only: make the same change on all of them"]
         elif disabled:
             reasons = [disabled]
         else:
-            reasons = _why_not_any_longer(base, self._self_check, self._left_padding, outermost)
+            reasons = _why_not_any_longer(anatomy, self._self_check, self._left_padding, alone=alone)
         if not alone and on_any_rank(bool(reasons), device) and not reasons:
             reasons = ["another process found a difference"]
         if reasons:
@@ -516,11 +516,10 @@ def _check_again(base: Any, checks: bool, left_padding: bool) -> None:
     Raises:
         UnsupportedModelError: see `_check_what_has_changed`.
     """
-    if reasons := _why_not_any_longer(base, checks, left_padding):
+    anatomy = Anatomy(base)
+    if reasons := _why_not_any_longer(anatomy, checks, left_padding, alone=True):
         raise UnsupportedModelError(f"{_changed(base, reasons)}. Undo that, or call disable_prefix_grouper(model)")
-    if not (
-        checks and Anatomy(base).is_sharded
-    ):  # that was not checked, and is the next time all processes are at one point
+    if not (checks and anatomy.is_sharded):  # else nothing was checked: it is when all processes come to one point
         remember(base)
 
 
@@ -528,19 +527,19 @@ def _check_again(base: Any, checks: bool, left_padding: bool) -> None:
 _TOLD: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
-def _why_not_any_longer(base: Any, checks: bool, left_padding: bool, outermost: nn.Module | None = None) -> list[str]:
+def _why_not_any_longer(anatomy: Anatomy, checks: bool, left_padding: bool, *, alone: bool) -> list[str]:
     """Why a model that has changed cannot be shared; it is self-checked where nothing else is known against it.
 
     Args:
-        base: the transformers model.
+        anatomy: of the model, as it is wrapped where every process calls this at the same point.
         checks: whether there are self-checks.
         left_padding: as in :meth:`SharingGate.enable`.
-        outermost: as it is wrapped, where every process calls this at the same point. Forwards of a sharded model need all.
+        alone: whether other processes may not call this now. Forwards of a sharded model need all.
     """
-    anatomy = Anatomy(base if outermost is None else outermost)
+    base = anatomy.base
     report = report_on(anatomy)
     reasons = [*report.reasons, *(report.left_padding_reasons if left_padding else ())]
-    cannot_check = anatomy.is_sharded and outermost is None
+    cannot_check = anatomy.is_sharded and alone
     if cannot_check or not checks:
         reasons += report.unverified
     if reasons or not checks:
